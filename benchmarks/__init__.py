@@ -1,0 +1,1 @@
+"""One script per claim in the README, and the results it printed."""

@@ -1,0 +1,3 @@
+"""Learn Before Represent: distributed training of domain-specific embedding models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""How a run is started and restarted: on one machine, by Ray, by Slurm."""

@@ -1,0 +1,1 @@
+"""The backbone with its bottleneck: layout, attention, weights."""
