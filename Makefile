@@ -1,0 +1,48 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Each builds the environment that it needs.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+# Nothing is fetched from a model or data hub at run time.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = true
+
+.PHONY: quickstart test test-unit test-distributed test-cluster test-gpu lint format constraints clean
+
+quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot and an exported model in about 10 minutes
+	$(BIN)/python -m benchmarks.quickstart --out quickstart
+
+test: $(VENV)/.installed            ## every test that one machine without a GPU can run
+	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu
+
+test-unit: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/unit
+
+test-distributed: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/distributed
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# torch goes in first and by its exact version, so that a local CPU wheel (pip's find-links) can serve.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lbr_dist needs Python 3.11 or newer; set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv -c constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[test,quickstart,dev]'
+	touch $@
+
+constraints: $(VENV)/.installed
+	(sed -n '/^#/p' constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//') > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) quickstart .pytest_cache .ruff_cache .mypy_cache

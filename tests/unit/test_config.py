@@ -1,0 +1,111 @@
+"""Recipes: what is refused, with which words, and what overrides do."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lbr_dist.config import Bottleneck, Recipe, load_recipe, parse_recipe, save_recipe
+from lbr_dist.errors import UserError
+
+MINIMAL = {
+    "stage": "generative",
+    "output": "runs/a",
+    "model": {"path": "base"},
+    "data": {"sets": [{"path": "set"}]},
+    "batch": {"global_batch": 4},
+    "duration": {"epochs": 1},
+}
+
+
+def write(tmp_path: Path, raw: dict) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL), ["optim.lr=1e-3", "data.sets.0.weight=2", "bottleneck.tokens=2"])
+    assert (recipe.optim.lr, recipe.data.sets[0].weight, recipe.bottleneck.count) == (1e-3, 2.0, 2)
+    save_recipe(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"optim": {"lrr": 1}}, ["optim.lrr", "did you mean lr?"]),
+        ({"model": {"path": "b", "lora": {"rr": 1}}}, ["model.lora.rr", "did you mean r?"]),
+        ({"dat": {}}, ["unknown key dat", "did you mean data?"]),
+        ({"bottleneck": {"tokens": 1, "ratio": 500}}, ["bottleneck.tokens", "bottleneck.ratio"]),
+        ({"duration": {"epochs": 1, "steps": 1}}, ["duration.epochs", "duration.steps"]),
+        ({"duration": {}}, ["duration.epochs", "duration.steps"]),
+        ({"batch": {}}, ["batch.global_batch is missing"]),
+        ({"optim": {"lr": -1}}, ["optim.lr", "greater than 0", "-1"]),
+        ({"contrastive": {"temperature": 0}}, ["contrastive.temperature", "greater than 0"]),
+        ({"stage": "contrastive", "bottleneck": {"enabled": False}}, ["contrastive.pooling", "bottleneck.enabled"]),
+        ({"stage": "contrastive", "contrastive": {"query_instruction": "Q: "}}, ["query_instruction", "line break"]),
+        ({"generative": {"prefix_min": 0.9, "prefix_max": 0.1}}, ["prefix_min", "prefix_max"]),
+        ({"data": {"sets": [{"path": "a"}], "bin_tokens": 100}}, ["data.bin_tokens (100)", "2048"]),
+        ({"data": {"sets": []}}, ["data.sets"]),
+        ({"model": None}, ["model"]),
+    ],
+)
+def test_refusals_name_the_culprit(change: dict, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_recipe({**MINIMAL, **change}, "r.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("recipe r.yaml")
+    for word in words:
+        assert word in message
+
+
+def test_bad_files_and_overrides(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_recipe(tmp_path / "missing.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(bad)
+    bad.write_text("- 1")
+    with pytest.raises(UserError, match="expected a mapping"):
+        load_recipe(bad)
+    good = write(tmp_path, MINIMAL)
+    with pytest.raises(UserError, match="key=value"):
+        load_recipe(good, ["optim.lr"])
+    with pytest.raises(UserError, match="is a value, not a section"):
+        load_recipe(good, ["stage.x.y=1"])
+    with pytest.raises(UserError, match="not an index"):
+        load_recipe(good, ["data.sets.3.weight=1"])
+
+
+@pytest.mark.parametrize(("x", "z"), [(0, 1), (1, 1), (500, 1), (501, 2), (1000, 2), (10_000, 8)])
+def test_ratio_gives_the_number_of_bottleneck_tokens(x: int, z: int) -> None:
+    assert Bottleneck().length(x) == z
+    assert Bottleneck(tokens=3).length(x) == 3
+    assert Bottleneck(enabled=False).length(x) == 0
+
+
+def test_every_setting_is_documented() -> None:
+    def check(section: type) -> int:
+        seen = 0
+        for name, field in section.model_fields.items():
+            seen += 1
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, Recipe.__base__):
+                seen += check(inner)
+            else:
+                assert field.description, f"{section.__name__}.{name} has no description"
+        return seen
+
+    assert check(Recipe) > 60
+
+
+def test_shipped_recipes_are_valid() -> None:
+    import lbr_dist
+
+    shipped = sorted((Path(lbr_dist.__file__).parent / "recipes").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        load_recipe(path.stem)
