@@ -1,0 +1,111 @@
+"""Text to token ids, with nothing implied: no special tokens, no truncation, no padding.
+
+Lengths are indexed once, at preparation, and the plan packs by them; so the tokens of a text must be the same in every
+process and on every machine. `Tokenization` therefore keeps the whole tokenizer as one JSON text: it pickles into
+loader processes without the model folder (and without importing transformers there), and its fingerprint is the hash of
+what decides the tokens of a plain text. What only decorates them (post-processor, padding, truncation, and the
+bottleneck tokens that an export adds) is left out, so that an exported tokenizer counts as the same one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+from tokenizers import Tokenizer
+
+from lbr_dist.errors import UserError
+
+_Z_PREFIX, _Z_SUFFIX = "<|lbr_z_", "|>"
+_DECORATION = ("post_processor", "padding", "truncation")
+
+
+def z_token(index: int) -> str:
+    """Text of bottleneck token `index` in an exported vocabulary."""
+    return f"{_Z_PREFIX}{index}{_Z_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """A fast tokenizer reduced to what training and encoding need; picklable.
+
+    Attributes:
+        path: Folder or hub name that it was loaded from.
+        fingerprint: Hash over vocabulary, merges, normaliser, pre-tokenizer and added tokens; independent of the path.
+        bos: Ids that the tokenizer puts before any text by default: `[]` or `[bos_id]`.
+        eos_id: End-of-sequence id, or None where the tokenizer names none.
+    """
+
+    path: str
+    fingerprint: str
+    bos: list[int]
+    eos_id: int | None
+    _text: str = field(repr=False)
+    _loaded: list[Tokenizer] = field(default_factory=list, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, path: str) -> Tokenization:
+        """Load the tokenizer of a model folder (or of a hub name in the local cache).
+
+        Raises:
+            UserError: there is no tokenizer, or only a slow one.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"tokenizer {path}: cannot be loaded ({reason}); give a folder that holds tokenizer.json, or a hub name"
+            ) from None
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"tokenizer {path}: has no fast version (tokenizer.json), which lbr needs; convert it first"
+            )
+        text = tokenizer.backend_tokenizer.to_str()
+        return cls(str(path), _fingerprint(text), _prefix(text), tokenizer.eos_token_id, text)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without special tokens and uncut."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens are dropped."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of ids, added tokens included."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if not self._loaded:
+            tokenizer = Tokenizer.from_str(self._text)
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            self._loaded.append(tokenizer)
+        return self._loaded[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": []}
+
+
+def _fingerprint(text: str) -> str:
+    parts = {name: part for name, part in json.loads(text).items() if name not in _DECORATION}
+    parts["added_tokens"] = [t for t in parts["added_tokens"] if not t["content"].startswith(_Z_PREFIX)]
+    return xxhash.xxh128_hexdigest(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
+
+
+def _prefix(text: str) -> list[int]:
+    """Ids that the post-processor puts before a text."""
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    special = encoding.special_tokens_mask
+    return encoding.ids[: special.index(0) if 0 in special else 0]

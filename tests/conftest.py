@@ -1,0 +1,94 @@
+"""Fixtures shared by all tests: tiny random models of the real architectures, with a real tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TINY_TEXTS = [
+    "aspirin is a salicylate drug that relieves pain and fever",
+    "the heart pumps blood through the vessels of the body",
+    "def add(a, b): return a + b  # adds two numbers",
+    "fever of unknown origin, rash, cough; diagnosis: measles",
+    "What is the boiling point of water? 100 degrees Celsius.",
+]
+
+
+def make_tokenizer(folder: Path, *, bos: bool = False) -> None:
+    """Write a byte-level BPE tokenizer of about 400 tokens; `bos`: its post-processor puts `<|bos|>` first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|pad|>", "<|bos|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TINY_TEXTS * 4, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", pair="<|bos|> $A <|bos|> $B", special_tokens=[("<|bos|>", 2)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>", bos_token="<|bos|>"
+    ).save_pretrained(folder)
+
+
+def make_model(
+    folder: Path,
+    family: str,
+    *,
+    tied: bool = True,
+    hidden: int = 32,
+    layers: int = 2,
+    positions: int = 512,
+    seed: int = 0,
+) -> Path:
+    """Write a tiny random model (grouped-query attention, heads of 8) of the real class, with its tokenizer."""
+    import torch
+    import transformers
+
+    config = {
+        "vocab_size": 416,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 8,
+        "num_key_value_heads": hidden // 16,
+        "head_dim": 8,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.2,
+        "bos_token_id": 2,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config))
+    torch.random.set_rng_state(state)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Factory: `tiny_model_dir("llama" | "qwen2" | "qwen3", tied=True)` gives a folder, made once per session."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def factory(family: str = "llama", tied: bool = True) -> Path:
+        key = (family, tied)
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(f"{family}-{tied}"), family, tied=tied)
+        return made[key]
+
+    return factory
