@@ -1,0 +1,129 @@
+"""The one record that every source becomes, and the normal form in which two texts count as the same.
+
+A record is either a question with its answer or a plain text. Records are small and frozen: rows stream through, and
+nothing downstream may change them. The normal form (`normalise`) is deliberately coarse, because it decides what may
+not be shared between training and evaluation: merging two texts that differ in case or in a final full stop costs
+nothing, missing such a pair is a leak.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A question with its answer (`question` and `answer` set), or a plain text (`text` set); never both."""
+
+    id: str
+    """Unique in a prepared set."""
+    question: str | None = None
+    """The question, the query, or the stem of a multiple-choice question with its options."""
+    answer: str | None = None
+    """The answer, the relevant document, or the right option."""
+    text: str | None = None
+    """A document of a plain corpus."""
+    domain: str = ""
+    """Name of the domain, for tables."""
+    source: str = ""
+    """Where the record comes from, for the model card."""
+    negatives: tuple[str, ...] = ()
+    """Texts that look like an answer and are none (hard negatives)."""
+    positives: tuple[str, ...] = ()
+    """Further right answers beside `answer`."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether this is a plain text."""
+        return self.text is not None
+
+    @property
+    def document(self) -> str:
+        """The text that retrieval looks for: the answer, or the plain text."""
+        document = self.text if self.text is not None else self.answer
+        assert document is not None
+        return document
+
+    def as_dict(self) -> dict[str, Any]:
+        """`{id, text}`, or `{id, question, answer, domain, source}`; `negatives` and `positives` where there are any."""
+        if self.text is not None:
+            return {"id": self.id, "text": self.text}
+        row: dict[str, Any] = {
+            "id": self.id,
+            "question": self.question,
+            "answer": self.answer,
+            "domain": self.domain,
+            "source": self.source,
+        }
+        if self.negatives:
+            row["negatives"] = list(self.negatives)
+        if self.positives:
+            row["positives"] = list(self.positives)
+        return row
+
+    def to_json(self) -> bytes:
+        """UTF-8 JSON with sorted keys: equal records give equal bytes."""
+        return json.dumps(self.as_dict(), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Record:
+        """Inverse of `as_dict`; trusts its input, which a prepared set's checksum vouches for."""
+        row = dict(row)
+        for name in ("negatives", "positives"):
+            if name in row:
+                row[name] = tuple(row[name])
+        return cls(**row)
+
+
+def _end_characters() -> str:
+    """Spaces, and punctuation that carries no meaning at the ends of a text ('C#', '5%' and '-5' keep theirs)."""
+    kept = set("#%&@*\\/‰‱†‡")
+    ends = []
+    for code in range(min(sys.maxunicode, 0x3100)):
+        character = chr(code)
+        category = unicodedata.category(character)
+        if character.isspace() or (category in ("Po", "Ps", "Pe", "Pi", "Pf") and character not in kept):
+            ends.append(character)
+    return "".join(ends)
+
+
+_ENDS = _end_characters()
+
+
+def normalise(text: str) -> str:
+    """Normal form for "is it the same text": NFKC, casefold, single spaces, no punctuation at the ends.
+
+    A text of punctuation only keeps it, so that "?" and "!" stay different and nothing becomes empty.
+    """
+    if text.isascii():
+        folded = text.lower()
+    else:
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    collapsed = " ".join(folded.split())
+    return collapsed.strip(_ENDS) or collapsed
+
+
+def normalised_hash(text: str) -> int:
+    """64-bit hash (XXH64, as a signed integer) of the normal form of `text`; the `answer_hash` of the index."""
+    return signed(xxhash.xxh64_intdigest(normalise(text).encode()))
+
+
+def signed(value: int) -> int:
+    """An unsigned 64-bit integer as the signed one of the same bits (Parquet and torch have no unsigned 64)."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def content_id(*parts: str) -> str:
+    """Deterministic id of a record that came without one: 32 hexadecimal digits (XXH3-128) of its content."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

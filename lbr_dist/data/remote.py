@@ -1,0 +1,186 @@
+"""Read what is not on this machine: whole files through webdataset's openers, kept in a bounded cache.
+
+Streaming a shard over a network makes every dropped connection a training failure, so a remote shard is copied whole,
+checked against its checksum and only then read. webdataset's openers (`webdataset.gopen`) do the transfer, so whatever
+they can read (http, https, gs, hf, ais, sftp and `pipe:` with any command) works here; they cannot resume, so a broken
+transfer starts again from its first byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import xxhash
+
+from lbr_dist.errors import UserError
+
+ATTEMPTS = 5
+"""Transfers tried before a remote file is given up."""
+BACKOFF_S = 1.0
+"""Wait before the second attempt, in seconds; doubles with each further one."""
+STALL_S = 60.0
+"""A transfer that brings no byte for this many seconds is ended and tried again."""
+CHUNK = 1 << 16
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is for webdataset's openers (`scheme://...` or `pipe:...`) rather than a local path."""
+    return "://" in path or path.startswith("pipe:")
+
+
+def join(root: str, name: str) -> str:
+    """Address of the file `name` below `root`; a `pipe:` root must hold `{}`, which becomes the quoted name.
+
+    Raises:
+        UserError: a `pipe:` root without `{}`.
+    """
+    if root.startswith("pipe:"):
+        if "{}" not in root:
+            raise UserError(f"{root}: a prepared set behind pipe: needs {{}} in place of the file's name")
+        return root.replace("{}", shlex.quote(name))
+    return f"{root.rstrip('/')}/{name}"
+
+
+def default_cache() -> Path:
+    """Folder of cached shards: `lbr_dist/shards` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "lbr_dist" / "shards"
+
+
+def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None = None) -> None:
+    """Copy `url` to the file `target`, whole or not at all.
+
+    Args:
+        size: expected bytes; None: not known.
+        xxh128: expected XXH3-128 in hexadecimal; None: not known.
+
+    Raises:
+        UserError: it could not be read in `ATTEMPTS` attempts, or no opener exists for it.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    problem = ""
+    try:
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+            try:
+                with partial.open("wb") as out:
+                    got, digest = _transfer(url, out)
+            except FileNotFoundError as error:
+                raise UserError(f"{url}: the program that reads it is missing ({error.filename})") from error
+            except ValueError as error:
+                raise UserError(f"{url}: webdataset has no opener for this address ({error})") from error
+            except OSError as error:
+                problem = str(error)
+                continue
+            if size is not None and got != size:
+                problem = f"{got} of {size} bytes arrived"
+            elif xxh128 is not None and digest != xxh128:
+                problem = f"checksum {digest} instead of {xxh128}"
+            else:
+                partial.replace(target)
+                return
+    finally:
+        partial.unlink(missing_ok=True)
+    raise UserError(
+        f"{url}: could not be read in {ATTEMPTS} attempts (last: {problem}): check the address and the connection"
+    )
+
+
+class ShardCache:
+    """Remote files on local disk, named by content, bounded in bytes; shared safely by any number of processes.
+
+    The least recently used files go first. One file is always kept, even when it alone is larger than the bound.
+    """
+
+    def __init__(self, folder: Path, gib: float) -> None:
+        self.folder = folder
+        self.limit = int(gib * (1 << 30))
+
+    def open(self, url: str, *, size: int, xxh128: str) -> int:
+        """File descriptor (read only) of the cached copy of `url`, fetched first if needed; the caller closes it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / xxh128
+        with _locked(self.folder / f"{xxh128}.lock"):
+            if not path.is_file() or path.stat().st_size != size:
+                fetch(url, path, size=size, xxh128=xxh128)
+            os.utime(path)
+            descriptor = os.open(path, os.O_RDONLY)  # stays readable if another process evicts the file
+        self._evict(keep=path)
+        return descriptor
+
+    def _evict(self, keep: Path) -> None:
+        with _locked(self.folder / "evict.lock"):
+            files = []
+            for entry in self.folder.iterdir():
+                if entry.suffix not in (".lock", ".partial"):
+                    status = entry.stat()
+                    files.append((status.st_mtime_ns, entry, status.st_size))
+            total = sum(size for _, _, size in files)
+            for _, entry, size in sorted(files):
+                if total <= self.limit:
+                    break
+                if entry != keep:
+                    entry.unlink(missing_ok=True)
+                    total -= size
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _transfer(url: str, out: IO[bytes]) -> tuple[int, str]:
+    from webdataset.gopen import Pipe, gopen
+
+    digest = xxhash.xxh3_128()
+    got = 0
+    stream: Any = gopen(url, "rb")
+    try:
+        with _watchdog(stream.proc.kill if isinstance(stream, Pipe) else None) as alive:
+            while chunk := stream.read(CHUNK):
+                out.write(chunk)
+                digest.update(chunk)
+                got += len(chunk)
+                alive()
+    finally:
+        stream.close()  # waits for the opener's process; OSError if it failed
+    return got, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _watchdog(kill: Any) -> Iterator[Any]:
+    """Call `kill` when the yielded function has not been called for `STALL_S` seconds."""
+    if kill is None:
+        yield lambda: None
+        return
+    last = time.monotonic()
+    done = threading.Event()
+
+    def alive() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
+        while not done.wait(min(1.0, STALL_S / 4)):
+            if time.monotonic() - last > STALL_S:
+                kill()
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield alive
+    finally:
+        done.set()
+        thread.join()

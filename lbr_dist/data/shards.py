@@ -1,0 +1,288 @@
+"""Open a prepared set: check it, and look up lengths in its index.
+
+Everything that can be wrong with a set is found when it is opened (sizes, index, tokenizer), or by `verify` (every
+byte), and named by file; what is read later is then trusted. Only JSON is ever decoded, never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from lbr_dist.data import remote
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shard_writer import (
+    FORMAT,
+    SPLITS,
+    ShardInfo,
+    ShardWriter,
+    SplitInfo,
+    manifest_fingerprint,
+    write_set,
+)
+from lbr_dist.errors import UserError
+
+__all__ = [
+    "PreparedSet",
+    "Ragged",
+    "ShardReader",
+    "ShardWriter",
+    "SplitIndex",
+    "check_tokenizer",
+    "open_set",
+    "verify",
+    "write_set",
+]
+
+
+class Ragged:
+    """A list of int32 arrays of different lengths, stored flat: `ragged[row]` is a view."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
+        self.values, self.offsets = values, offsets
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each row, int64 [rows]."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """What is known of each record of a split without reading it; row i is the i-th record over all shards in order.
+
+    All columns are arrays [rows]; token counts are without special tokens, -1 where a record has no such text.
+    """
+
+    shard: np.ndarray
+    """int32: number of the shard in the split."""
+    offset: np.ndarray
+    """int64: where the record's JSON starts in that shard's tar, in bytes."""
+    size: np.ndarray
+    """int32: bytes of the record's JSON."""
+    question_tokens: np.ndarray
+    answer_tokens: np.ndarray
+    text_tokens: np.ndarray
+    answer_hash: np.ndarray
+    """int64: hash of the normalised answer (or text): equal for answers that count as the same."""
+    tables: tuple[Path, ...] = field(repr=False)
+    """The Parquet files behind the columns."""
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """Record ids, an object array of str [rows]; read on first use."""
+        return np.concatenate([_column(path, "id").to_numpy(zero_copy_only=False) for path in self.tables])
+
+    @cached_property
+    def negative_tokens(self) -> Ragged:
+        """Token counts of each record's hard negatives; read on first use."""
+        lists = [_column(path, "negative_tokens") for path in self.tables]
+        lengths = [np.diff(column.offsets.to_numpy()) for column in lists]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+        return Ragged(np.concatenate([column.flatten().to_numpy() for column in lists]).astype(np.int32), offsets)
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """An opened prepared set. Cheap to pickle: the index is read on demand."""
+
+    root: str
+    """Local folder, URL prefix, or `pipe:` command with `{}`."""
+    manifest: dict[str, Any] = field(repr=False)
+    splits: dict[str, SplitInfo] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Name that the set was prepared with."""
+        return self.manifest["name"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything in the set, whatever its path."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the set is read through webdataset's openers."""
+        return remote.is_url(self.root)
+
+    def address(self, name: str) -> str:
+        """Path or URL of a file of the set."""
+        return remote.join(self.root, name) if self.is_remote else str(Path(self.root) / name)
+
+    def urls(self, split: str) -> list[str]:
+        """Paths or URLs of the split's tars, as `webdataset.WebDataset` takes them."""
+        return [self.address(shard.name) for shard in self._split(split).shards]
+
+    def index(self, split: str) -> SplitIndex:
+        """Index of a split.
+
+        Raises:
+            UserError: the split is unknown or empty, or an index file is damaged or not that of its shard.
+        """
+        info = self._split(split)
+        if info.records == 0:
+            raise UserError(f"prepared set {self.root}: its {split} split is empty: prepare it again with --{split}")
+        paths = tuple(self._index_path(shard) for shard in info.shards)
+        tables = [self._read_index(path, shard) for path, shard in zip(paths, info.shards, strict=True)]
+        whole = pa.concat_tables(tables)
+        columns = {name: whole.column(name).to_numpy() for name in whole.column_names}
+        shard = np.repeat(np.arange(len(tables), dtype=np.int32), [table.num_rows for table in tables])
+        return SplitIndex(shard=shard, tables=paths, **columns)
+
+    def _split(self, split: str) -> SplitInfo:
+        if split not in self.splits:
+            raise UserError(f"prepared set {self.root}: no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def _index_path(self, shard: ShardInfo) -> Path:
+        if not self.is_remote:
+            return Path(self.address(shard.index))
+        folder = remote.default_cache().parent / "indexes"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{shard.index_xxh128}.parquet"
+        if not path.is_file():
+            remote.fetch(self.address(shard.index), path, size=shard.index_bytes, xxh128=shard.index_xxh128)
+        return path
+
+    def _read_index(self, path: Path, shard: ShardInfo) -> pa.Table:
+        columns = ["offset", "size", "question_tokens", "answer_tokens", "text_tokens", "answer_hash"]
+        try:
+            table = pq.read_table(path, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: damaged index ({error}): prepare the set again") from error
+        metadata = table.schema.metadata or {}
+        if metadata.get(b"tar_xxh128", b"").decode() != shard.xxh128 or table.num_rows != shard.records:
+            raise UserError(f"{path}: this index is not that of {shard.name}: prepare the set again")
+        if metadata.get(b"tokenizer", b"").decode() != self.manifest["tokenizer"]["fingerprint"]:
+            raise UserError(f"{path}: this index was made with another tokenizer than its set: prepare the set again")
+        return table
+
+
+def open_set(path_or_url: str | Path) -> PreparedSet:
+    """Open a prepared set and check its manifest and, where it is local, that every file has its size.
+
+    Args:
+        path_or_url: the folder that `lbr prepare --out` wrote, a URL prefix, or `pipe:` with `{}` for the file name.
+
+    Raises:
+        UserError: not a prepared set, one of a newer version, or a file of it is missing, truncated or changed.
+    """
+    root = str(path_or_url)
+    manifest = _read_manifest(root)
+    splits = {
+        split: SplitInfo(info["records"], info["texts"], [ShardInfo(**shard) for shard in info["shards"]])
+        for split, info in manifest["splits"].items()
+    }
+    opened = PreparedSet(root, manifest, splits)
+    if not opened.is_remote:
+        for name, size, _ in _files(opened):
+            path = Path(opened.address(name))
+            if not path.is_file():
+                raise UserError(f"{path}: missing from the prepared set: prepare the set again")
+            if path.stat().st_size != size:
+                raise UserError(f"{path}: {path.stat().st_size} bytes instead of {size}: copy or prepare the set again")
+    return opened
+
+
+def verify(opened: PreparedSet, deep: bool = True) -> int:
+    """Check the files of a set; returns the bytes checked.
+
+    Args:
+        deep: read every byte and compare checksums; otherwise sizes only (and remote sets not at all).
+
+    Raises:
+        UserError: names the first damaged file.
+    """
+    open_set(opened.root)
+    total = 0
+    for name, size, xxh128 in _files(opened):
+        total += size
+        if deep and opened.is_remote:
+            with tempfile.TemporaryDirectory() as folder:
+                remote.fetch(opened.address(name), Path(folder) / "file", size=size, xxh128=xxh128)
+        elif deep and file_xxh128(Path(opened.address(name))) != xxh128:
+            raise UserError(f"{opened.address(name)}: its checksum changed: copy or prepare the set again")
+    return total
+
+
+def check_tokenizer(opened: PreparedSet, tokenization: Any) -> None:
+    """Check that the set's token counts are those of this tokenizer.
+
+    Args:
+        tokenization: a `lbr_dist.model.tokenizer.Tokenization`.
+
+    Raises:
+        UserError: names both tokenizers.
+    """
+    made_with = opened.manifest["tokenizer"]
+    if made_with["fingerprint"] != tokenization.fingerprint:
+        where = f" ({made_with['path']})" if made_with["path"] else ""
+        raise UserError(
+            f"prepared set {opened.root}: its index was made with tokenizer {made_with['fingerprint'][:12]}{where}, "
+            f"the model has {tokenization.fingerprint[:12]}: prepare the set again with the model's tokenizer"
+        )
+
+
+def file_xxh128(path: Path) -> str:
+    """XXH3-128 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files(opened: PreparedSet) -> Iterator[tuple[str, int, str]]:
+    for info in opened.splits.values():
+        for shard in info.shards:
+            yield shard.name, shard.bytes, shard.xxh128
+            yield shard.index, shard.index_bytes, shard.index_xxh128
+
+
+def _read_manifest(root: str) -> dict[str, Any]:
+    if remote.is_url(root):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "manifest.json"
+            remote.fetch(remote.join(root, "manifest.json"), path)
+            data = path.read_bytes()
+    else:
+        path = Path(root) / "manifest.json"
+        if not path.is_file():
+            what = "no manifest.json in it" if Path(root).is_dir() else "no such folder"
+            raise UserError(f"{root}: not a prepared set ({what}): give the folder that `lbr prepare --out` wrote")
+        data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+        version, recorded = manifest["format"], manifest["fingerprint"]
+        intact = version > FORMAT or manifest_fingerprint(manifest) == recorded
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{root}/manifest.json: not the manifest of a prepared set: prepare the set again") from error
+    if version > FORMAT:
+        raise UserError(f"{root}: prepared by a newer lbr (format {version}, this one reads {FORMAT}): update lbr")
+    if not intact or set(manifest["splits"]) != set(SPLITS):
+        raise UserError(f"{root}/manifest.json: it was changed after the set was prepared: prepare the set again")
+    return manifest
+
+
+def _column(path: Path, name: str) -> Any:
+    return pq.read_table(path, columns=[name]).column(name).combine_chunks()
