@@ -1,0 +1,207 @@
+"""InfoNCE over the negatives of every rank (paper section 3.3), exact at every world size.
+
+For query i with its positive passage, over the passages of the global batch (positives of all pairs, then hard
+negatives), with cosine scores s and temperature tau:
+
+    L_i = -log( exp(s_ii / tau) / (exp(s_ii / tau) + sum_{j in N(i)} exp(s_ij / tau)) )
+
+N(i) leaves out passages that are known, or suspected, to answer query i too. The value returned is the mean of L_i over
+the global batch, the same on every rank; its gradient carries the factor `world`, so that after DeepSpeed has
+*averaged* the ranks' parameter gradients the result is that of one process on the whole batch. docs/contrastive.md
+derives it. The arithmetic is in strips.py, the communication in gather.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lbr_dist.objectives.gather import Ranks, gather_rows
+from lbr_dist.objectives.strips import NO_KEY, SUMS, Keys, StripLoss, Strips
+
+__all__ = ["NO_KEY", "DegenerateEmbeddingError", "info_nce"]
+
+_ZERO = 1e-12  # below this norm a direction is noise (the eps of torch.nn.functional.normalize)
+_NO_PASSAGE_KEY = NO_KEY + 1  # so that an absent key of a query never equals an absent key of a passage
+
+
+class DegenerateEmbeddingError(RuntimeError):
+    """An embedding is zero or not finite; raised on every rank alike, naming the samples."""
+
+
+def info_nce(
+    query_QD: Tensor,
+    positive_QD: Tensor,
+    *,
+    negatives_ND: Tensor | None = None,
+    negative_owner_N: Tensor | None = None,
+    record_Q: Tensor | None = None,
+    answer_Q: Tensor | None = None,
+    negative_answer_N: Tensor | None = None,
+    known_QK: Tensor | None = None,
+    temperature: float = 0.05,
+    margin: float | None = None,
+    two_way: bool = False,
+    tile: int = 4096,
+    group: dist.ProcessGroup | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Contrastive loss of the global batch, and its statistics.
+
+    Args:
+        query_QD: embeddings of this rank's queries, not normalised; Q may differ from rank to rank and may be 0.
+        positive_QD: embedding of each query's positive passage.
+        negatives_ND: this rank's hard negatives, any number; every query of the global batch sees them.
+        negative_owner_N: row of the query that a hard negative was mined for (names it in errors).
+        record_Q: int64 hash of each pair's record id; passages of the same record are no negatives of each other.
+        answer_Q: int64 hash of each positive passage's normalised text; the same text is no negative.
+        negative_answer_N: the same for the hard negatives.
+        known_QK: hashes of further texts known to answer the query, padded with `NO_KEY`; K may differ by rank. Needs
+            `answer_Q`.
+        temperature: tau > 0, on cosine scores.
+        margin: leave out negatives whose cosine is above the positive's plus `margin`; None: keep them.
+        two_way: the mean of this loss and its mirror (positive passage over all queries; hard negatives ask nothing).
+            A pair left out in one direction is left out in the other.
+        tile: scores held at a time: tile * tile, in float32. Up to that size the score matrix is computed whole.
+        group: the ranks that share the batch; None: the default group, or this process alone.
+        names: one name per query, used in errors.
+
+    Which of the optional rules are in force, and whether gradients are wanted, must be the same on all ranks; then all
+    make the same collective calls, forward and backward, however many rows each holds.
+
+    Returns:
+        The loss (float32 scalar, or float64 for float64 inputs; the global mean on every rank) and global statistics:
+        `loss`, `accuracy` (share of queries whose positive scores above all their negatives), `positive_score` and
+        `negative_score` (mean cosines), `effective_negatives` (mean number per query after masking),
+        `queries_without_negatives` (they contribute a loss and a gradient of 0 to the mean of the query direction),
+        `masked_share` (of all query-negative pairs), and
+        `masked_same_record`, `masked_same_answer`, `masked_known_positive`, `masked_margin` (shares; a pair counts
+        under the first rule that applies).
+
+    Raises:
+        ValueError: no query on any rank, shapes that do not fit, or temperature <= 0.
+        DegenerateEmbeddingError: a zero or non-finite embedding on any rank.
+    """
+    _check_arguments(query_QD, positive_QD, temperature, tile)
+    if known_QK is not None and answer_Q is None:
+        raise ValueError("info_nce: known_QK needs answer_Q beside it")
+    ranks = Ranks.of(group)
+    dtype = torch.float64 if query_QD.dtype == torch.float64 else torch.float32
+    own = [positive_QD] if negatives_ND is None else [positive_QD, negatives_ND]
+    query, passage = query_QD.to(dtype), torch.cat(own).to(dtype) if len(own) > 1 else positive_QD.to(dtype)
+    bad = _degenerate(query, passage)
+    known = [answer_Q[:, None]] if answer_Q is not None else []
+    known += [known_QK] if known_QK is not None else []
+    width = sum(part.shape[1] for part in known)
+    table = ranks.table([len(query), len(passage), width, len(bad)], query.device)
+    if any(row[3] for row in table):
+        _raise_degenerate([_name(*at, len(query), names, negative_owner_N) for at in bad], ranks)
+    queries, counts = [row[0] for row in table], [row[1] for row in table]
+    if sum(queries) == 0:
+        raise ValueError("info_nce: no query on any rank")
+
+    keys = None
+    if record_Q is not None or known:
+        keys = _keys(record_Q, known, negative_answer_N, query, counts, max(row[2] for row in table), ranks)
+    starts = [sum(counts[:rank]) for rank in range(ranks.world)]
+    strips = Strips(
+        own_Q=starts[ranks.rank] + torch.arange(len(query), device=query.device),
+        columns=torch.cat([start + torch.arange(q) for start, q in zip(starts, queries, strict=True)]).to(query.device),
+        queries=sum(queries),
+        temperature=temperature,
+        margin=margin,
+        two_way=two_way,
+        tile=tile,
+        keys=keys,
+        ranks=ranks,
+        differentiable=torch.is_grad_enabled() and (query.requires_grad or passage.requires_grad),
+    )
+    loss, sums = StripLoss.apply(query, gather_rows(passage, counts, ranks), strips)
+    return loss, _statistics(loss, sums, sum(queries), sum(counts))
+
+
+def _check_arguments(query: Tensor, positive: Tensor, temperature: float, tile: int) -> None:
+    if query.shape != positive.shape or query.dim() != 2:
+        raise ValueError(f"info_nce: {tuple(query.shape)} queries do not pair with {tuple(positive.shape)} positives")
+    if temperature <= 0 or tile <= 0:
+        raise ValueError(f"info_nce: temperature ({temperature}) and tile ({tile}) must be above 0")
+
+
+def _keys(
+    record_Q: Tensor | None,
+    known: list[Tensor],
+    negative_answer_N: Tensor | None,
+    query: Tensor,
+    counts: list[int],
+    width: int,
+    ranks: Ranks,
+) -> Keys:
+    """Gather the passages' keys; absent ones (no rule, no hash, a hard negative's record) match nothing."""
+    rows, passages = len(query), counts[ranks.rank]
+    own = torch.full((passages, 2), _NO_PASSAGE_KEY, dtype=torch.int64, device=query.device)
+    if record_Q is not None:
+        own[:rows, 0] = record_Q
+    known_QK = torch.full((rows, width), NO_KEY, dtype=torch.int64, device=query.device)
+    if known:
+        filled = torch.cat(known, dim=1)
+        known_QK[:, : filled.shape[1]] = filled
+        own[:rows, 1] = filled[:, 0]
+    if negative_answer_N is not None:
+        own[rows:, 1] = negative_answer_N
+    own[own == NO_KEY] = _NO_PASSAGE_KEY
+    gathered = gather_rows(own, counts, ranks)
+    return Keys(record_Q, gathered[:, 0].contiguous(), known_QK, gathered[:, 1].contiguous())
+
+
+def _degenerate(query: Tensor, passage: Tensor) -> list[tuple[str, int]]:
+    """(side, row) of each embedding whose norm is 0 or not finite."""
+    found = []
+    for side, rows in (("query", query), ("passage", passage)):
+        norm = torch.linalg.vector_norm(rows.detach(), dim=1)
+        bad = ~(torch.isfinite(norm) & (norm > _ZERO))
+        found += [(side, int(row)) for row in bad.nonzero()[:, 0]]
+    return found
+
+
+def _raise_degenerate(mine: list[str], ranks: Ranks) -> None:
+    """Tell every rank about every bad row, and raise the same error everywhere."""
+    if ranks.world > 1:
+        mine = [f"{name} (rank {ranks.rank})" for name in mine]
+    parts: list[list[str]] = [mine]
+    if ranks.world > 1:
+        parts = [[] for _ in range(ranks.world)]
+        dist.all_gather_object(parts, mine, group=ranks.group)
+    found = [name for part in parts for name in part]
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    raise DegenerateEmbeddingError(
+        f"{len(found)} embeddings are zero or not finite: {', '.join(found[:8])}{more}; "
+        "the weights have diverged (lower optim.lr) or these samples are broken"
+    )
+
+
+def _name(side: str, row: int, queries: int, names: Sequence[str] | None, owner: Tensor | None) -> str:
+    negative = side == "passage" and row >= queries
+    kind = "hard negative" if negative else "positive" if side == "passage" else "query"
+    pair = row if not negative else int(owner[row - queries]) if owner is not None else None
+    if pair is None:
+        return f"hard negative {row - queries}"
+    return f"{kind} of sample {names[pair] if names is not None else pair}"
+
+
+def _statistics(loss: Tensor, sums: Tensor, queries: int, passages: int) -> dict[str, float]:
+    values = dict(zip(SUMS, sums.tolist(), strict=True))
+    pairs = max(1, queries * (passages - 1))
+    masked = {name: values[name] / pairs for name in ("same_record", "same_answer", "known_positive", "margin")}
+    return {
+        "loss": float(loss.detach()),
+        "accuracy": values["correct"] / queries,
+        "positive_score": values["positive"] / queries,
+        "negative_score": values["negative"] / max(1.0, values["negatives"]),
+        "effective_negatives": values["negatives"] / queries,
+        "queries_without_negatives": values["alone"],
+        "masked_share": sum(masked.values()),
+        **{f"masked_{name}": share for name, share in masked.items()},
+    }

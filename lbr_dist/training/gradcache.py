@@ -1,0 +1,120 @@
+"""A contrastive step over a batch of any size in the memory of one micro-batch (GradCache; Gao et al. 2021).
+
+The loss needs all embeddings of the global batch, but their activations need not exist together:
+
+    pass 1  every micro-batch without gradient: only the embeddings are kept
+    loss    on the embeddings as leaves, with the negatives of all ranks: gives d loss / d embedding
+    pass 2  every micro-batch again, now with gradient, of the surrogate sum(embedding * d loss / d embedding)
+
+By the chain rule the parameter gradient is that of the whole batch at once. Dropout must repeat itself in pass 2, so the
+random state before each micro-batch is recorded and restored. The price is one more forward pass; where a step is a
+single micro-batch it is not paid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from lbr_dist.training.accumulate import Reduce, accumulate
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Micro = TypeVar("Micro")
+Stats = TypeVar("Stats")
+
+
+def cached_step(
+    engine: DeepSpeedEngine,
+    micro_batches: Sequence[Micro],
+    embed: Callable[[Micro], Tensor],
+    loss_of: Callable[[Sequence[Tensor]], tuple[Tensor, Stats]],
+    *,
+    reduce: Reduce = "auto",
+    cache: bool | None = None,
+) -> tuple[Tensor, Stats]:
+    """Leave the exact gradient of a loss over all micro-batches in the engine; the caller then calls `engine.step()`.
+
+    Args:
+        engine: see `accumulate`.
+        micro_batches: as many on every rank.
+        embed: runs the engine's module on one micro-batch and returns its embeddings [S, D]; rows that the loss does
+            not use (a dummy micro-batch) get a gradient of zero.
+        loss_of: from the micro-batches' embeddings, in order, to the loss and anything else. It runs once per step, on
+            every rank; communication between ranks belongs here. As in `accumulate`, gradients are averaged over ranks
+            (`info_nce` has the factor that this needs).
+        reduce: see `accumulate`.
+        cache: None: only if there is more than one micro-batch. False: keep all activations, in one backward.
+
+    Returns:
+        The loss, detached, and what else `loss_of` returned.
+    """
+    if cache is None:
+        cache = len(micro_batches) > 1
+    if not cache:
+        return _direct(engine, micro_batches, embed, loss_of)
+    states, embeddings = [], []
+    with torch.no_grad():
+        for micro in micro_batches:
+            states.append(RandomState.now())
+            embeddings.append(embed(micro).requires_grad_())
+    with torch.enable_grad():
+        loss, stats = loss_of(embeddings)
+        gradients = torch.autograd.grad(loss, embeddings, materialize_grads=True)
+    closures = [
+        _surrogate(micro, embed, state, gradient)
+        for micro, state, gradient in zip(micro_batches, states, gradients, strict=True)
+    ]
+    accumulate(engine, closures, reduce=reduce)
+    return loss.detach(), stats
+
+
+def _direct(
+    engine: DeepSpeedEngine,
+    micro_batches: Sequence[Micro],
+    embed: Callable[[Micro], Tensor],
+    loss_of: Callable[[Sequence[Tensor]], tuple[Tensor, Stats]],
+) -> tuple[Tensor, Stats]:
+    kept: list[Stats] = []
+
+    def closure() -> Tensor:
+        loss, stats = loss_of([embed(micro) for micro in micro_batches])
+        kept.append(stats)
+        return loss
+
+    (loss,) = accumulate(engine, [closure])
+    return loss, kept[0]
+
+
+def _surrogate(
+    micro: Micro, embed: Callable[[Micro], Tensor], state: RandomState, gradient: Tensor
+) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        state.restore()
+        return (embed(micro) * gradient).sum()
+
+    return closure
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """State of the generators that dropout draws from: the CPU's, and the current CUDA device's where there is one."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Record."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
+
+    def restore(self) -> None:
+        """Set the generators back to what was recorded."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
