@@ -1,0 +1,167 @@
+"""Files that survive a crash: streamed safetensors with checksums, forced to disk, replaced atomically.
+
+The safetensors layout (8 bytes of header length, a JSON header, the raw tensors) is written here by hand, because the
+library's own writer takes all tensors at once and copies each: streaming needs one chunk of memory, checksums the bytes
+on their way out, and turns a full disk into an ordinary `OSError`. Reading is left to the library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import xxhash
+
+CHUNK_BYTES = 16 * 2**20
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The safetensors names of the dtypes that a checkpoint may hold."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, safetensors dtype and shape of one tensor in a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor's data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Written:
+    """Size and checksum of a file as it was written."""
+
+    bytes: int
+    xxh128: str
+
+
+class _Sink:
+    """A file that counts and checksums what goes into it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.bytes, self.hash = file, 0, xxhash.xxh3_128()
+
+    def write(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), CHUNK_BYTES):
+            chunk = data[start : start + CHUNK_BYTES]
+            self.file.write(chunk)
+            self.hash.update(chunk)
+        self.bytes += len(data)
+
+
+def write_tensors(
+    path: Path, specs: Sequence[TensorSpec], tensors: Iterable[torch.Tensor], metadata: dict[str, str] | None = None
+) -> Written:
+    """Write a safetensors file and force it to disk.
+
+    Args:
+        path: the new file.
+        specs: what the header says; one per tensor, in order.
+        tensors: the data; taken one at a time, so a generator bounds the memory. Must match `specs`.
+        metadata: strings for the header.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.bytes],
+        }
+        offset += spec.bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        sink = _Sink(file)
+        sink.write(len(text).to_bytes(8, "little") + text)
+        for spec, tensor in zip(specs, tensors, strict=True):
+            if NAMES[tensor.dtype] != spec.dtype or tensor.numel() != math.prod(spec.shape):
+                raise ValueError(
+                    f"{path.name}: {spec.name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}"
+                )
+            sink.write(tensor_bytes(tensor))
+        _sync(file)
+    return Written(sink.bytes, sink.hash.hexdigest())
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw bytes of a CPU tensor, without a copy where it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def write_bytes(path: Path, data: bytes) -> Written:
+    """Write a small file and force it to disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        sink = _Sink(file)
+        sink.write(data)
+        _sync(file)
+    return Written(sink.bytes, sink.hash.hexdigest())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file that never changes; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with target.open("rb+") as file:
+            _sync(file)
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Replace a small file atomically: readers see the old or the new content, never a mixture."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_bytes(temporary, data)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Force a folder's entries (new names, renames) to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """xxh128 of a file, read in chunks."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,265 @@
+"""Writes checkpoints behind the training loop: one thread per rank, one commit for all.
+
+Every rank writes its files into one temporary folder and reports sizes, checksums and slices (or its error) to rank 0,
+which checks that the slices tile every parameter, writes the manifest, renames the folder, replaces `latest` and only
+then removes old checkpoints. The ranks meet through a process group of their own (gloo, used by these threads alone),
+not through marker files: an error or a dead rank reaches all of them at once, where markers on a network file system
+arrive when its caches expire and a dead rank is a time-out to be guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lbr_dist.errors import UserError
+from lbr_dist.training import checkpoint_files as files
+from lbr_dist.training import checkpoint_format as layout
+from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
+
+
+class Team(Protocol):
+    """The ranks that write one checkpoint together; used from one thread at a time."""
+
+    rank: int
+    world: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+
+
+class Alone:
+    """A team of one."""
+
+    rank, world = 0, 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value."""
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        """The value."""
+        return value
+
+
+class GlooTeam:
+    """The ranks of the default process group, over a gloo group of their own. Collective to make."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._group = dist.new_group(backend="gloo")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
+
+
+@dataclass
+class TensorFile:
+    """A safetensors file of this rank, in host memory: `tensors` stay untouched until it is written."""
+
+    kind: Kind
+    tensors: dict[str, torch.Tensor]
+    slices: list[tuple[int, int, int]] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Snapshot:
+    """All that one rank writes of one checkpoint."""
+
+    step: int
+    manifest: dict[str, Any]
+    """Manifest fields but for what the writer knows itself; rank 0's counts."""
+    tensor_files: list[TensorFile]
+    linked: dict[str, tuple[Path, FileEntry]] = field(default_factory=dict)
+    """Files of this rank that an earlier checkpoint has already."""
+    extra: dict[str, bytes | Path] = field(default_factory=dict)
+    """Rank 0: other files, by their name in the checkpoint."""
+
+
+class CheckpointWriter:
+    """Commits snapshots to a run folder, one at a time, in the background.
+
+    Args:
+        run_dir: the run; checkpoints go to `checkpoints/` in it.
+        team: the ranks that commit together; making a writer is collective.
+        keep_last: newest checkpoints kept.
+        keep_every: checkpoints at multiples of this many steps are never removed.
+    """
+
+    def __init__(self, run_dir: Path, team: Team, keep_last: int, keep_every: int | None):
+        self.folder = layout.checkpoints_folder(run_dir)
+        self.team, self.keep_last, self.keep_every = team, keep_last, keep_every
+        self.committed: Path | None = None
+        """The checkpoint that this writer committed last."""
+        self.entries: dict[str, FileEntry] = {}
+        """This rank's files in it."""
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._sequence, attempt = 0, ""
+        if team.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_stale(self.folder)
+            known = [manifest.sequence for _, manifest in layout.list_checkpoints(run_dir) if manifest]
+            self._sequence, attempt = max(known, default=0), os.urandom(4).hex()
+        self.attempt: str = team.broadcast(attempt)
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Start to write; waits for the one before, and raises its error."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            UserError: a file could not be written (the path and the free space are named), on any rank.
+            RuntimeError: another rank died before the commit.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, snapshot: Snapshot) -> None:
+        try:
+            self._commit(snapshot)
+        except UserError as error:
+            self._error = error
+        except BaseException as error:
+            self._error = RuntimeError(
+                f"checkpoint {layout.step_name(snapshot.step)} was not committed: {error} "
+                "(if another rank ended, its log has the cause); earlier checkpoints are intact"
+            )
+            self._error.__cause__ = error
+
+    def _commit(self, snapshot: Snapshot) -> None:
+        name = layout.step_name(snapshot.step)
+        temporary = self.folder / f"{layout.TEMPORARY}{name}-{self.attempt}"
+        mine, problem = self._write_files(temporary, snapshot)
+        reports = self.team.gather((mine, problem))
+        problem = next((problem for _, problem in reports if problem), None)
+        if self.team.rank == 0 and problem is None:
+            problem = self._finish(temporary, self.folder / name, snapshot, [entries for entries, _ in reports])
+        problem = self.team.broadcast(problem)
+        if problem is not None:
+            if self.team.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"checkpoint {name} was not written: {problem}; earlier checkpoints are intact")
+        self.committed, self.entries = self.folder / name, mine
+
+    def _write_files(self, folder: Path, snapshot: Snapshot) -> tuple[dict[str, FileEntry], str | None]:
+        entries: dict[str, FileEntry] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in snapshot.tensor_files:
+                name = layout.rank_file(file.kind, self.team.rank, self.team.world)
+                entries[name] = _write_tensor_file(folder / name, file)
+            for name, (source, entry) in snapshot.linked.items():
+                files.link_or_copy(source, folder / name)
+                entries[name] = entry
+            for name, content in snapshot.extra.items():
+                data = content if isinstance(content, bytes) else content.read_bytes()
+                written = files.write_bytes(folder / name, data)
+                entries[name] = FileEntry(kind="extra", bytes=written.bytes, xxh128=written.xxh128)
+            files.sync_folder(folder)
+        except OSError as error:
+            return {}, _explain(error, self.team.rank, folder)
+        return entries, None
+
+    def _finish(
+        self, temporary: Path, final: Path, snapshot: Snapshot, parts: list[dict[str, FileEntry]]
+    ) -> str | None:
+        """Rank 0: manifest, rename, latest, rotation. Returns what went wrong."""
+        manifest = Manifest(
+            format=layout.FORMAT,
+            step=snapshot.step,
+            sequence=self._sequence + 1,
+            attempt=self.attempt,
+            world_size=self.team.world,
+            files={name: entry for part in parts for name, entry in part.items()},
+            **snapshot.manifest,
+        )
+        missing = layout.gaps(manifest)
+        if missing:
+            return f"the ranks' slices do not add up: {missing[0]}"
+        try:
+            files.write_bytes(temporary / layout.MANIFEST, layout.encode_manifest(manifest))
+            for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
+                files.sync_folder(folder)
+            files.sync_folder(temporary)
+            replaced = final.with_name(f"{layout.REPLACED}{final.name}")
+            if final.exists():
+                final.rename(replaced)
+            temporary.rename(final)
+            files.sync_folder(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._sequence += 1
+            files.replace_bytes(self.folder / layout.LATEST, f"{final.name}\n".encode())
+            self._rotate()
+        except OSError as error:
+            return _explain(error, 0, temporary)
+        return None
+
+    def _rotate(self) -> None:
+        known = layout.list_checkpoints(self.folder.parent)
+        readable = [(path, manifest) for path, manifest in known if manifest]
+        for path, manifest in readable[self.keep_last :]:
+            if self.keep_every is None or manifest.step % self.keep_every:
+                discarded = path.with_name(f"{layout.DISCARDED}{path.name}")
+                path.rename(discarded)  # one rename, so that a checkpoint never looks half there
+                shutil.rmtree(discarded, ignore_errors=True)
+
+
+def _write_tensor_file(path: Path, file: TensorFile) -> FileEntry:
+    names = sorted(file.tensors, key=lambda name: -file.tensors[name].dtype.itemsize)
+    specs = [files.TensorSpec(n, files.NAMES[file.tensors[n].dtype], tuple(file.tensors[n].shape)) for n in names]
+    written = files.write_tensors(path, specs, (file.tensors[name] for name in names), file.metadata)
+    return FileEntry(kind=file.kind, bytes=written.bytes, xxh128=written.xxh128, slices=file.slices)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what a dead writer left. A checkpoint that it was about to replace gets its name back."""
+    for path in folder.glob(f"{layout.REPLACED}*"):
+        original = folder / path.name.removeprefix(layout.REPLACED)
+        if not original.exists():
+            path.rename(original)
+    for prefix in (layout.REPLACED, layout.DISCARDED, layout.TEMPORARY):
+        for path in folder.glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _explain(error: OSError, rank: int, folder: Path) -> str:
+    where = error.filename or folder
+    try:
+        free = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB free"
+    except OSError:
+        free = "free space unknown"
+    return f"rank {rank}: {where}: {error.strerror or error} ({free})"
