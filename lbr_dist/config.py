@@ -278,12 +278,15 @@ class Recipe(Section):
     duration: Duration
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
-    deepspeed: str = "zero3"
-    """A name in ds_configs/ (zero3, zero2, zero3_offload, cpu ...) or the path of a DeepSpeed JSON file."""
+    deepspeed: str = "auto"
+    """A name in ds_configs/ (zero3, zero2, zero3_offload, cpu ...) or the path of a DeepSpeed JSON file. `auto`: zero3
+    on GPUs, cpu (also stage 3) on several CPU processes, and zero1 on one, where there is nothing to partition."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop and dump the step's sample ids, or skip the step."""
     max_skips: Positive = 10
     """Skipped steps after which the run stops all the same."""
+    step_timeout: PositiveFloat = 1800.0
+    """Seconds without a finished step after which every rank writes its Python stacks and ends (a hung rank)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
