@@ -17,8 +17,7 @@ place; keys and values are gathered once, with only Z in them twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -69,6 +68,7 @@ class Segments(_Tensors):
         kv_index_K: int64, rows of the stream to gather as keys and values; None: the keys are the stream itself.
         max_q, max_k: longest segment, in tokens.
         causal: False is the bidirectional ablation.
+        padded, block_mask: what a backend derives from the segments at the first layer and reuses at the others.
     """
 
     cu_q: Tensor
@@ -77,11 +77,8 @@ class Segments(_Tensors):
     max_q: int
     max_k: int
     causal: bool
-
-    @cached_property
-    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and keys of every segment, on the host."""
-        return np.diff(self.cu_q.cpu().numpy()).astype(np.int64), np.diff(self.cu_k.cpu().numpy()).astype(np.int64)
+    padded: Any = field(default=None, init=False, repr=False, compare=False)
+    block_mask: Any = field(default=None, init=False, repr=False, compare=False)
 
 
 @dataclass

@@ -1,0 +1,152 @@
+"""Load the causal language model that carries the method, and refuse early what would fail late.
+
+Families are those whose forward was read and tested here: their decoder layers hand keyword arguments down to the
+attention function, apply no mask of their own, and have a plain linear head. Everything that can be known from the
+model's configuration is checked before any weight is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from lbr_dist import config
+from lbr_dist.errors import UserError
+from lbr_dist.model import attention
+from lbr_dist.model.head import LossHead
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_backbone(
+    model: config.Model, *, for_zero3: bool = False, longest: int = 0, seed: int = 0
+) -> PreTrainedModel | PeftModel:
+    """Load the model with our attention and loss head, and with adapters where the recipe asks for them.
+
+    Args:
+        model: the recipe's section.
+        for_zero3: the caller holds a `transformers.integrations.HfDeepSpeedConfig` alive: weights are loaded sharded.
+        longest: tokens of the longest sequence that will be seen.
+        seed: of the adapters' initial weights.
+
+    Raises:
+        UserError: not a model folder, an unsupported family, too few positions, missing or broken weights, LoRA
+            settings that do not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if for_zero3 != is_deepspeed_zero3_enabled():
+        raise RuntimeError("for_zero3 must go with a living HfDeepSpeedConfig of stage 3")
+    attention.register()
+    settings = load_config(model.path, longest)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            config=settings,
+            dtype=DTYPES[model.dtype],
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"model {model.path}: its weights cannot be loaded ({_line(error)}); download it again"
+        ) from None
+    backbone, info = loaded
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise UserError(
+            f"model {model.path}: {len(names)} weights are missing, the first is {names[0]}; download it again"
+        )
+    return equip(backbone, model, seed)
+
+
+def equip(backbone: PreTrainedModel, model: config.Model, seed: int) -> PreTrainedModel | PeftModel:
+    """Put our head on a plain model, then checkpointing and adapters as the recipe says."""
+    backbone.lm_head = LossHead(backbone.lm_head)
+    backbone.config.use_cache = False
+    if model.activation_checkpointing:
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return backbone if model.lora is None else _with_lora(backbone, model, model.lora, seed)
+
+
+def load_config(path: str, longest: int) -> PretrainedConfig:
+    """Read and check a model's configuration.
+
+    Raises:
+        UserError: see `load_backbone`.
+    """
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model {path}: not a model folder, nor a hub name in the local cache ({_line(error)}); "
+            "give a folder with config.json and weights"
+        ) from None
+    if settings.model_type not in FAMILIES:
+        raise UserError(
+            f"model {path}: family {settings.model_type} is not supported; use a model of {', '.join(FAMILIES)}"
+        )
+    if longest > settings.max_position_embeddings:
+        raise UserError(
+            f"model {path}: has {settings.max_position_embeddings} positions, but a sequence may take {longest}; "
+            "lower data.max_x_tokens or data.max_y_tokens"
+        )
+    window = _window(settings)
+    if window is not None and longest > window:
+        raise UserError(
+            f"model {path}: its layers see {window} tokens back (sliding window), but a sequence may take {longest}; "
+            "lower data.max_x_tokens or data.max_y_tokens, or set use_sliding_window to false in its config.json"
+        )
+    settings.attention_dropout = 0.0
+    return settings
+
+
+def _window(settings: PretrainedConfig) -> int | None:
+    """Tokens that a sliding-window layer sees, None without such layers."""
+    layers: list[str] = settings.to_dict().get("layer_types") or []
+    return settings.sliding_window if "sliding_attention" in layers else None
+
+
+def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora, seed: int) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.train_modules or None,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(backbone, adapters)
+        except ValueError as error:
+            raise UserError(
+                f"model.lora: does not fit model {model.path} ({_line(error)}); "
+                "set model.lora.target_modules to names of its linear layers, or to all-linear"
+            ) from None
+
+
+def causal_lm(backbone: nn.Module) -> Any:
+    """The transformers model itself, adapters (if any) inside its layers."""
+    from peft import PeftModel
+
+    return backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,93 @@
+"""The language-model head as a loss: cross entropy of a linear layer, with logits never whole.
+
+L positions times a vocabulary of 150,000 is gigabytes of logits, and as much again of their gradient. Here the rows go
+through in chunks; since the loss is a plain sum, each chunk's gradients are final as soon as its logits exist, and are
+made in the forward pass. What stays is the two gradients that the backward pass returns anyway. torch 2.13's
+`linear_cross_entropy` has the same idea (and is the oracle in the tests), but older versions lack it.
+
+`LossHead` takes the place of `lm_head` and keeps its parameter and its name, so that checkpoints, weight tying and
+plain transformers see no difference, and ZeRO-3 gathers the weight for the call of the module that uses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+_CHUNK_ELEMENTS = 1 << 25
+"""Logits that exist at a time: 128 MiB in float32."""
+_CHUNK_ELEMENTS_CPU = 1 << 20
+"""The same on a CPU, where a chunk should stay in the cache."""
+
+
+class LossHead(nn.Linear):
+    """A linear head that returns logits, or with `targets_L` the summed cross entropy in float32."""
+
+    def __init__(self, lm_head: nn.Linear):
+        super().__init__(lm_head.in_features, lm_head.out_features, bias=False, device="meta")
+        self.weight = lm_head.weight
+
+    def forward(self, hidden: Tensor, targets_L: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of `hidden` [..., D]; or, of [L, D] with targets [L], the float32 scalar sum of -log P."""
+        if targets_L is None:
+            return super().forward(hidden)
+        return linear_cross_entropy_sum(hidden, self.weight, targets_L)
+
+
+def linear_cross_entropy_sum(
+    hidden_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, chunk_elements: int | None = None
+) -> Tensor:
+    """Sum over L of `-log softmax(hidden @ weight.T)[target]`, as a float32 scalar; exact, in chunks of rows.
+
+    L may be 0: the loss is then 0 and so are the gradients. One backward pass only.
+    """
+    if chunk_elements is None:
+        chunk_elements = _CHUNK_ELEMENTS_CPU if hidden_LD.device.type == "cpu" else _CHUNK_ELEMENTS
+    rows = max(1, chunk_elements // weight_VD.shape[0])
+    return _LinearCrossEntropy.apply(hidden_LD, weight_VD, targets_L, rows)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, rows: int) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        grad_hidden_LD = torch.empty_like(hidden_LD) if need_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        loss = hidden_LD.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(targets_L), rows):
+            hidden_CD, targets_C1 = hidden_LD[start : start + rows], targets_L[start : start + rows, None]
+            logits_CV = (hidden_CD @ weight_VD.t()).float()
+            norm_C1 = logits_CV.logsumexp(1, keepdim=True)
+            loss += (norm_C1 - logits_CV.gather(1, targets_C1)).sum()
+            if not (need_hidden or need_weight):
+                continue
+            grad_CV = logits_CV.sub_(norm_C1).exp_()
+            grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full((), -1).expand(targets_C1.shape))
+            low_CV = grad_CV.to(weight_VD.dtype)
+            if grad_hidden_LD is not None:
+                torch.mm(low_CV, weight_VD, out=grad_hidden_LD[start : start + rows])
+            if grad_weight_VD is not None:
+                _accumulate(grad_weight_VD, low_CV, hidden_CD)
+        ctx.grads = (grad_hidden_LD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("the head's gradients were made in the forward pass and serve one backward pass only")
+        hidden, weight = (None if g is None else g.mul_(grad.to(g.dtype)) for g in grads)
+        return hidden, weight, None, None
+
+
+def _accumulate(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """total += grad.T @ hidden, summed over chunks in float32 whatever the inputs' type."""
+    if grad_CV.dtype == torch.float32:
+        total_VD.addmm_(grad_CV.t(), hidden_CD)
+    else:
+        total_VD.add_(grad_CV.t() @ hidden_CD)
