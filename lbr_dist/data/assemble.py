@@ -1,0 +1,228 @@
+"""From planned samples to tensors: read the records, tokenize, lay out as `[X ; Z ; Y]`.
+
+The plan fixed every length from the index. Here the text is tokenized for the first time, and a length that differs
+from the index is an error, not a truncation: it means another tokenizer or a changed shard, and the run would silently
+be another one.
+"""
+
+# ruff: noqa: N815 - tensor names carry shape suffixes
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Self
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lbr_dist.config import Recipe
+from lbr_dist.data.plan_base import PlannedSample, Source
+from lbr_dist.data.record import normalised_hash, signed
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.errors import UserError
+from lbr_dist.model.layout import PackedBatch, Sample, pack
+from lbr_dist.model.tokenizer import Tokenization
+
+SIDES = {"x": 0, "query": 1, "passage": 2, "negative": 3}
+"""Codes of `LocalBatch.side_S`; a dummy batch's one sample has -1."""
+
+
+@dataclass
+class LocalBatch:
+    """One micro-batch of one rank. S samples in order; a dummy batch has S = 1 and no `samples`.
+
+    Attributes:
+        packed: token stream, segments, targets.
+        samples: what the plan asked for.
+        ids: record id of each sample, for the audit.
+        side_S: code of the sample's role, see `SIDES`.
+        pair_S: stage 2: pair among the rank's own pairs, from 0; -1 in stage 1 and in a dummy.
+        global_pair_S: stage 2: pair among those of all ranks; -1 likewise.
+        answer_hash_S: hash of the record's normalised answer; a hard negative's own text. Equal: counts as the same.
+        id_hash_S: hash of the record id.
+    """
+
+    packed: PackedBatch
+    samples: list[PlannedSample]
+    ids: list[str]
+    side_S: Tensor
+    pair_S: Tensor
+    global_pair_S: Tensor
+    answer_hash_S: Tensor
+    id_hash_S: Tensor
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether this pass only keeps the ranks in step: its sample must not count."""
+        return not self.samples
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens; 0 in a dummy batch."""
+        return sum(sample.tokens for sample in self.samples)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy with all tensors on `device`."""
+        tensors: dict[str, Any] = {"packed": self.packed.to(device)}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                tensors[item.name] = value.to(device, non_blocking=True)
+        return replace(self, **tensors)
+
+
+class Job(NamedTuple):
+    """One micro-batch to make."""
+
+    samples: list[PlannedSample]
+    first_pair: int
+    """Stage 2: the rank's first pair in the step."""
+
+
+class _Text(NamedTuple):
+    """A text to tokenize, and the number of tokens that the index gives it."""
+
+    text: str
+    tokens: int
+
+
+class Assembler:
+    """Makes micro-batches; picklable, so that loader processes can have one each."""
+
+    def __init__(
+        self, recipe: Recipe, readers: Sequence[ShardReader], sources: Sequence[Source], tokenization: Tokenization
+    ) -> None:
+        self._recipe, self._readers, self._tokenization = recipe, list(readers), tokenization
+        self._names = [source.name for source in sources]
+        self._targets = [source.target for source in sources]
+        contrastive = recipe.contrastive
+        query, passage = tokenization.encode([contrastive.query_instruction, contrastive.passage_instruction])
+        bos = list(tokenization.bos)
+        self._before = {"x": bos, "query": bos + query, "passage": bos + passage, "negative": bos + passage}
+        self._eos = [] if tokenization.eos_id is None else [tokenization.eos_id]
+        self._generative = recipe.stage == "generative"
+
+    def batch(self, job: Job) -> LocalBatch:
+        """Make one micro-batch.
+
+        Raises:
+            UserError: a shard is damaged or gone, or a text has not the number of tokens that the index says.
+        """
+        if not job.samples:
+            return self._dummy()
+        records = self._records(job.samples)
+        texts = [self._texts(sample, record) for sample, record in zip(job.samples, records, strict=True)]
+        samples = [
+            self._layout(planned, tokens) for planned, tokens in zip(job.samples, self._encode(job, texts), strict=True)
+        ]
+        ids = [record["id"] for record in records]
+        answers = [self._answer_hash(s, record) for s, record in zip(job.samples, records, strict=True)]
+        return LocalBatch(
+            packed=self._pack(samples),
+            samples=job.samples,
+            ids=ids,
+            side_S=torch.tensor([SIDES[s.side] for s in job.samples]),
+            pair_S=torch.tensor([s.pair - job.first_pair if s.pair >= 0 else -1 for s in job.samples]),
+            global_pair_S=torch.tensor([s.pair for s in job.samples]),
+            answer_hash_S=torch.tensor(answers),
+            id_hash_S=torch.tensor([signed(xxhash.xxh64_intdigest(i.encode())) for i in ids]),
+        )
+
+    def check(self, samples: Sequence[PlannedSample]) -> None:
+        """Check on some samples that instruction and text tokenize together as they do apart.
+
+        Otherwise the exported model, which gets the two as one string, would read other tokens than training did.
+
+        Raises:
+            UserError: they do not; the setting is named.
+        """
+        contrastive = self._recipe.contrastive
+        instructions = {"query": contrastive.query_instruction, "passage": contrastive.passage_instruction}
+        records = self._records(samples)
+        for side, instruction in instructions.items():
+            if not instruction:
+                continue
+            chosen = [(s, r) for s, r in zip(samples, records, strict=True) if s.side == side]
+            texts = [self._texts(sample, record)[0].text for sample, record in chosen]
+            apart = self._tokenization.encode([instruction, *texts])
+            together = self._tokenization.encode([instruction + text for text in texts])
+            for text, alone, both in zip(texts, apart[1:], together, strict=True):
+                if apart[0] + alone != both:
+                    raise UserError(
+                        f"contrastive.{side}_instruction: with this tokenizer its tokens change with the text after it "
+                        f"(for example {text[:40]!r}): end it in a character that always ends a token, such as \\n"
+                    )
+
+    def _records(self, samples: Sequence[PlannedSample]) -> list[dict[str, Any]]:
+        """The record of each sample; a record that serves several samples is read once."""
+        found: dict[Any, dict[str, Any]] = {}
+        for number, reader in enumerate(self._readers):
+            rows = sorted({s.ref.row for s in samples if s.ref.set == number})
+            found.update(((number, row), record) for row, record in zip(rows, reader.read(rows), strict=True))
+        return [found[s.ref] for s in samples]
+
+    def _texts(self, planned: PlannedSample, record: dict[str, Any]) -> list[_Text]:
+        """What has to be tokenized for a sample."""
+        index, row = self._readers[planned.ref.set].index, planned.ref.row
+        question = _Text(record.get("question", ""), int(index.question_tokens[row]))
+        answer = _Text(record.get("answer", ""), int(index.answer_tokens[row]))
+        if planned.side == "query":
+            return [question]
+        if planned.side == "passage":
+            return [answer]
+        if planned.side == "negative":
+            counts = index.negative_tokens[row]
+            return [_Text(record["negatives"][planned.choice], int(counts[planned.choice]))]
+        if self._targets[planned.ref.set] == "sft":
+            return [question, answer]
+        return [_Text(record["text"], int(index.text_tokens[row]))] if "text" in record else [answer]
+
+    def _encode(self, job: Job, texts: list[list[_Text]]) -> list[list[list[int]]]:
+        """Tokens of each text of each sample, checked against the index."""
+        flat = iter(self._tokenization.encode([text.text for of_sample in texts for text in of_sample]))
+        encoded = [[next(flat) for _ in of_sample] for of_sample in texts]
+        for planned, of_sample, tokens in zip(job.samples, texts, encoded, strict=True):
+            for text, ids in zip(of_sample, tokens, strict=True):
+                if len(ids) != text.tokens:
+                    reader = self._readers[planned.ref.set]
+                    shard = reader.opened.urls(reader.split)[int(reader.index.shard[planned.ref.row])]
+                    raise UserError(
+                        f"{shard}: row {planned.ref.row} of {self._names[planned.ref.set]} has a text of {len(ids)} "
+                        f"tokens, of {text.tokens} by the index: the index is of another tokenizer, or the shard was "
+                        "changed; prepare the set again"
+                    )
+        return encoded
+
+    def _layout(self, planned: PlannedSample, tokens: list[list[int]]) -> Sample:
+        """X, |Z| and Y with exactly the planned lengths: X is cut at its end, Y before its end-of-sequence token."""
+        before = self._before[planned.side]
+        x = (before + tokens[0])[: planned.x_len]
+        if planned.side != "x":
+            return Sample(x, planned.z_len)
+        target = self._targets[planned.ref.set]
+        if target == "prefix":
+            y = tokens[0][planned.x_len - len(before) :]
+        else:
+            y = tokens[1] if target == "sft" else tokens[0]
+        return Sample(x, planned.z_len, y[: planned.y_len - len(self._eos)] + self._eos)
+
+    def _answer_hash(self, planned: PlannedSample, record: dict[str, Any]) -> int:
+        if planned.side == "negative":
+            return normalised_hash(record["negatives"][planned.choice])
+        return int(self._readers[planned.ref.set].index.answer_hash[planned.ref.row])
+
+    def _pack(self, samples: Sequence[Sample]) -> PackedBatch:
+        return pack(
+            samples,
+            bottleneck_vectors=self._recipe.bottleneck.count,
+            hide_x=self._generative and self._recipe.bottleneck.enabled,
+            causal=self._generative or self._recipe.contrastive.attention == "causal",
+        )
+
+    def _dummy(self) -> LocalBatch:
+        """One token, no target."""
+        none = torch.tensor([-1])
+        packed = self._pack([Sample([0], self._recipe.bottleneck.length(1))])
+        return LocalBatch(packed, [], [], none, none, none, none, none)

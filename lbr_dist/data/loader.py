@@ -1,0 +1,155 @@
+"""Feed one rank: micro-batches in plan order, made ahead of time by loader processes.
+
+The main process only plans (cheap) and hands out jobs; a loader process reads, tokenizes and packs one micro-batch at a
+time. A job says everything, so the number of processes changes nothing, and starting at any step is just starting
+there. Batches cross the process boundary as bytes rather than as shared-memory tensors: a step of many micro-batches
+would hold a file descriptor for every tensor, and containers often come with a tiny /dev/shm; the copy of some 100 KB
+costs less than the tokenization it follows.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lbr_dist.config import Recipe
+from lbr_dist.data.assemble import Assembler, Job, LocalBatch
+from lbr_dist.data.plan import Plan, StepPlan
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.errors import UserError
+from lbr_dist.model.tokenizer import Tokenization
+
+__all__ = ["Loader", "LocalBatch"]
+
+TIMEOUT_S = 1800
+"""Seconds to wait for one micro-batch: far longer than any fetch of a remote shard, so it means a hung process."""
+PROBES = 64
+"""Samples on which the instructions are checked before the first step."""
+
+
+class Loader:
+    """Iterable over (StepPlan, micro-batches of this rank), from `start_step` to the end of the run."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        readers: Sequence[ShardReader],
+        tokenization: Tokenization,
+        recipe: Recipe,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        """Set up, and check the first samples.
+
+        Args:
+            plan: which samples form each step.
+            readers: one for each set of the mixture.
+            tokenization: the model's tokenizer.
+            recipe: settings; `data.workers` loader processes each prepare `data.prefetch` micro-batches ahead.
+            rank: this data-parallel rank.
+            world: number of ranks.
+            start_step: first global step to yield.
+
+        Raises:
+            UserError: an instruction whose tokens depend on the text after it; a damaged or mismatched set.
+        """
+        self._plan, self._recipe, self._rank, self._world = plan, recipe, rank, world
+        self._steps = range(start_step, plan.total_steps(recipe.duration))
+        self._assembler = Assembler(recipe, readers, plan.sources, tokenization)
+        if self._steps:
+            first = [s for micro in plan.step(start_step).micro_batches(rank, world) for s in micro.samples]
+            self._assembler.check(first[:PROBES])
+            self._assembler.batch(Job(first[:1], 0))
+
+    def __len__(self) -> int:
+        """Steps."""
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[tuple[StepPlan, list[LocalBatch]]]:
+        """Yield the steps.
+
+        Raises:
+            UserError: a shard is damaged or gone (it is named), or is not that of its index.
+            RuntimeError: a loader process died or hangs.
+        """
+        workers = self._recipe.data.workers
+        jobs = _Jobs(self._plan, self._steps, self._rank, self._world)
+        batches: Any = DataLoader(
+            _Batches(self._assembler),
+            sampler=jobs,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=workers,
+            prefetch_factor=self._recipe.data.prefetch if workers else None,
+            timeout=TIMEOUT_S if workers else 0,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else it draws from the global one, and a resumed run would differ
+        )
+        before = set(multiprocessing.active_children())
+        source = iter(batches)
+        processes = set(multiprocessing.active_children()) - before
+        try:
+            while (first := next(source, None)) is not None:
+                step, count = jobs.planned.popleft()
+                yield step, [_unpack(first), *(_unpack(next(source)) for _ in range(count - 1))]
+        finally:
+            del source
+            for process in processes:  # they ignore SIGTERM, and one may be in the middle of a long fetch
+                process.kill()
+
+
+class _Jobs(Sampler[Job]):
+    """Jobs in plan order; remembers the plans of the steps that are under way."""
+
+    def __init__(self, plan: Plan, steps: range, rank: int, world: int) -> None:
+        self._plan, self._steps, self._rank, self._world = plan, steps, rank, world
+        self.planned: deque[tuple[StepPlan, int]] = deque()
+
+    def __iter__(self) -> Iterator[Job]:
+        for number in self._steps:
+            step = self._plan.step(number)
+            micros = step.micro_batches(self._rank, self._world)
+            self.planned.append((step, len(micros)))
+            first_pair = step.pairs(self._rank, self._world).start
+            for micro in micros:
+                yield Job(micro.samples, first_pair)
+
+
+class _Batches(Dataset[bytes]):
+    """Job to pickled micro-batch, or to the pickled message of an error that the user can mend."""
+
+    def __init__(self, assembler: Assembler) -> None:
+        self._assembler = assembler
+
+    def __getitem__(self, job: Job) -> bytes:
+        try:
+            return pickle.dumps(self._assembler.batch(job), protocol=pickle.HIGHEST_PROTOCOL)
+        except UserError as error:
+            return pickle.dumps(str(error))
+
+
+def _unpack(data: bytes) -> LocalBatch:
+    batch = pickle.loads(data)  # made by this program's own loader process
+    if isinstance(batch, str):
+        raise UserError(batch)
+    return batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """A stop signal for the whole job must not kill the loader: the trainer finishes its step and ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

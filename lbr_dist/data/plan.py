@@ -1,0 +1,84 @@
+"""Which samples form each optimizer step: the one place from which plans are made.
+
+A plan is a pure function of the indexes, the settings that change order or content, the seed and the step number. So
+the data state of a checkpoint is one integer and a fingerprint, a resumed run continues exactly at any number of ranks
+or loader processes, and every rank knows without asking how many forward passes the others make.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lbr_dist.config import Recipe
+from lbr_dist.data.plan_base import (
+    EpochSummary,
+    MicroPlan,
+    Plan,
+    PlannedSample,
+    SampleRef,
+    Source,
+    StepPlan,
+    TooLong,
+)
+from lbr_dist.data.plan_contrastive import ContrastivePlan
+from lbr_dist.data.plan_generative import GenerativePlan
+from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set
+
+if TYPE_CHECKING:
+    from lbr_dist.model.tokenizer import Tokenization
+
+__all__ = [
+    "ContrastivePlan",
+    "EpochSummary",
+    "GenerativePlan",
+    "MicroPlan",
+    "Plan",
+    "PlannedSample",
+    "SampleRef",
+    "Source",
+    "StepPlan",
+    "TooLong",
+    "make_plan",
+    "open_data",
+]
+
+
+def open_data(recipe: Recipe, tokenization: Tokenization) -> tuple[Plan, list[ShardReader]]:
+    """Open the recipe's sets and plan the run.
+
+    Returns:
+        The plan, and a reader for each set of the mixture, in the recipe's order.
+
+    Raises:
+        UserError: a set is missing, damaged, empty, of another tokenizer, or does not suit the settings.
+    """
+    readers = []
+    for data_set in recipe.data.sets:
+        opened = open_set(data_set.path)
+        check_tokenizer(opened, tokenization)
+        readers.append(ShardReader(opened, recipe.split_of(data_set), recipe.data.cache_dir, recipe.data.cache_gib))
+    return make_plan(recipe, readers, tokenization), readers
+
+
+def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Tokenization) -> Plan:
+    """Plan a run over opened sets, one for each of `recipe.data.sets`.
+
+    Raises:
+        UserError: a set does not suit its target or the limits, or has no usable sample.
+    """
+    sources = [
+        Source(
+            name=f"{data_set.path} ({reader.split})",
+            fingerprint=f"{reader.opened.fingerprint}/{reader.split}",
+            index=reader.index,
+            weight=data_set.weight,
+            target=recipe.target_of(data_set) if recipe.stage == "generative" else "pairs",
+        )
+        for data_set, reader in zip(recipe.data.sets, readers, strict=True)
+    ]
+    bos = len(tokenization.bos)
+    if recipe.stage == "generative":
+        return GenerativePlan(recipe, sources, bos=bos, eos=int(tokenization.eos_id is not None))
+    query, passage = tokenization.encode([recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction])
+    return ContrastivePlan(recipe, sources, query_extra=bos + len(query), passage_extra=bos + len(passage))

@@ -1,0 +1,233 @@
+"""Stage 2 plan: `global_batch` query-passage pairs to a step, their texts packed into micro-batches.
+
+Which pairs form a step decides the negatives, so it must not depend on the number of ranks; how a rank packs its texts
+into micro-batches changes nothing but speed. Two records with the same answer in one step would be each other's false
+negatives: the loss masks them, and the plan moves one to another step of the window where that is easily done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from lbr_dist.config import Recipe
+from lbr_dist.data.packing import assign_bins
+from lbr_dist.data.plan_base import (
+    EpochSummary,
+    MicroPlan,
+    Plan,
+    PlannedSample,
+    SampleRef,
+    Source,
+    StepPlan,
+    rank_slice,
+)
+from lbr_dist.data.plan_generative import make_identity, make_stream
+from lbr_dist.data.plan_lengths import ContrastiveLengths, bottleneck_lengths
+from lbr_dist.data.plan_order import Mixture, key64, shuffled
+from lbr_dist.errors import UserError
+
+SWAP_TRIES = 256
+"""Other pairs tried for one that repeats an answer of its step; then it stays, and the loss masks it."""
+
+
+@dataclass(frozen=True)
+class ContrastiveStep(StepPlan):
+    """Stage 2 `StepPlan`: pairs, each with its hard negatives; see `plan_base.StepPlan`."""
+
+    step: int
+    epoch: int
+    texts: list[list[PlannedSample]]
+    """Query, passage and hard negatives of each pair."""
+    micro_tokens: int
+
+    @property
+    def samples(self) -> int:
+        """Pairs over all ranks."""
+        return len(self.texts)
+
+    @property
+    def target_tokens(self) -> int:
+        """0: nothing is predicted in stage 2."""
+        return 0
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens of all texts with their Z."""
+        return sum(text.tokens for texts in self.texts for text in texts)
+
+    def micro_batches(self, rank: int, world: int) -> list[MicroPlan]:
+        """The texts of the rank's pairs, best fit into micro-batches; every rank gets as many as the fullest one."""
+        most = max(self._pack(other, world)[2] for other in range(world))
+        micros = [MicroPlan([]) for _ in range(most)]
+        texts, bin_N, _ = self._pack(rank, world)
+        for text, number in zip(texts, bin_N.tolist(), strict=True):
+            micros[number].samples.append(text)
+        return micros
+
+    def pairs(self, rank: int, world: int) -> range:
+        """The rank's contiguous range of pair indices."""
+        return rank_slice(len(self.texts), rank, world)
+
+    def refs(self) -> list[SampleRef]:
+        """The record of each pair, in plan order."""
+        return [texts[0].ref for texts in self.texts]
+
+    def _pack(self, rank: int, world: int) -> tuple[list[PlannedSample], np.ndarray, int]:
+        """A rank's texts (queries, then passages, then hard negatives), the bin of each, and the number of bins."""
+        mine = [self.texts[pair] for pair in self.pairs(rank, world)]
+        texts = [texts[0] for texts in mine] + [texts[1] for texts in mine]
+        texts += [text for texts in mine for text in texts[2:]]
+        lengths_N = np.array([text.tokens for text in texts], dtype=np.int64)
+        return texts, *assign_bins(lengths_N, self.micro_tokens)
+
+
+class ContrastivePlan(Plan):
+    """Plan of stage 2; see `plan_base.Plan`."""
+
+    def __init__(self, recipe: Recipe, sources: Sequence[Source], *, query_extra: int, passage_extra: int) -> None:
+        """Plan from the indexes.
+
+        Args:
+            recipe: settings.
+            sources: the sets of the mixture, in the recipe's order.
+            query_extra: tokens put before every query: bos and instruction.
+            passage_extra: tokens put before every passage and hard negative.
+
+        Raises:
+            UserError: a set without questions and answers, or without a usable one; a text that no micro-batch holds.
+        """
+        super().__init__(sources)
+        self._recipe, self._seed, self._global_batch = recipe, recipe.seed, recipe.batch.global_batch
+        self._micro_tokens = recipe.batch.micro_tokens or recipe.data.bin_tokens
+        longest = recipe.data.max_x_tokens + recipe.bottleneck.count
+        self._lengths, streams = [], []
+        for number, source in enumerate(self.sources):
+            lengths = ContrastiveLengths(
+                recipe,
+                source,
+                query_extra=query_extra,
+                passage_extra=passage_extra,
+                key=key64(recipe.seed, "negatives", number),
+            )
+            if longest > self._micro_tokens:
+                setting = "batch.micro_tokens" if recipe.batch.micro_tokens else "data.bin_tokens"
+                raise UserError(
+                    f"{source.name}: a text of data.max_x_tokens={recipe.data.max_x_tokens} with its bottleneck tokens "
+                    f"({longest} in all) does not fit {setting}={self._micro_tokens}: "
+                    "raise it or lower data.max_x_tokens"
+                )
+            rows_N, too_long = lengths.usable()
+            self._lengths.append(lengths)
+            self.too_long += too_long
+            streams.append(make_stream(recipe, source, number, rows_N))
+        self._mixture = Mixture(streams, [source.weight for source in self.sources])
+        self.identity = make_identity(recipe, self.sources) | {
+            "contrastive.hard_negatives": recipe.contrastive.hard_negatives,
+            "contrastive.instructions": (recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction),
+            "specials": (query_extra, passage_extra),
+        }
+        self._ordered = lru_cache(maxsize=2)(self._order)
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Optimizer steps of an epoch; the last may be partial."""
+        return -(-self._mixture.size(epoch) // self._global_batch)
+
+    def summary(self, epoch: int) -> EpochSummary:
+        """Totals of an epoch; tokens are of queries and passages, without hard negatives."""
+        size, tokens = self._mixture.size(epoch), 0
+        for low in range(0, size, self._recipe.data.window):
+            set_N, row_N, _ = self._mixture.take(epoch, low, min(size, low + self._recipe.data.window))
+            for number, lengths in enumerate(self._lengths):
+                of_set = row_N[set_N == number]
+                for x_N in (lengths.query(of_set), lengths.passage(of_set)):
+                    tokens += int((x_N + bottleneck_lengths(self._recipe.bottleneck, x_N)).sum())
+        return EpochSummary(self.steps_per_epoch(epoch), size, tokens, 0, 0, float("nan"))
+
+    def step(self, global_step: int) -> ContrastiveStep:
+        """The plan of one step: `global_batch` pairs, fewer in the last step of an epoch."""
+        epoch, number = self.locate(global_step)
+        window = int(np.searchsorted(self._bounds(epoch), number, side="right")) - 1
+        first = int(self._bounds(epoch)[window])
+        low = (number - first) * self._global_batch
+        set_N, row_N, pass_N = (part[low : low + self._global_batch] for part in self._ordered(epoch, window))
+        return ContrastiveStep(global_step, epoch, self._texts(set_N, row_N, pass_N), self._micro_tokens)
+
+    def _texts(self, set_N: np.ndarray, row_N: np.ndarray, pass_N: np.ndarray) -> list[list[PlannedSample]]:
+        query_N, passage_N = np.empty_like(row_N), np.empty_like(row_N)
+        for number, lengths in enumerate(self._lengths):
+            of_set = set_N == number
+            query_N[of_set], passage_N[of_set] = lengths.query(row_N[of_set]), lengths.passage(row_N[of_set])
+        texts = []
+        columns = (set_N, row_N, pass_N, query_N, passage_N)
+        z_len = self._recipe.bottleneck.length
+        for pair, (set_, row, number, query, passage) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            ref = SampleRef(set_, row)
+            texts.append(
+                [
+                    PlannedSample(ref, query, z_len(query), side="query", pair=pair),
+                    PlannedSample(ref, passage, z_len(passage), side="passage", pair=pair),
+                ]
+            )
+            if self._recipe.contrastive.hard_negatives:
+                texts[-1] += [
+                    PlannedSample(ref, x_len, z_len(x_len), side="negative", pair=pair, choice=choice)
+                    for choice, x_len in self._lengths[set_].negatives(row, number)
+                ]
+        return texts
+
+    def _bounds(self, epoch: int) -> np.ndarray:
+        """Bounds of the epoch's windows, in steps: equal parts of whole steps, about data.window pairs each."""
+        steps = self.steps_per_epoch(epoch)
+        windows = max(1, -(-steps // max(1, self._recipe.data.window // self._global_batch)))
+        return steps * np.arange(windows + 1) // windows
+
+    def _order(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """set_N, row_N, pass_N of a window's pairs, in the order of the steps."""
+        low, high = (self._bounds(epoch)[window : window + 2] * self._global_batch).tolist()
+        columns = self._mixture.take(epoch, low, min(high, self._mixture.size(epoch)))
+        order_N = shuffled(len(columns[0]), self._seed, "window", epoch, window)
+        set_N, row_N, pass_N = (column[order_N] for column in columns)
+        answer_N = np.empty(len(set_N), dtype=np.int64)
+        for number, source in enumerate(self.sources):
+            of_set = set_N == number
+            answer_N[of_set] = source.index.answer_hash[row_N[of_set]]
+        order_N = spread(answer_N, self._global_batch, key64(self._seed, "swaps", epoch, window))
+        return set_N[order_N], row_N[order_N], pass_N[order_N]
+
+
+def spread(answer_N: np.ndarray, group: int, key: int) -> np.ndarray:
+    """Permutation of pairs, close to the identity, in which runs of `group` rarely hold the same answer twice.
+
+    Args:
+        answer_N: hash of each pair's answer.
+        group: pairs in a step.
+        key: seed of the order in which partners for a swap are tried.
+    """
+    count = len(answer_N)
+    order_N = np.arange(count)
+    step_N = order_N // group
+    by_answer = np.lexsort((step_N, answer_N))
+    same = (np.diff(answer_N[by_answer]) == 0) & (np.diff(step_N[by_answer]) == 0)
+    repeats = np.sort(by_answer[1:][same]).tolist()
+    if not repeats or count <= group:
+        return order_N
+    answers, order = answer_N.tolist(), order_N.tolist()
+    held: dict[tuple[int, int], int] = {}
+    for place, answer in enumerate(answers):
+        held[place // group, answer] = held.get((place // group, answer), 0) + 1
+    for place in repeats:
+        mine, step = answers[order[place]], place // group
+        start = key64(key, place) % count
+        for partner in ((start + offset) % count for offset in range(min(SWAP_TRIES, count))):
+            other, theirs = partner // group, answers[order[partner]]
+            if other != step and not held.get((other, mine)) and not held.get((step, theirs)):
+                order[place], order[partner] = order[partner], order[place]
+                for moved, source, target in ((mine, step, other), (theirs, other, step)):
+                    held[source, moved] -= 1
+                    held[target, moved] = held.get((target, moved), 0) + 1
+                break
+    return np.array(order, dtype=np.int64)

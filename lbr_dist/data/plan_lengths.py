@@ -1,0 +1,221 @@
+"""How long each sample will be, from the index alone: no text is read to plan a run.
+
+Everything here is elementwise over rows of the index. The loader later tokenizes the text and insists on exactly these
+lengths, so a plan made from the index of another tokenizer cannot pass unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lbr_dist.config import Bottleneck, Recipe
+from lbr_dist.data.plan_base import Source, TooLong
+from lbr_dist.data.plan_order import key64, uniform
+from lbr_dist.errors import UserError
+
+
+def bottleneck_lengths(bottleneck: Bottleneck, x_N: np.ndarray) -> np.ndarray:
+    """|Z| of each sample: `Bottleneck.length`, elementwise."""
+    if not bottleneck.enabled:
+        return np.zeros_like(x_N)
+    if bottleneck.tokens is not None:
+        return np.full_like(x_N, bottleneck.tokens)
+    ratio = bottleneck.effective_ratio or np.inf
+    return np.clip(-np.floor_divide(-x_N, ratio), 1, bottleneck.max_tokens).astype(np.int64)
+
+
+class GenerativeLengths:
+    """|X|, |Z| and |Y| of stage 1 samples of one set: [bos D or Q ; Z ; target eos]."""
+
+    def __init__(self, recipe: Recipe, source: Source, *, bos: int, eos: int, key: int) -> None:
+        """Prepare.
+
+        Args:
+            recipe: limits, bottleneck, prefix shares.
+            source: the set.
+            bos: tokens put before X.
+            eos: tokens put after Y.
+            key: seed of the cut points of target `prefix`.
+        """
+        self._data, self._bottleneck, self._generative = recipe.data, recipe.bottleneck, recipe.generative
+        self._source, self._bos, self._eos, self._key = source, bos, eos, key
+        index = source.index
+        if source.target == "sft" and _lacks(index.question_tokens, index.answer_tokens):
+            raise UserError(
+                f"{source.name}: target sft needs questions and answers, and some records have none: "
+                "set this set's target to reconstruct or prefix"
+            )
+
+    def document_tokens(self, row_N: np.ndarray) -> np.ndarray:
+        """Raw tokens of the document: the text where the record has one, else the answer."""
+        text_N = self._source.index.text_tokens[row_N].astype(np.int64)
+        return np.where(text_N >= 0, text_N, self._source.index.answer_tokens[row_N])
+
+    def lengths(self, row_N: np.ndarray, pass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x_N, z_N, y_N in tokens, after cutting; a prefix's cut point depends on the row and on the pass."""
+        x_N, y_N = self._whole(row_N)
+        if self._source.target == "prefix":
+            x_N, y_N = self._split(row_N, pass_N)
+        x_N, y_N = np.minimum(x_N, self._data.max_x_tokens), np.minimum(y_N, self._data.max_y_tokens)
+        return x_N, bottleneck_lengths(self._bottleneck, x_N), y_N
+
+    def _whole(self, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x_N and y_N before cutting; a prefix's document counts whole on both sides."""
+        index = self._source.index
+        if self._source.target == "sft":
+            x_N, y_N = index.question_tokens[row_N].astype(np.int64), index.answer_tokens[row_N].astype(np.int64)
+        else:
+            x_N = y_N = self.document_tokens(row_N)
+        return x_N + self._bos, y_N + self._eos
+
+    def _split(self, row_N: np.ndarray, pass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cut D at k, uniform within the shares asked for, then moved so that both parts fit if that is possible."""
+        document_N = self.document_tokens(row_N)
+        draw_N = uniform(row_N.astype(np.uint64) | (pass_N.astype(np.uint64) << np.uint64(40)), self._key)
+        low, high = self._generative.prefix_min, self._generative.prefix_max
+        k_N = np.rint(document_N * (low + (high - low) * draw_N)).astype(np.int64)
+        k_N = np.clip(k_N, 1, np.maximum(1, document_N - 1))
+        k_N = np.maximum(k_N, document_N + self._eos - self._data.max_y_tokens)
+        k_N = np.minimum(np.minimum(k_N, self._data.max_x_tokens - self._bos), document_N)
+        return k_N + self._bos, document_N - k_N + self._eos
+
+    def usable(self) -> tuple[np.ndarray | None, list[TooLong]]:
+        """Rows that are used (None: all) and the samples that exceed a limit.
+
+        Raises:
+            UserError: a used sample does not fit a bin, or none is left.
+        """
+        data, all_N = self._data, np.arange(len(self._source.index.answer_tokens))
+        x_N, y_N = self._whole(all_N)
+        if self._source.target == "prefix":
+            limits = [("document", x_N + self._eos, data.max_x_tokens + data.max_y_tokens)]
+        elif self._source.target == "reconstruct":
+            limits = [("document", x_N, data.max_x_tokens), ("document as target", y_N, data.max_y_tokens)]
+        else:
+            limits = [("question", x_N, data.max_x_tokens), ("answer", y_N, data.max_y_tokens)]
+        empty_N = (y_N == 0) | ((x_N == 0) & (not self._bottleneck.enabled))
+        kept_N, too_long = keep(self._source.name, data.too_long, limits, empty_N)
+        self._check_fit(all_N if kept_N is None else kept_N)
+        return kept_N, too_long
+
+    def _check_fit(self, row_N: np.ndarray) -> None:
+        x_N, y_N = self._whole(row_N)
+        x_N, y_N = np.minimum(x_N, self._data.max_x_tokens), np.minimum(y_N, self._data.max_y_tokens)
+        z_N = bottleneck_lengths(self._bottleneck, x_N)
+        if self._source.target == "prefix":  # wherever the cut falls
+            total_N = np.minimum(self.document_tokens(row_N) + self._bos + self._eos, x_N + y_N) + z_N
+        else:
+            total_N = x_N + z_N + y_N
+        if len(total_N) and total_N.max() > self._data.bin_tokens:
+            raise UserError(
+                f"{self._source.name}: a sample of {total_N.max()} tokens (X, Z and Y) does not fit data.bin_tokens="
+                f"{self._data.bin_tokens}: raise it, or lower data.max_x_tokens or data.max_y_tokens"
+            )
+
+
+class ContrastiveLengths:
+    """|X| of the texts of stage 2 pairs of one set: bos + instruction + text."""
+
+    def __init__(self, recipe: Recipe, source: Source, *, query_extra: int, passage_extra: int, key: int) -> None:
+        """Prepare.
+
+        Args:
+            recipe: limits, bottleneck, number of hard negatives.
+            source: the set.
+            query_extra: tokens put before every query (bos and instruction).
+            passage_extra: tokens put before every passage.
+            key: seed of the choice of hard negatives.
+        """
+        self._recipe, self._source, self._key = recipe, source, key
+        self._query_extra, self._passage_extra = query_extra, passage_extra
+        self._limit = recipe.data.max_x_tokens
+        index = source.index
+        if _lacks(index.question_tokens, index.answer_tokens):
+            raise UserError(
+                f"{source.name}: stage 2 needs questions and answers, and some records have none: "
+                "use a question-answer or query-document set"
+            )
+
+    def query(self, row_N: np.ndarray) -> np.ndarray:
+        """|X| of the queries, after cutting."""
+        return np.minimum(self._source.index.question_tokens[row_N].astype(np.int64) + self._query_extra, self._limit)
+
+    def passage(self, row_N: np.ndarray) -> np.ndarray:
+        """|X| of the passages, after cutting."""
+        return np.minimum(self._source.index.answer_tokens[row_N].astype(np.int64) + self._passage_extra, self._limit)
+
+    def negatives(self, row: int, number: int) -> list[tuple[int, int]]:
+        """(which negative, |X|) of the hard negatives used with a record in its pass `number`.
+
+        A run of neighbours in the record's list, from a start that changes with the pass.
+        """
+        raw = self._source.index.negative_tokens[row] + self._passage_extra
+        choices = np.arange(len(raw))
+        if self._recipe.data.too_long == "drop":
+            choices = choices[raw <= self._limit]
+        wanted = min(self._recipe.contrastive.hard_negatives, len(choices))
+        if not wanted:
+            return []
+        start = key64(self._key, row, number) % len(choices)
+        picked = choices[(start + np.arange(wanted)) % len(choices)]
+        return [(int(choice), min(int(raw[choice]), self._limit)) for choice in picked]
+
+    def usable(self) -> tuple[np.ndarray | None, list[TooLong]]:
+        """Rows that are used (None: all) and the texts that exceed the limit.
+
+        Raises:
+            UserError: no row is left.
+        """
+        index, action = self._source.index, self._recipe.data.too_long
+        query_N = index.question_tokens.astype(np.int64) + self._query_extra
+        passage_N = index.answer_tokens.astype(np.int64) + self._passage_extra
+        limits = [("query", query_N, self._limit), ("passage", passage_N, self._limit)]
+        empty_N = ((query_N == 0) | (passage_N == 0)) & (not self._recipe.bottleneck.enabled)
+        kept_N, too_long = keep(self._source.name, action, limits, empty_N)
+        if self._recipe.contrastive.hard_negatives:
+            negative_M = index.negative_tokens.values.astype(np.int64) + self._passage_extra
+            long = int((negative_M > self._limit).sum())
+            if long:
+                too_long.append(
+                    TooLong(self._source.name, "negative", self._limit, action, long, int(negative_M.max()))
+                )
+        return kept_N, too_long
+
+
+def keep(
+    name: str, action: str, limits: Sequence[tuple[str, np.ndarray, int]], empty_N: np.ndarray
+) -> tuple[np.ndarray | None, list[TooLong]]:
+    """Apply the limits of one set.
+
+    Args:
+        name: the set, for messages.
+        action: "cut" or "drop".
+        limits: (part, tokens_N, most tokens allowed).
+        empty_N: samples with nothing to read or to predict: always dropped.
+
+    Returns:
+        Rows kept (None: all) and what was counted.
+
+    Raises:
+        UserError: no row is left.
+    """
+    drop_N = empty_N.copy()
+    too_long = []
+    for part, tokens_N, limit in limits:
+        long_N = tokens_N > limit
+        if long_N.any():
+            too_long.append(TooLong(name, part, limit, action, int(long_N.sum()), int(tokens_N.max())))
+        if action == "drop":
+            drop_N |= long_N
+    if empty_N.any():
+        too_long.append(TooLong(name, "empty", 0, "drop", int(empty_N.sum()), 0))
+    if drop_N.all():
+        why = "; ".join(map(str, too_long)) or "the split is empty"
+        raise UserError(f"{name}: no sample is left ({why}): raise data.max_x_tokens or data.max_y_tokens, or add data")
+    return (np.flatnonzero(~drop_N) if drop_N.any() else None), too_long
+
+
+def _lacks(*columns_N: np.ndarray) -> bool:
+    return any(bool((column < 0).any()) for column in columns_N)
