@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,5 +91,28 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         if key not in made:
             made[key] = make_model(tmp_path_factory.mktemp(f"{family}-{tied}"), family, tied=tied)
         return made[key]
+
+    return factory
+
+
+@pytest.fixture(scope="session")
+def tiny_lbr(tiny_model_dir: Callable[..., Path]) -> Callable[..., Any]:
+    """Factory: a fresh `LbrModel` on a tiny backbone, `tiny_lbr("qwen3", tied=False, tokens=2, model={...})`."""
+    from lbr_dist.config import parse_recipe
+    from lbr_dist.model.bottleneck import LbrModel
+
+    def factory(
+        family: str = "llama", tied: bool = True, tokens: int = 2, model: dict[str, Any] | None = None
+    ) -> LbrModel:
+        raw = {
+            "stage": "generative",
+            "output": "unused",
+            "model": {"path": str(tiny_model_dir(family, tied)), **(model or {})},
+            "data": {"sets": [{"path": "unused"}], "max_x_tokens": 200, "max_y_tokens": 200},
+            "bottleneck": {"tokens": tokens} if tokens else {"enabled": False},
+            "batch": {"global_batch": 1},
+            "duration": {"steps": 1},
+        }
+        return LbrModel.build(parse_recipe(raw, "test"))
 
     return factory

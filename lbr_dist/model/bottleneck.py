@@ -127,15 +127,15 @@ class LbrModel(nn.Module):
             pooling: of `embed`. bottleneck and last: the last Z, or the last X of a sample without Z; mean: over X (a
                 sample without X gives zeros).
         """
-        hidden_TD = self._decode(batch)
+        hidden_TD = self.decode(batch)
         if task == "generate":
             return self.causal_lm.lm_head(hidden_TD[batch.loss_positions_L], batch.targets_L)
         if task == "embed":
             return _mean(hidden_TD, batch) if pooling == "mean" else hidden_TD[batch.pool_S].float()
         return hidden_TD
 
-    def _decode(self, batch: PackedBatch, **options: Any) -> Tensor:
-        """Last hidden states [T, D] of a batch; `options` go to the decoder."""
+    def decode(self, batch: PackedBatch, **options: Any) -> Tensor:
+        """Last hidden states [T, D] of a batch; `options` go to the transformers decoder (a cache, say)."""
         model = self.causal_lm
         embeds_TD = model.get_input_embeddings()(batch.tokens_T)
         if self.z is not None:
