@@ -1,20 +1,13 @@
 """Typed recipes: every setting of a run, its default, and what it means.
 
-A recipe is one YAML file. It is validated whole before anything starts: an unknown key is refused with the nearest
-valid one, contradictions name both settings, and the resolved recipe (defaults filled in) is saved beside the run.
-`key=value` overrides use dots: `optim.lr=1e-4`, `data.sets.0.weight=2`.
+The schema alone: values are checked one by one and against each other here; `recipes` reads the files.
 """
 
 from __future__ import annotations
 
-import difflib
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from lbr_dist.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -146,7 +139,7 @@ class Generative(Section):
     """Stage 1 (paper section 3.2)."""
 
     target: Literal["sft", "reconstruct", "prefix"] = "sft"
-    """sft: X = question, Y = answer; reconstruct: X = Y = document; prefix: X = D[:k], Y = D[k:], k drawn per sample."""
+    """sft: X = question, Y = answer; reconstruct: X = Y = document; prefix: X = D[:k], Y = D[k:], k drawn per row."""
     prefix_min: Share = 0.2
     """Smallest share of the document that becomes X with target `prefix`."""
     prefix_max: Share = 0.8
@@ -315,125 +308,3 @@ class Recipe(Section):
     def target_of(self, data_set: DataSet) -> str:
         """Stage 1 target of `data_set`."""
         return data_set.target or self.generative.target
-
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override and validate a recipe.
-
-    Args:
-        path: YAML file, or the name of a recipe that ships with the package (see `lbr recipes`).
-        overrides: `key=value` strings; values are YAML.
-
-    Raises:
-        UserError: no such file, bad YAML, an unknown key (the nearest valid one is named) or a refused value.
-    """
-    file = Path(path)
-    if not file.is_file():
-        shipped = Path(__file__).parent / "recipes" / f"{path}.yaml"
-        if not shipped.is_file():
-            raise UserError(f"recipe {path}: no such file, and no recipe of that name ships with lbr (`lbr recipes`)")
-        file = shipped
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"recipe {file}: expected a mapping of settings, found {type(raw).__name__}")
-    for item in overrides or []:
-        _override(raw, item)
-    return parse_recipe(raw, str(file))
-
-
-def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
-    """Validate a recipe given as a mapping; `origin` names it in errors."""
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UserError("; ".join(_explain(raw, origin, dict(e)) for e in error.errors())) from None
-
-
-def _override(raw: dict[str, Any], item: str) -> None:
-    key, separator, text = item.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {item!r}: expected key=value, for example optim.lr=1e-4")
-    *parents, last = key.split(".")
-    node: Any = raw
-    for part in parents:
-        if isinstance(node, list):
-            node = node[_list_index(node, part, key)]
-        else:
-            if node.get(part) is None:
-                node[part] = {}
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise UserError(f"override {item!r}: {part} is a value, not a section")
-    value = _yaml_value(text)
-    if isinstance(node, list):
-        node[_list_index(node, last, key)] = value
-    else:
-        node[last] = value
-
-
-def _yaml_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _list_index(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        raise UserError(f"override {key}: {part} is not an index into a list of {len(node)}")
-    return int(part)
-
-
-def _explain(raw: dict[str, Any], origin: str, error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        valid = _valid_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.0)
-        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
-        return f"recipe {origin}: unknown key {where}; {hint}"
-    if error["type"] == "missing":
-        return f"recipe {origin}: {where} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if not where:
-        return f"recipe {origin}: {message}"
-    return f"recipe {origin}: {where}: {message} (got {error['input']!r})"
-
-
-def _valid_keys(loc: tuple[Any, ...]) -> list[str]:
-    section: type[BaseModel] = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(str(part))
-        if field is None:
-            break
-        found = _section_type(field.annotation)
-        if found is None:
-            break
-        section = found
-    return list(section.model_fields)
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section_type(inner)
-        if found is not None:
-            return found
-    return None
-
-
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the resolved recipe (defaults filled in) as YAML."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")

@@ -98,8 +98,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 @pytest.fixture(scope="session")
 def tiny_lbr(tiny_model_dir: Callable[..., Path]) -> Callable[..., Any]:
     """Factory: a fresh `LbrModel` on a tiny backbone, `tiny_lbr("qwen3", tied=False, tokens=2, model={...})`."""
-    from lbr_dist.config import parse_recipe
     from lbr_dist.model.bottleneck import LbrModel
+    from lbr_dist.recipes import parse_recipe
 
     def factory(
         family: str = "llama", tied: bool = True, tokens: int = 2, model: dict[str, Any] | None = None

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lbr_dist.config import Bottleneck, Recipe, load_recipe, parse_recipe, save_recipe
+from lbr_dist.config import Bottleneck, Recipe
 from lbr_dist.errors import UserError
+from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
 
 MINIMAL = {
     "stage": "generative",
