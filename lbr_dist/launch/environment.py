@@ -1,0 +1,111 @@
+"""Which rank this process is, whoever started it: torchrun, Ray, `lbr train --nproc`, srun, or nobody.
+
+All of them describe the same six numbers in environment variables of their own. They are read here, once and without
+torch, so that a wrong launch is refused before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lbr_dist.errors import UserError
+
+_ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_BATCH_STEP = 4_294_967_290
+"""Slurm's ids from here on are the batch script and other steps that srun did not start."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process among the ranks of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    master: tuple[str, int] | None
+    """Host and port where the ranks meet; None: there is only this one."""
+    source: str
+    """Who said so."""
+
+    def describe(self) -> str:
+        """One line for the log."""
+        meeting = f", meeting at {self.master[0]}:{self.master[1]}" if self.master else ""
+        return f"{self.world} rank{'s' if self.world > 1 else ''} ({self.source}){meeting}"
+
+
+def detect(environ: Mapping[str, str] | None = None) -> Environment:
+    """Read the environment.
+
+    Raises:
+        UserError: the variables are incomplete or contradict each other.
+    """
+    environ = os.environ if environ is None else environ
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        found = _from_env(environ)
+    elif int(environ.get("SLURM_STEP_ID", _BATCH_STEP)) < _BATCH_STEP:
+        found = _from_slurm(environ)
+    else:
+        return Environment(0, 1, 0, 1, None, "single process")
+    if not 0 <= found.rank < found.world:
+        raise UserError(f"{found.source}: rank {found.rank} is outside of 0..{found.world - 1}: check the launcher")
+    return found
+
+
+def _from_env(environ: Mapping[str, str]) -> Environment:
+    missing = [name for name in _ENV if name not in environ]
+    if missing:
+        given = ", ".join(name for name in _ENV if name in environ)
+        raise UserError(
+            f"environment: {given} set, but not {', '.join(missing)}: start with torchrun, srun or `--nproc`, "
+            f"or unset {given}"
+        )
+    world = _number(environ, "WORLD_SIZE")
+    rank = _number(environ, "RANK")
+    source = "torchrun" if "TORCHELASTIC_RUN_ID" in environ else environ.get("LBR_LAUNCHER", "env://")
+    return Environment(
+        rank,
+        world,
+        _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank,
+        _number(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world,
+        (environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")),
+        source,
+    )
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Environment:
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"):
+        if name not in environ:
+            raise UserError(f"srun: {name} is not set: start the ranks with srun from inside the job")
+    world = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
+    tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
+    address = environ.get("MASTER_ADDR", first_host(nodes))
+    port = environ.get("MASTER_PORT", str(20_000 + _number(environ, "SLURM_JOB_ID") % 20_000))
+    return Environment(
+        _number(environ, "SLURM_PROCID"),
+        world,
+        _number(environ, "SLURM_LOCALID"),
+        int(re.match(r"\d+", tasks).group()) if re.match(r"\d+", tasks) else world,  # type: ignore[union-attr]
+        (address, int(port)) if world > 1 else None,
+        f"srun, job {environ['SLURM_JOB_ID']}",
+    )
+
+
+def first_host(nodes: str) -> str:
+    """First host of a Slurm node list: `gpu[03-07,9],login` gives `gpu03`."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if not match:
+        raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR")
+    prefix, number, suffix = match.groups()
+    return prefix + (number or "") + (suffix or "")
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except (KeyError, ValueError):
+        raise UserError(f"environment: {name}={environ.get(name)!r} is not a number: check the launcher") from None

@@ -1,0 +1,180 @@
+"""Proof that every sample was used exactly once per epoch, in plan order, whatever restarts there were.
+
+Each rank appends one line per step with the ids of its samples, and one line when it starts:
+
+    {"start": 300, "attempt": 2, "world": 4, "plan": "9f..."}
+    {"step": 300, "epoch": 0, "ids": ["chebi:15365:2", ...]}
+
+A step that was done, lost with the process and done again counts once: a start at step s takes back everything that
+earlier attempts did from s on, just as loading the checkpoint did. What remains is the run's history, and is compared
+with the plan.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lbr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lbr_dist.data.assemble import LocalBatch
+
+FOLDER = "audit"
+
+
+class AuditLog:
+    """One rank's log. A line reaches the operating system before the next step starts, so SIGKILL loses none."""
+
+    def __init__(self, run_dir: Path, rank: int, *, start: int, attempt: int, world: int, plan: str) -> None:
+        folder = run_dir / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"rank-{rank}.jsonl"
+        torn = file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+        self._file: TextIO = file.open("a", encoding="utf-8", buffering=1)
+        if torn:
+            self._file.write("\n")
+        self._write({"start": start, "attempt": attempt, "world": world, "plan": plan})
+
+    def step(self, step: int, epoch: int, batches: Sequence[LocalBatch]) -> None:
+        """Log a finished step. In stage 2 a pair is logged once, by its query."""
+        ids = [
+            id_
+            for batch in batches
+            for id_, sample in zip(batch.ids, batch.samples, strict=True)
+            if sample.side in ("x", "query")
+        ]
+        self._write({"step": step, "epoch": epoch, "ids": ids})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+
+@dataclass
+class Audit:
+    """What an audit found; no `problems` means that the history is what the plan says."""
+
+    steps: int = 0
+    samples: int = 0
+    attempts: int = 0
+    redone: int = 0
+    """Steps done more than once, because a restart took them back."""
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        verdict = "as planned" if not self.problems else f"{len(self.problems)} problems"
+        return (
+            f"{self.steps} steps, {self.samples} samples, {self.attempts} starts, {self.redone} steps done again: "
+            f"{verdict}"
+        )
+
+
+def last_attempt(run_dir: Path) -> int:
+    """Number of the latest start in any rank's log; 0 where there is none."""
+    return max((row["attempt"] for row in _rows(run_dir) if "attempt" in row), default=0)
+
+
+@dataclass
+class _Attempt:
+    start: int
+    world: int
+    plan: str
+    ids: dict[int, dict[int, list[str]]] = field(default_factory=dict)
+    """Step, to rank, to sample ids."""
+
+
+def audit(run_dir: str | Path) -> Audit:
+    """Read the logs of a run and compare its history with its plan.
+
+    The plan is made again from `recipe.yaml` and the prepared sets, which must still be there.
+
+    Raises:
+        UserError: not a run with an audit log, or the plan cannot be made.
+    """
+    run_dir = Path(run_dir)
+    found, result = _attempts(run_dir), Audit()
+    if not found:
+        raise UserError(f"{run_dir}: has no audit log (audit/rank-*.jsonl): not a run, or it never started")
+    result.attempts = len(found)
+    history: dict[int, list[str]] = {}
+    for attempt in found:  # in order: a later one takes back the steps from its start on
+        taken_back = [step for step in history if step >= attempt.start]
+        result.redone += len(taken_back)
+        for step in taken_back:
+            del history[step]
+        for step, ranks in attempt.ids.items():
+            if len(ranks) == attempt.world:  # else the step was under way on some ranks when the run ended
+                history[step] = [id_ for rank in sorted(ranks) for id_ in ranks[rank]]
+    result.steps, result.samples = len(history), sum(map(len, history.values()))
+    expected_next = 0
+    for step in sorted(history):
+        if step != expected_next:
+            result.problems.append(f"step {expected_next} to {step - 1}: no record")
+        expected_next = step + 1
+    _compare(run_dir, history, found[-1].plan, result)
+    return result
+
+
+def _compare(run_dir: Path, history: dict[int, list[str]], fingerprint: str, result: Audit) -> None:
+    """Compare each step's samples, and each epoch's, with the plan."""
+    from lbr_dist.data.plan import open_data
+    from lbr_dist.model.tokenizer import Tokenization
+    from lbr_dist.training.run_folder import load_run_recipe
+
+    recipe = load_run_recipe(run_dir)
+    plan, readers = open_data(recipe, Tokenization.load(recipe.model.path))
+    if plan.fingerprint != fingerprint:
+        raise UserError(f"{run_dir}: the prepared sets or the recipe changed since the run; audit with the old ones")
+    ids = [reader.index.ids for reader in readers]
+    used: dict[int, Counter[tuple[int, int]]] = {}
+    for step in sorted(history):
+        planned = plan.step(step)
+        refs = planned.refs()
+        names = [str(ids[ref.set][ref.row]) for ref in refs]
+        if sorted(names) != sorted(history[step]):
+            strange = sorted((Counter(history[step]) - Counter(names)).keys())[:3]
+            lacking = sorted((Counter(names) - Counter(history[step])).keys())[:3]
+            result.problems.append(f"step {step}: not the planned samples (extra {strange}, missing {lacking})")
+        used.setdefault(planned.epoch, Counter()).update((ref.set, ref.row) for ref in refs)
+    for epoch, counts in used.items():
+        for number, data_set in enumerate(recipe.data.sets):
+            most = -(-data_set.weight // 1)
+            twice = [row for (set_, row), count in counts.items() if set_ == number and count > most]
+            if twice:
+                result.problems.append(
+                    f"epoch {epoch}: {len(twice)} samples of {data_set.path} more than {most:g} times"
+                )
+
+
+def _attempts(run_dir: Path) -> list[_Attempt]:
+    attempts: dict[int, _Attempt] = {}
+    for file in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
+        rank, current = int(file.stem.removeprefix("rank-")), None
+        for row in _lines(file):
+            if "start" in row:
+                current = attempts.setdefault(row["attempt"], _Attempt(row["start"], row["world"], row["plan"]))
+            elif current is not None:
+                current.ids.setdefault(row["step"], {})[rank] = row["ids"]
+    return [attempts[number] for number in sorted(attempts)]
+
+
+def _rows(run_dir: Path) -> Iterator[dict[str, Any]]:
+    for file in (run_dir / FOLDER).glob("rank-*.jsonl"):
+        yield from _lines(file)
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue  # torn by a kill: that step was not finished

@@ -1,0 +1,137 @@
+"""DeepSpeed's JSON and the recipe, made one: the recipe decides, and a contradiction is refused.
+
+A DeepSpeed file says how memory is spent (stage, offload, buckets). What the training *means* (batch, rates, clipping,
+number format) is the recipe's alone: a file has "auto" there, or the same value, or the run does not start. Needs no
+torch, so that a wrong file is found before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+
+FOLDER = Path(__file__).parent.parent / "ds_configs"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A resolved DeepSpeed configuration."""
+
+    name: str
+    config: dict[str, Any]
+    note: str = ""
+    """Why it was chosen, where the recipe left it open."""
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage."""
+        return int(self.config["zero_optimization"]["stage"])
+
+
+def load_regime(recipe: Recipe, *, world: int, cuda: bool) -> Regime:
+    """Read the DeepSpeed file that the recipe names and fill in what the recipe decides.
+
+    Raises:
+        UserError: no such file, bad JSON, or a setting that contradicts the recipe (both are named).
+    """
+    name, note = recipe.deepspeed, ""
+    if name == "auto":
+        name = "zero3" if cuda else "cpu" if world > 1 else "zero1"
+        note = "one process on a CPU has nothing to partition" if name == "zero1" else ""
+    file = Path(name)
+    if file.suffix != ".json":
+        file = FOLDER / f"{name}.json"
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.json")))
+        raise UserError(f"deepspeed: {name}: no such file, nor one of {known}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed: {file}: not a readable JSON file: {error}") from None
+    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
+        raise UserError(f"deepspeed: {file}: expected an object with a zero_optimization section")
+    return Regime(name, resolve(given, recipe, str(file), cuda=cuda), note)
+
+
+def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets; `given` is not changed.
+
+    Raises:
+        UserError: a contradiction; it names the file's setting and the recipe's.
+    """
+    for path, (value, setting) in _decided(recipe).items():
+        found = _look_up(given, path)
+        if found is not None and found != "auto" and not _equal(found, value):
+            raise UserError(
+                f"{origin}: {path} is {json.dumps(found)}, but the recipe has {setting}: "
+                f'set it to "auto", or change the recipe'
+            )
+    config = _without_auto(given)
+    for section in ("optimizer", "scheduler", "train_batch_size"):
+        config.pop(section, None)
+    bf16 = recipe.model.dtype == "bfloat16"
+    config |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": recipe.optim.clip,
+        "bf16": {**config.get("bf16", {}), "enabled": bf16, "check_grad_overflow": True},
+        "zero_allow_untested_optimizer": True,
+    }
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    config.setdefault("steps_per_print", 2**62)
+    zero = config.setdefault("zero_optimization", {})
+    zero.setdefault("stage", 0)
+    if not cuda:
+        for part in ("offload_optimizer", "offload_param"):
+            if part in zero:
+                zero[part] = {**zero[part], "pin_memory": False}
+    return config
+
+
+def _decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
+    """DeepSpeed setting, to the only value it may have and the recipe's setting that says so."""
+    optim = recipe.optim
+    accumulation = "batch.global_batch and batch.micro_tokens, from which accumulation is derived"
+    return {
+        "train_batch_size": (recipe.batch.global_batch, f"batch.global_batch = {recipe.batch.global_batch}"),
+        "train_micro_batch_size_per_gpu": (1, accumulation),
+        "gradient_accumulation_steps": (1, accumulation),
+        "managed_gradient_accumulation": (True, accumulation),
+        "gradient_clipping": (optim.clip, f"optim.clip = {optim.clip}"),
+        "bf16.enabled": (recipe.model.dtype == "bfloat16", f"model.dtype = {recipe.model.dtype}"),
+        "fp16.enabled": (False, f"model.dtype = {recipe.model.dtype}"),
+        "optimizer.type": (optim.name, f"optim.name = {optim.name}"),
+        "optimizer.params.lr": (optim.lr, f"optim.lr = {optim.lr}"),
+        "optimizer.params.betas": (list(optim.betas), f"optim.betas = {list(optim.betas)}"),
+        "optimizer.params.eps": (optim.eps, f"optim.eps = {optim.eps}"),
+        "optimizer.params.weight_decay": (optim.weight_decay, f"optim.weight_decay = {optim.weight_decay}"),
+        "scheduler.type": ("auto", f"optim.schedule = {optim.schedule}"),
+        "zero_optimization.elastic_checkpoint": (False, "checkpoints of its own, which reshard anyway"),
+    }
+
+
+def _look_up(given: dict[str, Any], path: str) -> Any:
+    node: Any = given
+    for part in path.split("."):
+        if not isinstance(node, dict):
+            return None
+        node = node.get(part)
+    return node
+
+
+def _equal(found: Any, value: Any) -> bool:
+    if isinstance(found, str) and isinstance(value, str):
+        return found.lower() == value.lower()
+    return found == value
+
+
+def _without_auto(node: Any) -> Any:
+    """What is still "auto" falls back to DeepSpeed's default."""
+    if isinstance(node, dict):
+        return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
+    return node

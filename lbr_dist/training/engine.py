@@ -1,0 +1,109 @@
+"""DeepSpeed under the training loop: the process group, the sharded model, and one optimizer step.
+
+One process on a laptop and a thousand GPUs take the same path; only the ZeRO stage and the backend differ. DeepSpeed's
+own conveniences (its optimizers, schedulers, data loaders, checkpoints, accumulation counter) are left unused: each
+ties the meaning of a run to the world size, and ours must not depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lbr_dist.config import Recipe
+from lbr_dist.launch.environment import Environment
+from lbr_dist.model.bottleneck import LbrModel
+from lbr_dist.training.ds_config import Regime
+from lbr_dist.training.optimizer import make_optimizer
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def start_distributed(environment: Environment, timeout_s: float) -> torch.device:
+    """Join the process group (NCCL on GPUs, gloo without) and return this rank's device.
+
+    Args:
+        environment: who this rank is.
+        timeout_s: after this, a collective call that not all ranks make fails.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", environment.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        where: dict[str, Any] = {"store": dist.HashStore()}
+        if environment.master is not None:
+            where = {"init_method": "tcp://{}:{}".format(*environment.master)}
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=environment.rank,
+            world_size=environment.world,
+            timeout=timedelta(seconds=timeout_s),
+            **where,
+        )
+    os.environ.update(
+        RANK=str(environment.rank), WORLD_SIZE=str(environment.world), LOCAL_RANK=str(environment.local_rank)
+    )
+    return device
+
+
+def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
+    """Build the recipe's model, sharded where the stage is 3, and wrap it. Collective.
+
+    Raises:
+        UserError: see `LbrModel.build`.
+    """
+    deepspeed = _import_deepspeed()
+    sharding = None
+    if regime.stage == 3:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        sharding = HfDeepSpeedConfig(regime.config)  # while it lives, from_pretrained loads sharded
+    module = LbrModel.build(recipe, for_zero3=regime.stage == 3)
+    module.train()
+    optimizer = make_optimizer(module, recipe.optim)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=regime.config)
+    del sharding
+    return engine
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("LBR_DEEPSPEED_LOG", "ERROR"))
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        # an all-reduce through shared memory: two minutes of compiling, and a C++ compiler, for nothing that we need
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=None, verbose=False)
+    return deepspeed
+
+
+def apply_gradients(engine: DeepSpeedEngine) -> tuple[float, bool]:
+    """Clip, update, and clear the gradients.
+
+    Returns:
+        The global gradient norm before clipping, and whether the update was made: a gradient that is not finite on any
+        rank is dropped on all of them, and nothing changes but the norm, which is then infinite or NaN.
+    """
+    norm = None
+    if engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):
+            engine.zero_grad()
+            return norm, False
+    engine.step()
+    if norm is None:
+        norm = float(engine.get_global_grad_norm())
+    return norm, engine.was_step_applied()

@@ -1,0 +1,83 @@
+"""Floating-point operations that a step needs, from the model's shape and the samples' lengths: the numerator of MFU.
+
+Model operations, not hardware operations: what recomputation (activation checkpointing, the second pass of a cached
+contrastive step) adds is not counted, so that MFU says how fast the run is and not how busy.
+
+    per token        6 * parameters in the decoder layers' matrices        (2 forward, 4 backward)
+    per target       6 * vocabulary * width                                (the head, where Y is predicted)
+    per score cell   12 * layers * query width                             (scores and their use: 4 forward, 8 backward)
+
+Cells of a sample: n(n+1)/2 over [X Z], n = |X| + |Z|, and for Y behind a bottleneck |Y||Z| + |Y|(|Y|+1)/2; without a
+bottleneck n(n+1)/2 over the whole sample; n^2 where attention is bidirectional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lbr_dist.config import Recipe
+
+if TYPE_CHECKING:
+    from lbr_dist.data.plan_base import PlannedSample
+
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+}
+"""Dense bfloat16 operations per second of one GPU, by the makers' data sheets, found by name."""
+
+
+@dataclass(frozen=True)
+class FlopCounter:
+    """Operations of samples on one model."""
+
+    per_token: float
+    per_target: float
+    per_cell: float
+    hide_x: bool
+    causal: bool
+
+    @classmethod
+    def of(cls, settings: Any, recipe: Recipe) -> FlopCounter:
+        """From a transformers configuration of a supported family."""
+        width, layers = settings.hidden_size, settings.num_hidden_layers
+        head = getattr(settings, "head_dim", None) or width // settings.num_attention_heads
+        query, key = head * settings.num_attention_heads, head * settings.num_key_value_heads
+        matrices = layers * (2 * width * query + 2 * width * key + 3 * width * settings.intermediate_size)
+        return cls(
+            6.0 * matrices,
+            6.0 * settings.vocab_size * width,
+            12.0 * layers * query,
+            recipe.stage == "generative" and recipe.bottleneck.enabled,
+            recipe.stage == "generative" or recipe.contrastive.attention == "causal",
+        )
+
+    def of_samples(self, samples: Sequence[PlannedSample]) -> float:
+        """Forward and backward operations for these samples."""
+        total = 0.0
+        for s in samples:
+            if self.hide_x:
+                n = s.x_len + s.z_len
+                cells = n * (n + 1) / 2 + s.y_len * s.z_len + s.y_len * (s.y_len + 1) / 2
+            else:
+                cells = s.tokens * (s.tokens + 1) / 2 if self.causal else float(s.tokens) ** 2
+            total += self.per_token * s.tokens + self.per_target * s.y_len + self.per_cell * cells
+        return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of the device, None where it is not known (CPUs among them)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)

@@ -1,0 +1,126 @@
+"""Everything that can be known before a model is loaded, checked before it is: nothing fails first at step 1,000.
+
+Runs on every rank alike and reads only small files (indexes, the model's configuration, JSON); what reads every byte
+(checksums of shards and checkpoints) follows on rank 0 once the ranks have met. Each error names the culprit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lbr_dist.config import Recipe
+from lbr_dist.data.plan import Plan, open_data
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.errors import UserError
+from lbr_dist.launch.environment import Environment
+from lbr_dist.model.tokenizer import Tokenization
+from lbr_dist.training.ds_config import Regime, load_regime
+from lbr_dist.training.run_folder import check_folder, differences, load_run_recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked recipe and what the checks opened."""
+
+    recipe: Recipe
+    environment: Environment
+    regime: Regime
+    tokenization: Tokenization
+    plan: Plan
+    readers: list[ShardReader]
+    changed: list[str]
+    """Fields that differ from the run in the output folder, and may."""
+    allow_change: tuple[str, ...]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.plan.total_steps(self.recipe.duration)
+
+
+def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", allow_change: Sequence[str] = ()) -> Job:
+    """Check a recipe against its output folder, model, data, DeepSpeed file and machine.
+
+    Raises:
+        UserError: the first thing found that cannot work, with the remedy.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    changed = check_folder(recipe, resume=resume, allow_change=allow_change)
+    regime = load_regime(recipe, world=environment.world, cuda=cuda)
+    _check_nvme(regime)
+    tokenization = _check_model(recipe)
+    if recipe.model.start_from is not None:
+        check_start(recipe)
+    plan, readers = open_data(recipe, tokenization)
+    return Job(recipe, environment, regime, tokenization, plan, readers, changed, tuple(allow_change))
+
+
+def _check_model(recipe: Recipe) -> Tokenization:
+    from lbr_dist.model.backbone import load_config
+    from lbr_dist.model.bottleneck import longest_sequence
+
+    settings = load_config(recipe.model.path, longest_sequence(recipe))
+    tokenization = Tokenization.load(recipe.model.path)
+    if tokenization.vocabulary > settings.vocab_size:
+        raise UserError(
+            f"model {recipe.model.path}: its tokenizer has {tokenization.vocabulary} tokens and the model "
+            f"{settings.vocab_size}: the folder mixes two models"
+        )
+    return tokenization
+
+
+def check_start(recipe: Recipe) -> None:
+    """Check that the run or checkpoint in `model.start_from` suits this recipe.
+
+    Raises:
+        UserError: it is missing, or its bottleneck or adapters are others; both values are named.
+    """
+    from lbr_dist.training.checkpoint_format import resolve
+
+    assert recipe.model.start_from is not None
+    start = resolve(Path(recipe.model.start_from))
+    before = load_run_recipe(start)
+    if not before.bottleneck.enabled:
+        return  # a plain run: Z, if this one has it, is new
+    if not recipe.bottleneck.enabled:
+        if recipe.contrastive.pooling == "bottleneck" or recipe.stage == "generative":
+            raise UserError(
+                f"bottleneck.enabled is false, but {start} was trained with {before.bottleneck.count} bottleneck "
+                "tokens: set the bottleneck as there"
+            )
+        return
+    changed = differences(
+        before.model_copy(update={"bottleneck": before.bottleneck}),
+        before.model_copy(update={"bottleneck": recipe.bottleneck}),
+    )
+    same = (before.bottleneck.count, before.bottleneck.effective_ratio) == (
+        recipe.bottleneck.count,
+        recipe.bottleneck.effective_ratio,
+    )
+    if changed and not same:
+        listed = "; ".join(f"{field} is {new!r} here and {old!r} there" for field, (old, new) in changed.items())
+        raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
+
+
+def _check_nvme(regime: Regime) -> None:
+    for part in ("offload_optimizer", "offload_param"):
+        section = regime.config["zero_optimization"].get(part, {})
+        if section.get("device") == "nvme":
+            path = section.get("nvme_path")
+            if path is None or not os.access(path, os.W_OK):
+                raise UserError(
+                    f"deepspeed {regime.name}: zero_optimization.{part}.nvme_path is {path}, which is not a folder "
+                    "that can be written: copy the file and name a folder on a local disk"
+                )
+
+
+def deep_check(job: Job) -> int:
+    """Compare every byte of the local sets with its checksum; returns the bytes read. For one rank."""
+    from lbr_dist.data.shards import verify
+
+    return sum(verify(reader.opened) for reader in job.readers if not reader.opened.is_remote)

@@ -1,0 +1,182 @@
+"""The one training loop, for both stages, on one process or a thousand.
+
+A step is a pure function of its number (which samples) and of the engine's state (weights and moments), so a run that
+was killed goes on from its newest checkpoint as if nothing had happened. Every decision that must be the same on all
+ranks (stop, skip, which checkpoint) comes out of one collective call per step, or from rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
+from lbr_dist.launch.environment import Environment, detect
+from lbr_dist.training import tracking
+from lbr_dist.training.schedule import factor
+from lbr_dist.training.signals import StopRequest
+from lbr_dist.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from lbr_dist.data.loader import LocalBatch
+    from lbr_dist.data.plan import StepPlan
+    from lbr_dist.training.session import Session
+
+log = logging.getLogger("lbr")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    run_dir: Path
+    step: int
+    """Finished optimizer steps."""
+    total_steps: int
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its end."""
+        return self.step >= self.total_steps
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 75 where a signal stopped the run after a checkpoint: run again to go on."""
+        return 0 if self.finished else EXIT_RUN_AGAIN
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    environment: Environment | None = None,
+) -> Outcome:
+    """Run a recipe from where its run folder stands to its end. Called alike on every rank.
+
+    Args:
+        recipe: of either stage.
+        resume: `auto`: the newest verified checkpoint of the run folder, if there is one; `never`: refuse a folder
+            that holds a run; else the path of a checkpoint of this run.
+        allow_change: recipe fields, or sections, that may differ from the run that is resumed.
+        environment: this rank; default: what the environment variables say.
+
+    Raises:
+        UserError: something cannot work, or a loss is not finite; the message names it.
+    """
+    began = time.monotonic()
+    environment = environment or detect()
+    run_dir = Path(recipe.output)
+    from lbr_dist.training import preflight
+
+    job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change)
+    tracking.start_log(run_dir, environment.rank)
+    log.info("%s: %s", run_dir, environment.describe())
+    with StopRequest() as stop, Watchdog(run_dir, environment.rank, recipe.step_timeout) as watchdog:
+        from lbr_dist.training.session import start
+
+        session = start(job, resume)
+        log.info("ready after %s", tracking.duration(time.monotonic() - began))
+        try:
+            return _Loop(session, stop, watchdog).run()
+        finally:
+            session.close()
+
+
+class _Loop:
+    def __init__(self, session: Session, stop: StopRequest, watchdog: Watchdog) -> None:
+        from lbr_dist.training.measure import Meter
+
+        self._s, self._stop, self._watchdog = session, stop, watchdog
+        self._recipe = session.job.recipe
+        self._meter = Meter(session)
+
+    def run(self) -> Outcome:
+        from lbr_dist.data.loader import Loader
+
+        s, job = self._s, self._s.job
+        total, environment = job.total_steps, job.environment
+        if s.done < total:
+            loader = Loader(
+                job.plan, job.readers, job.tokenization, job.recipe, environment.rank, environment.world, s.done
+            )
+            self._meter.start()
+            for plan, batches in loader:
+                self._watchdog.alive(f"running step {plan.step + 1}")
+                asked = self._step(plan, batches)
+                last = s.done == total
+                if asked or last or s.done % self._recipe.checkpoint.every_steps == 0:
+                    self._save(wait=asked or last)
+                if asked:
+                    log.info("stopped by %s after step %d; run again to go on", self._stop.asked or "a signal", s.done)
+                    break
+                self._watchdog.alive(f"loading the samples of step {s.done + 1}")
+        outcome = Outcome(Path(self._recipe.output), s.done, total)
+        if outcome.finished:
+            self._meter.summary(outcome.step)
+        return outcome
+
+    def _step(self, plan: StepPlan, batches: list[LocalBatch]) -> bool:
+        """One optimizer step; returns whether any rank was asked to stop."""
+        from lbr_dist.objectives.infonce import DegenerateEmbeddingError
+        from lbr_dist.training.engine import apply_gradients
+        from lbr_dist.training.optimizer import set_rate
+
+        s, recipe = self._s, self._recipe
+        self._meter.loaded()
+        share = factor(recipe.optim, plan.step + 1, s.job.total_steps)
+        set_rate(s.engine.optimizer, share)
+        figures: dict[str, float] = {}
+        try:
+            part, figures = s.objective(plan, [batch.to(s.device) for batch in batches])
+            reached = self._meter.gather(part, plan, batches, stop=self._stop.asked is not None)
+            norm, applied = apply_gradients(s.engine)
+        except DegenerateEmbeddingError as error:
+            log.warning("%s", error)
+            s.engine.zero_grad()
+            reached = self._meter.gather(None, plan, batches, stop=self._stop.asked is not None)
+            norm, applied = math.nan, False
+        s.done, s.samples = plan.step + 1, s.samples + plan.samples
+        if not (applied and math.isfinite(reached.loss)):
+            self._not_finite(plan, batches, reached.loss, norm, applied)
+        s.audit.step(plan.step, plan.epoch, batches)
+        self._meter.log(plan, reached, norm, share * recipe.optim.lr, figures, skipped=not applied)
+        return reached.stop
+
+    def _not_finite(self, plan: StepPlan, batches: list[LocalBatch], loss: float, norm: float, applied: bool) -> None:
+        """Write down the step's samples; then stop, or go on without its gradient."""
+        s, recipe = self._s, self._recipe
+        file = Path(recipe.output) / f"bad-step-{plan.step + 1}-rank-{s.job.environment.rank}.json"
+        ids = [id_ for batch in batches for id_ in batch.ids]
+        file.write_text(json.dumps({"step": plan.step + 1, "loss": str(loss), "grad_norm": str(norm), "ids": ids}))
+        s.skipped += 1
+        what = f"step {plan.step + 1}: loss {loss:g}, gradient norm {norm:g}; its sample ids are in {file}"
+        if recipe.on_nan == "stop" or applied:
+            raise UserError(f"{what}: look at them, lower optim.lr, or set on_nan=skip")
+        if s.skipped > recipe.max_skips:
+            raise UserError(f"{what}: {s.skipped} steps skipped, more than max_skips={recipe.max_skips}")
+        log.warning("%s: skipped", what)
+
+    def _save(self, wait: bool) -> None:
+        from lbr_dist.training.random_state import random_state
+
+        s = self._s
+        self._watchdog.alive(f"saving step {s.done}")
+        began = time.monotonic()
+        state: dict[str, Any] = {
+            "step": s.done,
+            "samples": s.samples,
+            "skipped": s.skipped,
+            "plan": s.job.plan.fingerprint,
+            "identity": {key: str(value) for key, value in s.job.plan.identity.items()},
+            "wandb_id": s.wandb_id,
+        }
+        s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait)
+        self._meter.saved(time.monotonic() - began)

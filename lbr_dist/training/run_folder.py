@@ -1,0 +1,134 @@
+"""The run folder: whose it is, and whether this recipe may go on with it.
+
+    recipe.yaml       resolved recipe
+    metrics.jsonl     one row per logged step
+    audit/rank-N.jsonl    which samples each step used
+    checkpoints/      see checkpoint_format
+    stacks/, bad-step-N.json    written when something went wrong
+
+A folder belongs to one recipe. Going on with a changed one is refused unless the change cannot alter what the run would
+have been (logging, checkpointing, loader processes, memory layout), or the user allows the field by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.recipes import parse_recipe, save_recipe
+
+RECIPE = "recipe.yaml"
+
+HARMLESS = (
+    "output",
+    "tracking",
+    "checkpoint",
+    "data.workers",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.cache_gib",
+    "batch.micro_tokens",
+    "contrastive.tile",
+    "model.attention",
+    "model.activation_checkpointing",
+    "duration",
+    "deepspeed",
+    "on_nan",
+    "max_skips",
+    "step_timeout",
+)
+"""Fields, or whole sections, that may change on resume. `duration` may: a longer run has another learning rate from
+there on, which is what whoever extends it asks for."""
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a run has claimed the folder."""
+    return (folder / RECIPE).is_file()
+
+
+def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = ()) -> list[str]:
+    """Check that this recipe may write into its output folder; nothing is written.
+
+    Args:
+        recipe: the new recipe.
+        resume: auto, never, or a checkpoint's path.
+        allow_change: dotted fields, or sections, that may differ from the run that is there.
+
+    Returns:
+        The fields that differ and may: for the log.
+
+    Raises:
+        UserError: the folder holds something else, or another run (the differing fields are named).
+    """
+    folder = Path(recipe.output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output {folder}: is a file; choose another output")
+    if not has_run(folder):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"output {folder}: is not empty and holds no run of lbr; choose another output")
+        return []
+    if resume == "never":
+        raise UserError(f"output {folder}: holds a run already; choose another output, or drop --resume never")
+    known = load_run_recipe(folder)
+    changed = differences(known, recipe)
+    refused = {field: pair for field, pair in changed.items() if not _covered(field, (*HARMLESS, *allow_change))}
+    if refused:
+        listed = "; ".join(f"{field} was {old!r} and is {new!r}" for field, (old, new) in refused.items())
+        raise UserError(
+            f"output {folder}: holds another run ({listed}): choose another output, set the fields back, or allow "
+            f"each with --allow-change {next(iter(refused))}"
+        )
+    return [f"{field} was {old!r} and is now {new!r}" for field, (old, new) in changed.items() if field != "output"]
+
+
+def claim(recipe: Recipe) -> None:
+    """Make the folder this recipe's."""
+    folder = Path(recipe.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RECIPE}.tmp"
+    save_recipe(recipe, temporary)
+    temporary.replace(folder / RECIPE)
+
+
+def load_run_recipe(folder: Path) -> Recipe:
+    """The recipe of the run in a folder, or of a checkpoint.
+
+    Raises:
+        UserError: there is none, or it is not one.
+    """
+    file = folder / RECIPE
+    if not file.is_file():
+        raise UserError(f"{folder}: not a run nor a checkpoint of lbr (it has no {RECIPE})")
+    return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+
+
+def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Dotted fields whose values differ, with both values."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return {
+        field: (before.get(field), after.get(field))
+        for field in sorted({*before, *after})
+        if before.get(field) != after.get(field)
+    }
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, dict):
+        items = node.items()
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        items = ((str(index), item) for index, item in enumerate(node))  # type: ignore[assignment]
+    else:
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _covered(field: str, allowed: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in allowed)

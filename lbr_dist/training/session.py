@@ -1,0 +1,227 @@
+"""From a checked recipe to a run that is ready to step: engine, weights, position, logs.
+
+The order matters. Ranks meet first; then rank 0 does what reads every byte (checksums of shards and checkpoints) and
+all hear the verdict; only then is the model loaded, so that a damaged file costs seconds and not the minutes of a load.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.training import run_folder
+from lbr_dist.training.audit import AuditLog, last_attempt
+from lbr_dist.training.checkpoint import Checkpointer, find_resumable, start_from, verify
+from lbr_dist.training.checkpoint_format import read_manifest
+from lbr_dist.training.engine import make_engine, start_distributed
+from lbr_dist.training.preflight import Job, deep_check
+from lbr_dist.training.random_state import restore_random_state, seed_rank
+from lbr_dist.training.steps import Objective, make_objective
+from lbr_dist.training.tracking import Tracker
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+log = logging.getLogger("lbr")
+Result = TypeVar("Result")
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Files of the backbone's folder that a checkpoint carries, so that it needs no other folder."""
+
+
+@dataclass
+class Session:
+    """A run that is ready to step."""
+
+    job: Job
+    engine: DeepSpeedEngine
+    objective: Objective
+    checkpointer: Checkpointer
+    device: torch.device
+    done: int
+    """Finished steps."""
+    samples: int
+    """Samples used by them (records in stage 1, pairs in stage 2)."""
+    skipped: int
+    wandb_id: str | None
+    tracker: Tracker | None
+    """On rank 0."""
+    audit: AuditLog
+
+    def close(self) -> None:
+        """Close the files."""
+        self.audit.close()
+        if self.tracker:
+            self.tracker.close()
+
+
+def start(job: Job, resume: str) -> Session:
+    """Bring the run to where it goes on. Collective.
+
+    Raises:
+        UserError: a damaged set, checkpoint or model, or a checkpoint of another run.
+    """
+    recipe, environment = job.recipe, job.environment
+    device = start_distributed(environment, recipe.step_timeout + 600)
+    checkpoint = on_rank_zero(lambda: _prepare(job, resume))
+    log.info(
+        "DeepSpeed %s, stage %d%s", job.regime.name, job.regime.stage, f" ({job.regime.note})" * bool(job.regime.note)
+    )
+    engine = make_engine(recipe, job.regime)
+    _describe(engine, job)
+    if checkpoint is None and recipe.model.start_from is not None:
+        _start_from(engine, recipe)
+    checkpointer = Checkpointer(Path(recipe.output), engine, recipe.checkpoint, extra_files=_extra_files(recipe))
+    state: dict[str, Any] = {"step": 0, "samples": 0, "skipped": 0, "wandb_id": None}
+    own = None
+    if checkpoint is not None:
+        state, own = checkpointer.load(checkpoint)
+    seed_rank(recipe.seed, environment.rank, state["step"])
+    if own is not None:
+        restore_random_state(own)
+    attempt = on_rank_zero(lambda: last_attempt(Path(recipe.output)) + 1)
+    tracker = None
+    if environment.rank == 0:
+        tracker = Tracker(recipe, total_steps=job.total_steps, done=state["step"], wandb_id=state["wandb_id"])
+    return Session(
+        job=job,
+        engine=engine,
+        objective=make_objective(engine, recipe, environment.world),
+        checkpointer=checkpointer,
+        device=device,
+        done=state["step"],
+        samples=state["samples"],
+        skipped=state["skipped"],
+        wandb_id=on_rank_zero(lambda: tracker.wandb_id if tracker else None),
+        tracker=tracker,
+        audit=AuditLog(
+            Path(recipe.output),
+            environment.rank,
+            start=state["step"],
+            attempt=attempt,
+            world=environment.world,
+            plan=job.plan.fingerprint,
+        ),
+    )
+
+
+def on_rank_zero(function: Callable[[], Result]) -> Result:
+    """Run a function on rank 0 and give its result, or its `UserError`, to every rank. Collective."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def _prepare(job: Job, resume: str) -> Path | None:
+    """Rank 0: check bytes, claim the folder, choose the checkpoint to go on from."""
+    recipe = job.recipe
+    deep_check(job)
+    for change in job.changed:
+        log.info("changed since the last start: %s", change)
+    for entry in job.plan.too_long:
+        log.info("%s", entry)
+    checkpoint: Path | None = None
+    reasons: list[str] = []
+    if resume not in ("auto", "never"):
+        checkpoint = Path(resume)
+        problems = verify(checkpoint)
+        if problems:
+            raise UserError(f"--resume {resume}: cannot be resumed from: {'; '.join(problems)}")
+    elif resume == "auto" and run_folder.has_run(Path(recipe.output)):
+        checkpoint, reasons = find_resumable(recipe.output)
+    for reason in reasons:
+        log.warning("passed over %s", reason)
+    if checkpoint is not None:
+        _check_plan(job, checkpoint)
+        log.info("resuming from %s", checkpoint)
+    run_folder.claim(recipe)
+    return checkpoint
+
+
+def _check_plan(job: Job, checkpoint: Path) -> None:
+    """The checkpoint must have been trained on this plan."""
+    state = read_manifest(checkpoint).state
+    if state["plan"] == job.plan.fingerprint:
+        return
+    now = {key: str(value) for key, value in job.plan.identity.items()}
+    differing = [key for key in sorted({*now, *state["identity"]}) if now.get(key) != state["identity"].get(key)]
+    if all(any(key == allowed or key.startswith(f"{allowed}.") for allowed in job.allow_change) for key in differing):
+        log.warning("the data order changed (%s), as allowed", ", ".join(differing))
+        return
+    listed = "; ".join(f"{key} was {state['identity'].get(key)} and is {now.get(key)}" for key in differing)
+    raise UserError(
+        f"{checkpoint}: the data changed since ({listed}), so samples would be repeated or left out: restore the "
+        f"prepared sets, start a new run, or allow it with --allow-change {differing[0]}"
+    )
+
+
+def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:
+    assert recipe.model.start_from is not None
+    missing, unexpected = start_from(engine, recipe.model.start_from)
+    left, added = [n for n in unexpected if n != "z"], [n for n in missing if n != "z"]
+    if left or added:
+        raise UserError(
+            f"model.start_from {recipe.model.start_from}: another model ({len(added)} weights are not there, such as "
+            f"{(added or ['none'])[0]}; {len(left)} are not used, such as {(left or ['none'])[0]}): set model.path and "
+            "model.lora as in that run"
+        )
+    log.info("weights from %s", recipe.model.start_from)
+    if "z" in missing:
+        log.info("it has no bottleneck tokens: Z starts from the mean embedding")
+    if "z" in unexpected:
+        log.info("its bottleneck tokens are not used")
+
+
+def _describe(engine: DeepSpeedEngine, job: Job) -> None:
+    sizes = [
+        (p.requires_grad, int(getattr(p, "ds_numel", p.numel())))
+        for p in dict(engine.module.named_parameters()).values()
+    ]
+    trained = sum(size for wanted, size in sizes if wanted)
+    log.info(
+        "%.2fM parameters, %.2fM trained; %d steps of %d %s",
+        sum(size for _, size in sizes) / 1e6,
+        trained / 1e6,
+        job.total_steps,
+        job.recipe.batch.global_batch,
+        "bins" if job.recipe.stage == "generative" else "pairs",
+    )
+
+
+def _extra_files(recipe: Recipe) -> dict[str, bytes | Path]:
+    import yaml
+
+    folder = Path(recipe.model.path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(recipe.model.path, local_files_only=True))
+    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    files: dict[str, bytes | Path] = {run_folder.RECIPE: text.encode()}
+    return files | {f"model/{name}": folder / name for name in MODEL_FILES if (folder / name).is_file()}

@@ -1,0 +1,57 @@
+"""A rank that hangs must not hang the run in silence: no step for too long, and every rank shows where it stands.
+
+When one rank is stuck, the others wait for it in a collective call, so all of them run out of time together; each
+writes the Python stacks of all its threads to the run folder and to its error stream, and ends. The odd one out is the
+culprit.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+EXIT_HUNG = 1
+
+
+class Watchdog:
+    """Context that ends the process when `alive` was not called for `timeout_s` seconds."""
+
+    def __init__(self, run_dir: Path, rank: int, timeout_s: float) -> None:
+        self._file = run_dir / "stacks" / f"rank-{rank}.txt"
+        self._rank, self._timeout, self._doing = rank, timeout_s, "starting"
+        self._last = time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def alive(self, doing: str) -> None:
+        """Progress was made; `doing` says what comes next, for the report."""
+        self._last, self._doing = time.monotonic(), doing
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self._timeout / 4)):
+            if time.monotonic() - self._last > self._timeout:
+                self._report()
+                os._exit(EXIT_HUNG)
+
+    def _report(self) -> None:
+        line = f"rank {self._rank}: no progress for {self._timeout:g} s, while {self._doing}; Python stacks:"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("w", encoding="utf-8") as file:
+            print(line, file=file, flush=True)
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        print(f"{line}\n{self._file.read_text(encoding='utf-8')}", file=sys.stderr, flush=True)
