@@ -1,0 +1,73 @@
+"""Run a function on several gloo ranks in fresh processes, with a time limit, and collect what each returns."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any, timeout: float = 120) -> list[Any]:
+    """`function(rank, world, *args)` on every rank, as a default group; results in rank order.
+
+    `function` must be importable (module level). A failing rank ends the others and its traceback is raised; so is
+    a rank that outlives `timeout` seconds.
+    """
+    context = mp.get_context("spawn")
+    processes = [
+        context.Process(target=_run, args=(function, rank, world, folder, args), daemon=True) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    end = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
+    try:
+        while any(process.is_alive() for process in processes):
+            for process in processes:
+                process.join(0.2)
+            failed = [rank for rank in range(world) if (folder / f"error-{rank}").exists()]
+            late = datetime.datetime.now() > end
+            if failed or late:
+                break
+    finally:
+        for process in processes:
+            if process.is_alive() and (late or failed):
+                process.kill()
+            process.join()
+    errors = [(folder / f"error-{rank}").read_text() for rank in range(world) if (folder / f"error-{rank}").exists()]
+    if errors:
+        raise RuntimeError(errors[0])
+    if any(process.exitcode for process in processes):
+        raise TimeoutError(f"ranks ended with {[process.exitcode for process in processes]} after {timeout} s")
+    return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
+
+
+def _run(function: Callable[..., Any], rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    try:
+        torch.distributed.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=world,
+            timeout=datetime.timedelta(seconds=60),
+        )
+        result = function(rank, world, *args)
+        torch.save(result, folder / f"result-{rank}")
+        torch.distributed.barrier()
+    except BaseException:
+        text = traceback.format_exc()
+        partial = folder / f"partial-{rank}"
+        partial.write_text(text)
+        partial.rename(folder / f"error-{rank}")
+        raise
+    finally:
+        with contextlib.suppress(Exception):
+            torch.distributed.destroy_process_group()
