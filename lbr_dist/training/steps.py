@@ -16,8 +16,10 @@ from torch import Tensor
 from lbr_dist.config import Recipe
 from lbr_dist.data.loader import LocalBatch
 from lbr_dist.data.plan import StepPlan
+from lbr_dist.objectives.contrastive import contrastive_loss
 from lbr_dist.objectives.generative import generative_loss
 from lbr_dist.training.accumulate import Reduce, accumulate
+from lbr_dist.training.gradcache import cached_step
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -53,6 +55,28 @@ class Generative:
         return poisoned(loss)
 
 
+class Contrastive:
+    """Stage 2: InfoNCE over the pairs of the global batch."""
+
+    def __init__(self, engine: DeepSpeedEngine, recipe: Recipe, world: int, reduce: Reduce) -> None:
+        self._engine, self._settings, self._world, self._reduce = engine, recipe.contrastive, world, reduce
+
+    def __call__(self, plan: StepPlan, batches: Sequence[LocalBatch]) -> tuple[Tensor, dict[str, float]]:
+        """See `Objective`."""
+        loss, figures = cached_step(
+            self._engine,
+            batches,
+            lambda batch: self._engine(batch.packed, "embed", self._settings.pooling),
+            partial(self._loss, batches=batches),
+            reduce=self._reduce,
+        )
+        return loss.double() / self._world, figures
+
+    def _loss(self, embeddings: Sequence[Tensor], batches: Sequence[LocalBatch]) -> tuple[Tensor, dict[str, float]]:
+        loss, figures = contrastive_loss(embeddings, batches, self._settings)
+        return poisoned(loss), figures
+
+
 def poisoned(loss: Tensor) -> Tensor:
     """The loss, and NaN where it is infinite: so that its gradient is seen not to be finite, on every rank."""
     return loss + (loss.detach() - loss.detach())
@@ -64,6 +88,4 @@ def make_objective(engine: DeepSpeedEngine, recipe: Recipe, world: int) -> Objec
     reduce: Reduce = "each" if each else "auto"  # reduced once, a whole gradient would lie on every GPU
     if recipe.stage == "generative":
         return Generative(engine, recipe, world, reduce)
-    from lbr_dist.training.contrastive_step import Contrastive
-
     return Contrastive(engine, recipe, world, reduce)
