@@ -9,6 +9,7 @@ transfer starts again from its first byte.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shlex
@@ -79,6 +80,8 @@ def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None
             except ValueError as error:
                 raise UserError(f"{url}: webdataset has no opener for this address ({error})") from error
             except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise UserError(f"{target.parent}: the disk is full: no room for {url}") from error
                 problem = str(error)
                 continue
             if size is not None and got != size:

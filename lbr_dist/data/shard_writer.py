@@ -48,7 +48,9 @@ INDEX_SCHEMA = pa.schema(
 class Tokens(Protocol):
     """What writing needs of `lbr_dist.model.tokenizer.Tokenization`."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what decides the tokens of a text."""
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, with no special tokens and no truncation."""

@@ -1,0 +1,202 @@
+"""MinHash sketches of texts: near-duplicates found in linear time, with arrays instead of objects.
+
+Broder's MinHash (1997) over word shingles with the usual banding (Leskovec, Rajaraman, Ullman: Mining of Massive
+Datasets, chapter 3): texts that agree in a whole band are candidates, and a candidate pair counts when its estimated
+Jaccard similarity reaches the threshold. Whole batches are hashed with numpy, because one Python object per text would
+cost more than the hashing itself. Sketches live on disk, so memory holds a few numbers per text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+SHINGLE = 3
+"""Words in one shingle."""
+MIN_WORDS = 8
+"""Shorter texts get no sketch: a template around one term ("What is X of Y?") would make them all alike. They are
+compared exactly."""
+BANDS, ROWS = 24, 5
+"""24 bands of 5 rows: a pair of Jaccard similarity 0.7 is a candidate with probability 0.99, of 0.8 with 0.9999."""
+HASHES = BANDS * ROWS
+LARGE_RUN = 4096
+"""Texts that agree in one band, above which two of them must agree in a second band to be compared: a template shared
+by very many texts would cost quadratic time. At similarity 0.7 that still finds 93%, at 0.8 99.8%."""
+CHUNK = 1 << 14
+"""Pairs compared at once."""
+
+_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(f"[^\\W{_SPACELESS}]+|[{_SPACELESS}]")
+"""Runs of word characters; in scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han) every character."""
+_SEEDS = np.array([xxhash.xxh3_64_intdigest(b"lbr-%d" % i) for i in range(2 * HASHES + 8)], np.uint64)
+_FACTORS, _OFFSETS, _MIX = _SEEDS[:HASHES] | np.uint64(1), _SEEDS[HASHES : 2 * HASHES], _SEEDS[-8:] | np.uint64(1)
+
+
+_IS_WORD = np.array([chr(byte).isalnum() or byte == ord("_") or byte >= 0x80 for byte in range(256)])
+_BYTES = np.array([xxhash.xxh3_64_intdigest(b"byte-%d" % byte) for byte in range(256)], np.uint64)
+_BASE = 0x9E3779B97F4A7C13
+_WORD_CHUNK = 1 << 19
+
+
+def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the words of normalised texts.
+
+    Returns:
+        hashes uint64 [W] of all words in order, and offsets int64 [texts + 1] of each text's words in it.
+    """
+    encoded = [(text if text.isascii() else " ".join(_WORD.findall(text))).encode() for text in texts]
+    hashes, counts = [], []
+    first, size = 0, 0
+    for number, text in enumerate(encoded):
+        size += len(text)
+        if size > _WORD_CHUNK or number == len(encoded) - 1:
+            chunk = _hash_words(encoded[first : number + 1])
+            hashes.append(chunk[0])
+            counts.append(chunk[1])
+            first, size = number + 1, 0
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([[], *counts]))]).astype(np.int64)
+    return np.concatenate([np.zeros(0, np.uint64), *hashes]), offsets
+
+
+def _hash_words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Polynomial hash modulo 2^64 of every word, from one running sum over all bytes; and the words of each text."""
+    data = np.frombuffer(b"\n".join(texts) + b"\n", np.uint8)
+    inside = _IS_WORD[data]
+    edges = np.flatnonzero(np.diff(inside, prepend=False))  # starts and ends alternate; the last byte is no word
+    starts, ends = edges[::2], edges[1::2]
+    total = np.cumsum(_BYTES[data] * _powers(_BASE, len(data)))
+    before = np.where(starts > 0, total[starts - 1], np.uint64(0))
+    hashes = (total[ends - 1] - before) * _powers(pow(_BASE, -1, 1 << 64), len(data))[starts]
+    hashes ^= hashes >> np.uint64(32)
+    limits = np.cumsum([len(text) + 1 for text in texts])
+    return hashes, np.diff(np.searchsorted(starts, limits), prepend=0)
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    """base^0 ... base^(count - 1) modulo 2^64."""
+    if count > len(_tables.get(base, ())):
+        table = np.full(max(count, _WORD_CHUNK), base, np.uint64)
+        table[0] = 1
+        _tables[base] = np.cumprod(table)
+    return _tables[base][:count]
+
+
+_tables: dict[int, np.ndarray] = {}
+
+
+def sketch(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """MinHash signatures of the normalised texts that are long enough.
+
+    Returns:
+        numbers int64 [n] of the texts with at least `MIN_WORDS` words, and signatures uint32 [n, HASHES].
+    """
+    hashes, offsets = word_hashes(texts)
+    lengths = np.diff(offsets)
+    numbers = np.flatnonzero(lengths >= MIN_WORDS)
+    signatures = np.empty((len(numbers), HASHES), np.uint32)
+    if not len(numbers):
+        return numbers, signatures
+    shingles = windows(hashes, SHINGLE)
+    counts = lengths[numbers] - SHINGLE + 1
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    inside = np.arange(starts[-1]) - np.repeat(starts[:-1], counts) + np.repeat(offsets[numbers], counts)
+    shingles = shingles[inside]
+    scratch = np.empty_like(shingles)
+    for i in range(HASHES):  # multiply-shift hashing (Dietzfelbinger et al. 1997): the high bits of a*x + b
+        np.multiply(shingles, _FACTORS[i], out=scratch)
+        np.add(scratch, _OFFSETS[i], out=scratch)
+        signatures[:, i] = np.minimum.reduceat(scratch, starts[:-1]) >> np.uint64(32)
+    return numbers, signatures
+
+
+def windows(hashes: np.ndarray, size: int) -> np.ndarray:
+    """Hash of each window of `size` neighbouring word hashes, uint64 [len(hashes) - size + 1], well mixed."""
+    count = max(0, len(hashes) - size + 1)
+    mixed = np.zeros(count, np.uint64)
+    for i in range(size):
+        mixed = (mixed + hashes[i : i + count]) * _MIX[i % 6]
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+class Sketches:
+    """Signatures of many texts in files: one of all signatures, and one of keys for each band."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._signatures = (folder / "signatures").open("wb")
+        self._bands = [(folder / f"band-{band}").open("wb") for band in range(BANDS)]
+        self.count = 0
+
+    def add(self, texts: Sequence[str]) -> np.ndarray:
+        """Sketch normalised texts; returns for each its row here, -1 for one too short, int64 [texts]."""
+        numbers, signatures = sketch(texts)
+        rows = np.full(len(texts), -1, np.int64)
+        rows[numbers] = np.arange(self.count, self.count + len(numbers))
+        self.count += len(numbers)
+        self._signatures.write(signatures.tobytes())
+        for band, file in enumerate(self._bands):
+            file.write(_key(signatures[:, band * ROWS : (band + 1) * ROWS]).tobytes())
+        return rows
+
+    def close(self) -> None:
+        """Finish writing; from now on it can be read."""
+        for file in (self._signatures, *self._bands):
+            file.close()
+
+    def band(self, band: int, rows: np.ndarray) -> np.ndarray:
+        """Keys of one band, uint64 [rows]: equal where the band's signature rows are."""
+        return np.fromfile(self._folder / f"band-{band}", np.uint64)[rows]
+
+    def similar(self, a: np.ndarray, b: np.ndarray, threshold: float) -> np.ndarray:
+        """Whether the estimated Jaccard similarity of rows a[i] and b[i] reaches `threshold`, bool [pairs]."""
+        if not len(a):
+            return np.zeros(0, bool)
+        signatures = np.memmap(self._folder / "signatures", np.uint32, "r").reshape(-1, HASHES)
+        parts = [
+            (signatures[a[i : i + CHUNK]] == signatures[b[i : i + CHUNK]]).sum(axis=1) for i in range(0, len(a), CHUNK)
+        ]
+        return np.concatenate(parts) >= threshold * HASHES - 1e-9
+
+    def candidates(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of positions in `rows` that agree in a band, in arrays; a pair may come more than once."""
+        for band in range(BANDS):
+            keys = self.band(band, rows)
+            order = np.argsort(keys, kind="stable")
+            starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
+            sizes = np.diff(starts, append=len(order))
+            sizes = np.repeat(sizes, sizes)
+            yield from _pairs(keys, order[(sizes > 1) & (sizes <= LARGE_RUN)])
+            large = np.sort(order[sizes > LARGE_RUN])
+            if len(large):
+                for other in range(BANDS):
+                    if other != band:
+                        both = keys.copy()
+                        both[large] = _key(np.stack([keys[large], self.band(other, rows)[large]], axis=1))
+                        yield from _pairs(both, large[np.argsort(both[large], kind="stable")])
+
+
+def _pairs(keys: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs with equal keys; `order` sorts the positions by key. Each is paired with at most `LARGE_RUN` others."""
+    ordered = keys[order]
+    first = np.arange(len(order))
+    for lag in range(1, LARGE_RUN + 1):
+        first = first[: np.searchsorted(first, len(order) - lag)]
+        first = first[ordered[first] == ordered[first + lag]]
+        if not len(first):
+            return
+        yield order[first], order[first + lag]
+
+
+def _key(rows_NR: np.ndarray) -> np.ndarray:
+    """One uint64 key for each row of a narrow matrix of unsigned integers."""
+    key = np.zeros(len(rows_NR), np.uint64)
+    for column in range(rows_NR.shape[1]):
+        key = (key + rows_NR[:, column]) * _MIX[column % 6]
+        key ^= key >> np.uint64(31)
+    return key

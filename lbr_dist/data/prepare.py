@@ -1,0 +1,191 @@
+"""`lbr prepare`: raw files to isolated GL / CL / eval shards, in two passes.
+
+The first pass reads every row once, to a spool of checked records on disk and hashes in memory; the sides are decided
+from the hashes; the second pass writes the spool's records in their final order and then reads the shards back to prove
+that the sides share nothing. So memory does not grow with the text, and the output depends on the input, the settings
+and the seed alone. Nothing is in place until everything is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lbr_dist.data.fields import Entity, check_fields
+from lbr_dist.data.pipeline import Pipeline, Settings
+from lbr_dist.data.progress import Progress
+from lbr_dist.data.publish import publish, workspace
+from lbr_dist.data.shards import open_set
+from lbr_dist.data.sources import Part, Source, expand
+from lbr_dist.data.split import SIDES, parse_sizes
+from lbr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lbr_dist.model.tokenizer import Tokenization
+
+VERSION = 1
+"""Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What a run did; `data` is report.json."""
+
+    out: Path
+    data: dict[str, Any]
+    unchanged: bool
+    """The set was there already, made from the same input and settings: nothing was done."""
+
+    @property
+    def lines(self) -> list[str]:
+        """A few lines for people."""
+        if self.unchanged:
+            return [f"{self.out}: up to date (same sources, settings and tokenizer); nothing to do"]
+        records, rows = self.data["records"], self.data["rows"]
+        sides = ", ".join(f"{side} {records[side]['records']}" for side in SIDES)
+        lines = [f"{self.out}: {sides} records, from {rows['read']} rows"]
+        lines += [f"bad rows: {entry['count']} {reason} (first: {entry['first']})" for reason, entry in self._bad()]
+        lines += [f"dropped: {count} {reason}" for reason, count in self.data["dropped"].items() if count]
+        lines.append("isolation: no shared question, answer or near-duplicate between sides (report.json)")
+        return lines
+
+    def _bad(self) -> list[tuple[str, dict[str, Any]]]:
+        return list(self.data["rows"]["bad"]["by_reason"].items())
+
+
+VERSION = 1
+"""Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
+
+
+def prepare(
+    sources: Sequence[str | Source],
+    out: str | Path,
+    *,
+    tokenizer: str | Tokenization,
+    kind: str | None = None,
+    fields: Mapping[str, str] | None = None,
+    sizes: Mapping[str, str | int | float] | None = None,
+    entity: str | None = None,
+    decontaminate: Sequence[str | Source] = (),
+    paragraphs: bool = False,
+    similarity: float = 0.7,
+    max_chars: int = 100_000,
+    max_bad_share: float = 0.01,
+    domain: str = "",
+    name: str | None = None,
+    seed: int = 0,
+    shard_records: int = 8192,
+    shard_mib: float = 256,
+    overwrite: bool = False,
+) -> PrepareReport:
+    """Turn source files into a prepared set.
+
+    Args:
+        sources: files, folders, globs, addresses, saved data sets (`FOLDER[@SPLIT]`) or hub ones
+            (`hub:NAME[:CONFIG][@SPLIT]`); `KIND=PATH` gives one a kind of its own.
+        out: folder to make.
+        tokenizer: folder or name of the model whose tokenizer the token counts are for.
+        kind: one of `fields.KINDS`; None: recognised from the fields of each file.
+        fields: role to field name, for fields whose names are not recognised (`{"question": "prompt"}`).
+        sizes: "gl", "cl", "eval" to a count ("5000"), a share ("0.2") of the question-answer records, or "rest";
+            None: eval 0.05, cl 0.25, gl the rest. Plain texts always go to gl.
+        entity: `FIELD` or `FIELD~REGEX`: rows of the same group share a side.
+        decontaminate: evaluation sets from elsewhere; training records connected to them are dropped.
+        paragraphs: plain-text files hold documents separated by blank lines, not one per line.
+        similarity: estimated Jaccard similarity (word shingles) from which texts are near-duplicates, 0.5 to 1.
+        max_chars: longest field in characters; longer ones are bad rows.
+        max_bad_share: more bad rows than this share stop the run.
+        domain: for records that name none.
+        name: of the set, for tables; default: the folder's name.
+        seed: of the order and of the choice of sides.
+        shard_records, shard_mib: bounds of one shard.
+        overwrite: replace a set made from other input.
+
+    Raises:
+        UserError: bad sources, settings or rows, an `out` that holds something else, or a full disk.
+    """
+    from lbr_dist.model.tokenizer import Tokenization
+
+    out = Path(out)
+    check_fields(fields or {})
+    if not 0.5 <= similarity <= 1:
+        raise UserError(f"--similarity {similarity}: must lie between 0.5 and 1")
+    if not sources:
+        raise UserError("no sources: name at least one file, folder, glob or data set")
+    if entity is not None:
+        Entity.parse(entity)
+    settings = Settings(
+        parse_sizes(sizes or {}), entity, paragraphs, similarity, max_chars, max_bad_share, domain,
+        name or out.resolve().name, seed, shard_records, shard_mib,
+    )  # fmt: skip
+    _check_target(out)
+    tokens = Tokenization.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    with workspace(out) as work, Progress() as progress:
+        parts, outside = (_parts(named, kind, fields or {}, work) for named in (sources, decontaminate))
+        with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
+            origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
+            for name_of, group in (("sources", parts), ("decontaminate", outside)):
+                origin[name_of] = []
+                for part in group:
+                    origin[name_of].append(part.fingerprint())
+                    advance(1)
+        done = _finished(out, origin, overwrite)
+        if done is not None:
+            return PrepareReport(out, done, unchanged=True)
+        report = Pipeline(work, settings, tokens, origin, progress).run(parts, outside)
+        publish(work / "set", out)
+    return PrepareReport(out, report, unchanged=False)
+
+
+def _parts(sources: Sequence[str | Source], kind: str | None, fields: Mapping[str, str], work: Path) -> list[Part]:
+    downloads = work / "downloads"
+    downloads.mkdir(exist_ok=True)
+    parts = []
+    for source in sources:
+        parts += expand(source if isinstance(source, Source) else Source.parse(source, kind, fields), downloads)
+    return parts
+
+
+def _check_target(out: Path) -> None:
+    """Refuse an `out` that is not ours to replace, before anything is read."""
+    if out.is_dir():
+        if any(out.iterdir()) and not (out / "manifest.json").is_file():
+            raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
+    elif out.exists() or out.is_symlink():
+        raise UserError(f"--out {out}: is not a folder: choose another")
+
+
+def _finished(out: Path, origin: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+    """Report of the set in `out` if it was made from the same input; None: there is none, or it may be replaced.
+
+    Raises:
+        UserError: there is another set, or a damaged one, and `overwrite` is off.
+    """
+    if not (out / "manifest.json").is_file():
+        return None
+    try:
+        made_from = open_set(out).manifest["input"]
+        if made_from == json.loads(json.dumps(origin)):
+            return json.loads((out / "report.json").read_text(encoding="utf-8"))
+        problem = f"holds a set made from other input ({_difference(made_from, origin)})"
+    except (UserError, OSError, ValueError) as error:
+        problem = f"holds a damaged set ({error})"
+    if overwrite:
+        return None
+    raise UserError(f"--out {out}: {problem}: choose another folder, or replace it with --overwrite")
+
+
+def _difference(old: Any, new: dict[str, Any]) -> str:
+    """Which parts of the input differ."""
+    if not isinstance(old, dict):
+        return "made without lbr prepare"
+    parts = [name for name in ("sources", "decontaminate", "tokenizer") if old.get(name) != new[name]]
+    before = old.get("settings", {})
+    after = json.loads(json.dumps(new["settings"])).items()
+    parts += [
+        f"{name} was {before.get(name)}, is {value}" for name, value in after.items() if before.get(name) != value
+    ]
+    return "; ".join(parts) or "an older version of lbr"

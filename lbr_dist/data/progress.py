@@ -1,0 +1,41 @@
+"""Progress bars on standard error, for people only: silent where it is not a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+
+class Progress:
+    """Bars for the phases of one command; a context manager."""
+
+    def __enter__(self) -> Progress:
+        self._bars = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bars
+
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bars = Bars(*columns, console=Console(stderr=True))
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    @contextlib.contextmanager
+    def phase(self, description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """One bar; yields a function that advances it. `total` None: the end is not known."""
+        if self._bars is None:
+            yield lambda count: None
+            return
+        bars = self._bars
+        task = bars.add_task(description, total=total)
+        yield lambda count: bars.advance(task, count)
+        bars.update(task, total=bars.tasks[task].completed)

@@ -1,0 +1,190 @@
+"""Rows of one file, one at a time, with the number that names each in a message.
+
+Every format becomes plain dicts here, so that everything after knows one form. Nothing is unpickled: of a tar only JSON
+and text members are read. A row that cannot be decoded is handed on as a `RowError`, to be counted; a file that cannot
+be read at all stops the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+from lbr_dist.data.fields import RowError
+from lbr_dist.data.sources import ENDING, Part
+from lbr_dist.errors import UserError
+
+BATCH = 1000
+"""Rows decoded at once from columnar formats."""
+
+Row = Mapping[str, Any] | RowError
+Numbered = Iterator[tuple[int, Row]]
+"""Rows, or what is wrong with them, each with its line, row or sample number (from 1)."""
+
+
+def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
+    """Rows of a part.
+
+    Args:
+        paragraphs: plain text holds documents separated by blank lines; otherwise one document per line.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if part.format == "text" and part.source.kind not in (None, "corpus"):
+        raise UserError(f"{part.name}: plain text has no fields, so it cannot be of kind {part.source.kind}")
+    try:
+        if part.dataset is not None:
+            yield from _columns(part.dataset.iter(BATCH))
+        elif part.format == "parquet":
+            yield from _parquet(part.path)
+        elif part.format == "tar":
+            yield from _tar(part)
+        else:
+            with _open(part) as file:
+                if part.format == "jsonl":
+                    yield from _jsonl(file)
+                elif part.format == "text":
+                    yield from _paragraphs(file) if paragraphs else _lines(file)
+                else:
+                    yield from _csv(file, "\t" if part.format == "tsv" else ",")
+    except (EOFError, OSError, zlib.error, tarfile.TarError, csv.Error, ValueError, _zstd_error()) as error:
+        raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
+
+
+def _open(part: Part) -> IO[bytes]:
+    endings = ENDING.findall(part.name)
+    if endings[-1][1] == ".gz":
+        return cast(IO[bytes], gzip.open(part.path, "rb"))
+    if endings[-1][1] == ".zst":
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(part.path, "rb"), 1 << 20)
+    return part.path.open("rb", buffering=1 << 20)
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _jsonl(file: IO[bytes]) -> Numbered:
+    for number, line in enumerate(file, 1):
+        if line.isspace():
+            continue
+        yield number, _json_object(line)
+
+
+def _json_object(data: bytes) -> Row:
+    try:
+        row = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError("invalid_utf8", f"byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return RowError("invalid_json", str(error))
+    return row if isinstance(row, dict) else RowError("wrong_type", "the line is not a JSON object")
+
+
+def _decoded(data: bytes) -> Row:
+    try:
+        return {"text": data.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        return RowError("invalid_utf8", f"byte {error.start}")
+
+
+def _lines(file: IO[bytes]) -> Numbered:
+    for number, line in enumerate(file, 1):
+        if not line.isspace():
+            yield number, _decoded(line.rstrip(b"\r\n"))
+
+
+def _paragraphs(file: IO[bytes]) -> Numbered:
+    first, block = 1, b""
+    for number, line in enumerate(file, 1):
+        if not line.isspace():
+            if not block:
+                first = number
+            block += line
+        elif block:
+            yield first, _decoded(block.rstrip())
+            block = b""
+    if block:
+        yield first, _decoded(block.rstrip())
+
+
+def _csv(file: IO[bytes], delimiter: str) -> Numbered:
+    csv.field_size_limit(1 << 30)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.DictReader(text, delimiter=delimiter)
+    for row in reader:
+        if None in row:
+            yield reader.line_num, RowError("wrong_type", "the line has more cells than the header")
+        else:
+            yield reader.line_num, {name: cell for name, cell in row.items() if cell is not None}
+
+
+def _parquet(path: Path) -> Numbered:
+    import pyarrow.parquet as pq
+
+    number = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(BATCH):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _columns(batches: Iterator[Mapping[str, list[Any]]]) -> Numbered:
+    number = 0
+    for batch in batches:
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield number, dict(zip(batch, values, strict=True))
+
+
+def _tar(part: Part) -> Numbered:
+    """Samples: neighbouring members with the same name up to the first dot, as WebDataset groups them.
+
+    A `.json` member gives fields, `.txt` gives `text`, and `question.txt` a field of that name.
+    """
+    number, key = 0, ""
+    row: Row | None = None
+    with tarfile.open(part.path, "r|*") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            if extension.rpartition(".")[2] not in ("json", "txt"):
+                continue
+            if folder + slash + stem != key:
+                if row is not None:
+                    yield number, row
+                number, key, row = number + 1, folder + slash + stem, {}
+            file = tar.extractfile(member)
+            assert file is not None
+            row = _join(row, _member(file.read(), extension))
+    if row is not None:
+        yield number, row
+
+
+def _member(data: bytes, extension: str) -> Row:
+    field_name, _, last = extension.rpartition(".")
+    if last == "json":
+        return _json_object(data)
+    text = _decoded(data)
+    return text if isinstance(text, RowError) else {field_name or "text": text["text"]}
+
+
+def _join(row: Row | None, more: Row) -> Row:
+    if row is None or isinstance(row, RowError):
+        return row if row is not None else more
+    return more if isinstance(more, RowError) else {**row, **more}

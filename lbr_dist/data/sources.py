@@ -1,0 +1,160 @@
+"""The files behind what the user named: paths, folders, globs, addresses, data sets.
+
+A source is resolved to a sorted list of files before anything is read, so that what was read can be fingerprinted: the
+same content and settings need not be prepared twice. Remote files are copied here whole first, for the same reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.data import remote
+from lbr_dist.data.fields import KINDS
+from lbr_dist.data.shards import file_xxh128
+from lbr_dist.errors import UserError
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".tar": "tar",
+}
+"""Format of a file by the ending of its name, which .gz or .zst may follow (not with .parquet)."""
+UNITS = {"jsonl": "line", "csv": "line", "tsv": "line", "parquet": "row", "text": "line", "tar": "sample"}
+ENDING = re.compile(r"(\.(?:jsonl|ndjson|csv|tsv|parquet|txt|tar))(\.gz|\.zst)?(?=$|[\s'\"?#|])")
+HUB = "hub:"
+DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the user named: a file, a folder, a glob, an address, or a data set."""
+
+    path: str
+    kind: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str, kind: str | None, fields: Mapping[str, str]) -> Source:
+        """`PATH`, or `KIND=PATH` for a source of another kind than the rest.
+
+        Raises:
+            UserError: `kind` is none of `KINDS`.
+        """
+        prefix, equals, rest = text.partition("=")
+        if equals and prefix in KINDS:
+            text, kind = rest, prefix
+        if kind is not None and kind not in KINDS:
+            raise UserError(f"--kind {kind}: no such kind; the kinds are {', '.join(KINDS)}")
+        return cls(text, kind, fields)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file (or data set) of a source: what is read and fingerprinted."""
+
+    name: str
+    """How messages name it."""
+    format: str
+    """A value of `FORMATS`, or `datasets`."""
+    path: Path
+    """Local file, or folder of a saved data set."""
+    source: Source
+    dataset: Any = None
+
+    @property
+    def unit(self) -> str:
+        """What its numbers count."""
+        return UNITS.get(self.format, "row")
+
+    @property
+    def base(self) -> str:
+        """Its file name without folders: part of the output, where the whole path is not."""
+        return re.split(r"[/\\]", self.name.rstrip("/"))[-1]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Identity of the content, with the settings that decide how it is read."""
+        if self.dataset is not None:
+            files = sorted({entry["filename"] for entry in self.dataset.cache_files})
+            digests = [file_xxh128(Path(name)) for name in files]
+        else:
+            digests = [file_xxh128(self.path)]
+        return {
+            "name": self.base,
+            "xxh128": digests,
+            "kind": self.source.kind,
+            "fields": dict(sorted(self.source.fields.items())),
+        }
+
+
+def expand(source: Source, downloads: Path) -> list[Part]:
+    """The files behind a source, sorted by name; remote ones are copied into `downloads` first.
+
+    Raises:
+        UserError: there are none, or one has no known format.
+    """
+    path = source.path
+    if path.startswith(HUB):
+        return [_dataset_part(source, path, None)]
+    if remote.is_url(path):
+        target = downloads / f"{len(list(downloads.iterdir())):06d}"
+        remote.fetch(path, target)
+        return [Part(path, _format(path), target, source)]
+    folder, _, _ = path.rpartition("@")
+    local = Path(path)
+    if _is_dataset(local) or (not local.exists() and folder and _is_dataset(Path(folder))):
+        return [_dataset_part(source, path, local if local.exists() else Path(folder))]
+    if local.is_dir():
+        if (local / "manifest.json").is_file():
+            raise UserError(f"{path}: is a prepared set, not a source: give its tars, for example {path}/eval/*.tar")
+        files = [file for file in sorted(local.rglob("*")) if file.is_file() and ENDING.search(file.name)]
+    elif local.is_file():
+        files = [local]
+    else:
+        anchor = Path(local.anchor or ".")
+        files = sorted(anchor.glob(str(local.relative_to(local.anchor)))) if re.search(r"[*?\[]", path) else []
+    if not files:
+        raise UserError(f"{path}: no such file, folder or glob with source files ({', '.join(FORMATS)})")
+    return [Part(str(file), _format(file.name), file, source) for file in files]
+
+
+def _format(name: str) -> str:
+    endings = ENDING.findall(name)
+    if not endings:
+        raise UserError(f"{name}: unknown format; names end in {', '.join(FORMATS)}, then .gz or .zst if compressed")
+    return FORMATS[endings[-1][0]]
+
+
+def _is_dataset(folder: Path) -> bool:
+    return folder.is_dir() and any((folder / name).is_file() for name in DATASET_FILES)
+
+
+def _dataset_part(source: Source, path: str, folder: Path | None) -> Part:
+    """A saved data set (`folder`, or `folder@split`) or one of the hub (`hub:name`, `hub:name:config@split`)."""
+    import datasets
+
+    try:
+        if folder is not None:
+            split = path.rpartition("@")[2] if str(folder) != path.rstrip("/") else ""
+            data = datasets.load_from_disk(str(folder))
+        else:
+            address, _, split = path.removeprefix(HUB).partition("@")
+            name, _, config = address.partition(":")
+            data = datasets.load_dataset(name, config or None)
+    except Exception as error:  # datasets raises anything from OSError to its own and the hub's types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: datasets cannot load it ({reason})") from None
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise UserError(
+                f"{path}: has the splits {', '.join(data)}: name one, for example {path}@{next(iter(data))}"
+            )
+        data = data[split]
+    return Part(path, "datasets", folder or Path(), source, dataset=data)

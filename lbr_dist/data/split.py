@@ -1,0 +1,222 @@
+"""Which records go to which side: whole connected components, so that nothing leaks from one side to another.
+
+Two question-answer records are linked when they share a normalised question or answer, when two of their texts are
+near-duplicates, or when they belong to the same named group (entity). A component never divides. Plain texts link
+nothing: they all serve the first stage, and one that is too close to an evaluation record is dropped instead (see
+isolation.py); otherwise a large corpus would chain unrelated records together.
+
+One exception keeps the components from collapsing into one: a *common text*, such as the answer "yes", of at most
+`COMMON_WORDS` words and shared by very many records, says nothing about two records belonging together and does not
+link. The report names every such text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lbr_dist.data.collect import NO_ENTITY, Numbers, Spool, Texts, compared_texts
+from lbr_dist.data.minhash import Sketches
+from lbr_dist.data.record import normalise, normalised_hash
+from lbr_dist.errors import UserError
+
+GL, CL, EVAL, TEXT, EXTERNAL, UNUSED = 0, 1, 2, 3, 4, 5
+"""Sides. TEXT is written to `gl` too; EXTERNAL is a given evaluation set; UNUSED is written nowhere."""
+SIDES = ("gl", "cl", "eval")
+COMMON_WORDS = 6
+"""A common text has at most so many words,"""
+COMMON_RECORDS = 20
+"""and is shared by more than so many records,"""
+COMMON_SHARE = 0.01
+"""and by more than this share of all question-answer records."""
+DEFAULT_SIZES: dict[str, str] = {"gl": "rest", "cl": "0.25", "eval": "0.05"}
+FLUSH = 1 << 20
+"""Candidate pairs that wait to be compared together."""
+
+
+@dataclass(frozen=True)
+class CommonText:
+    """A text that links nothing."""
+
+    text: str
+    hash: int
+    records: int
+
+
+def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float | None]:
+    """Sizes of the sides as counts (int), shares (float, 0 to 1) or None for "rest".
+
+    Args:
+        sizes: side to "5000", "0.2", "rest" or a number; a side that is not named is empty, unless none is named.
+
+    Raises:
+        UserError: not such a value, shares of more than 1 in all, or "rest" twice.
+    """
+    parsed: dict[str, int | float | None] = {}
+    for side, value in (sizes or DEFAULT_SIZES).items():
+        if side not in SIDES:
+            raise UserError(f"--{side}: no such side; the sides are {', '.join(SIDES)}")
+        text = str(value)
+        try:
+            parsed[side] = None if text == "rest" else int(text) if text.isdecimal() else float(text)
+        except ValueError:
+            raise UserError(f"--{side} {text}: give a count (5000), a share (0.2) or rest") from None
+        number = parsed[side]
+        if isinstance(number, float) and not 0 <= number <= 1:
+            raise UserError(f"--{side} {text}: a share lies between 0 and 1")
+    if sum(value is None for value in parsed.values()) > 1:
+        raise UserError("only one of --gl, --cl and --eval can be rest")
+    if sum(value for value in parsed.values() if isinstance(value, float)) > 1 + 1e-9:
+        raise UserError(f"the shares of {', '.join(parsed)} add up to more than 1: lower one of them")
+    return parsed
+
+
+def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonText]:
+    """Texts that are too common to link records, the most common first."""
+    texts = texts.of(~numbers.is_text & ~numbers.external)
+    limit = max(COMMON_RECORDS, COMMON_SHARE * int((~numbers.is_text & ~numbers.external).sum()))
+    hashes, first, counts = np.unique(texts.hash, return_index=True, return_counts=True)
+    found = []
+    for position in np.flatnonzero(counts > limit):
+        record = spool[int(texts.record[first[position]])]
+        signed = int(hashes[position].astype(np.int64))
+        text = next(text for text in compared_texts(record) if normalised_hash(text) == signed)
+        if len(normalise(text).split()) <= COMMON_WORDS:
+            found.append(CommonText(text, int(hashes[position]), int(counts[position])))
+    return sorted(found, key=lambda common: (-common.records, common.text))
+
+
+def components(
+    texts: Texts, numbers: Numbers, sketches: Sketches, *, alive: np.ndarray, similarity: float, common: np.ndarray
+) -> np.ndarray:
+    """Connected components over question-answer records, those of external evaluation sets included.
+
+    Args:
+        texts: texts of the records that are alive.
+        alive: bool [records]: the others are repetitions.
+        similarity: estimated Jaccard similarity from which two texts are near-duplicates.
+        common: uint64 hashes of texts that do not link.
+
+    Returns:
+        labels int64 [records]: the smallest record number of the component (plain texts: their own).
+    """
+    labels = np.arange(len(numbers.is_text))
+    texts = texts.of(~numbers.is_text)
+    linking = ~np.isin(texts.hash, common)
+    labels = _link_equal(labels, texts.record[linking], texts.hash[linking])
+    named = np.flatnonzero((numbers.entity != NO_ENTITY) & ~numbers.is_text & alive)
+    labels = _link_equal(labels, named, numbers.entity[named])
+    sketched = np.flatnonzero(texts.sketch >= 0)
+    _, first = np.unique(texts.hash[sketched], return_index=True)
+    sketched = np.sort(sketched[first])
+    rows, owners = texts.sketch[sketched], texts.record[sketched]
+
+    waiting: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def flush() -> None:
+        nonlocal labels
+        if not waiting:
+            return
+        a, b = (np.concatenate(side) for side in zip(*waiting, strict=True))
+        waiting.clear()
+        apart = labels[owners[a]] != labels[owners[b]]
+        a, b = a[apart], b[apart]
+        near = sketches.similar(rows[a], rows[b], similarity)
+        labels = merge(labels, owners[a[near]], owners[b[near]])
+
+    size = 0
+    for pair in sketches.candidates(rows):
+        waiting.append(pair)
+        size += len(pair[0])
+        if size > FLUSH:
+            flush()
+            size = 0
+    flush()
+    return labels
+
+
+def merge(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Join the components of records a[i] and b[i]: union-find over whole arrays (hook to the smaller root, halve)."""
+    while True:
+        root_a, root_b = labels[a], labels[b]
+        apart = root_a != root_b
+        if not apart.any():
+            return labels
+        a, b, root_a, root_b = a[apart], b[apart], root_a[apart], root_b[apart]
+        np.minimum.at(labels, np.maximum(root_a, root_b), np.minimum(root_a, root_b))
+        while not np.array_equal(shorter := labels[labels], labels):
+            labels = shorter
+
+
+def assign(
+    labels: np.ndarray, usable: np.ndarray, order: np.ndarray, sizes: Mapping[str, int | float | None]
+) -> np.ndarray:
+    """Side of each record: components in a random but fixed order, each to the first side that still has room.
+
+    Args:
+        labels: component of each record [records].
+        usable: bool [records]: the question-answer records to share out.
+        order: uint64 [records]: a component's place is that of its first record in this order.
+        sizes: as from `parse_sizes`.
+
+    Returns:
+        int8 [records]: `GL`, `CL`, `EVAL`, or `UNUSED` where the sizes leave a record out.
+
+    Raises:
+        UserError: the counts exceed the records, or a side stays empty because no component fits into it.
+    """
+    side = np.full(len(labels), UNUSED, np.int8)
+    records = np.flatnonzero(usable)
+    if not len(records):
+        return side
+    room = _targets(sizes, len(records))
+    rest = next((name for name, size in sizes.items() if size is None), None)
+    everything = sum(room.values()) >= len(records)
+    records = records[np.argsort(order[records], kind="stable")]
+    _, first, inverse, counts = np.unique(labels[records], return_index=True, return_inverse=True, return_counts=True)
+    place = np.full(len(counts), UNUSED, np.int8)
+    wanted = dict(room)
+    for number in np.argsort(first, kind="stable").tolist():
+        count = int(counts[number])
+        name = next((name for name in reversed(SIDES) if 0 < count <= room.get(name, 0)), None)
+        if name is None and everything:  # nothing may be lost: where most room is left, or with the rest
+            name = rest or max(room, key=lambda name: room[name])
+        if name is not None:
+            place[number] = SIDES.index(name)
+            room[name] -= count
+    side[records] = place[inverse]
+    for name, size in wanted.items():
+        if size > 0 and not (side == SIDES.index(name)).any():
+            raise UserError(
+                f"--{name}: no component fits into {size} records (the largest has {int(counts.max())} of "
+                f"{len(records)} records): ask for more, or raise --similarity if the components are too large"
+            )
+    return side
+
+
+def _targets(sizes: Mapping[str, int | float | None], total: int) -> dict[str, int]:
+    room = {}
+    for name, size in sizes.items():
+        if size is not None:
+            room[name] = round(size * total) if isinstance(size, float) else size
+    asked = sum(room.values())
+    shares_only = all(isinstance(size, float) for size in sizes.values())
+    if asked > total and shares_only:  # rounding
+        room[max(room, key=lambda name: room[name])] -= asked - total
+    elif asked > total:
+        raise UserError(f"the sizes ask for {asked} question-answer records, the sources have {total}: lower one")
+    if shares_only and abs(sum(size for size in sizes.values() if size is not None) - 1) < 1e-9:
+        room[max(room, key=lambda name: room[name])] += total - sum(room.values())
+    for name, size in sizes.items():
+        if size is None:
+            room[name] = total - asked
+    return room
+
+
+def _link_equal(labels: np.ndarray, records: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Join records with equal keys."""
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    return merge(labels, records[order[same]], records[order[same + 1]])
