@@ -1,0 +1,168 @@
+"""`lbr train --nproc N`: N ranks on this machine, started, watched and ended together.
+
+What torchrun does, without its rendezvous and restarts: one failed rank ends the others within seconds (they would wait
+for it in a collective call for half an hour), the message shown is that of the rank that failed first and not of those
+it took along, and exit codes keep their meaning: 0 done, 2 nothing to retry, 75 run me again, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.recipes import load_recipe, save_recipe
+
+GRACE_S = 3.0
+"""Time that the other ranks have to say their last words once one has failed."""
+STOP_S = 300.0
+"""Time that the other ranks have to finish once one has stopped on request."""
+POLL_S = 0.05
+TAIL_LINES = 40
+
+
+def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Sequence[str] = ()) -> int:
+    """Run `train` on `nproc` ranks; returns the exit code.
+
+    SIGTERM, SIGUSR1 and SIGINT are passed on to every rank. Rank 0 writes to this process's output, the others' is kept
+    and shown if they are the cause of a failure.
+    """
+    if nproc < 1:
+        raise UserError(f"--nproc {nproc}: expected at least 1")
+    with tempfile.TemporaryDirectory(prefix="lbr-launch-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        save_recipe(recipe, file)
+        ranks = _Ranks(Path(folder))
+        before = {number: signal.signal(number, ranks.forward) for number in _Ranks.FORWARDED}
+        try:
+            ranks.start([str(file), resume, *allow_change], nproc)
+            return ranks.wait()
+        finally:
+            ranks.kill()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Ranks:
+    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._processes = folder, list[subprocess.Popen[bytes]]()
+
+    def start(self, arguments: list[str], nproc: int) -> None:
+        shared = {
+            **os.environ,
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "LBR_LAUNCHER": f"lbr --nproc {nproc}",
+            "LBR_LAUNCHER_PID": str(os.getpid()),
+        }
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+        for rank in range(nproc):
+            output: IO[bytes] | None = self._output(rank).open("wb") if rank else None
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "lbr_dist.launch.local", *arguments],
+                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,  # a Ctrl-C reaches them once, through `forward`
+                )
+            )
+            if output:
+                output.close()
+
+    def wait(self) -> int:
+        stopped_at = None
+        while True:
+            codes = [process.poll() for process in self._processes]
+            failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, EXIT_RUN_AGAIN)]
+            if failed:
+                return self._failed(failed)
+            if None not in codes:
+                return EXIT_RUN_AGAIN if EXIT_RUN_AGAIN in codes else 0
+            if stopped_at is None and any(code is not None for code in codes):
+                stopped_at = time.monotonic()
+            if stopped_at is not None and time.monotonic() - stopped_at > STOP_S:
+                waiting = [rank for rank, code in enumerate(codes) if code is None]
+                print(f"error: ranks {waiting} did not end with the others; killed", file=sys.stderr)
+                return 1
+            time.sleep(POLL_S)
+
+    def _failed(self, failed: list[int]) -> int:
+        """End everything, and tell whose fault it was: of those seen together, one killed from outside comes first."""
+        first = min(failed, key=lambda rank: (self._processes[rank].returncode > 0, rank))
+        code = self._processes[first].returncode
+        deadline = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
+            time.sleep(POLL_S)
+        self.kill()
+        if code == EXIT_USER_ERROR:
+            if self._processes[0].returncode != EXIT_USER_ERROR:
+                self._show(first)
+            return EXIT_USER_ERROR
+        for rank in range(1, len(self._processes)):
+            if rank == first or b"Python stacks:" in self._output(rank).read_bytes():
+                self._show(rank)
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        print(f"error: rank {first} failed ({how}); the other ranks were ended", file=sys.stderr)
+        return 1
+
+    def _show(self, rank: int) -> None:
+        if rank:
+            lines = self._output(rank).read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in lines[-TAIL_LINES:]:
+                print(f"[rank {rank}] {line}", file=sys.stderr)
+
+    def _output(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank}.txt"
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on at this moment."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def worker(file: str, resume: str, *allow_change: str) -> int:
+    """What each rank runs."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives a killed launcher
+    if os.getppid() != int(os.environ["LBR_LAUNCHER_PID"]):
+        return 1
+    from lbr_dist.training.run import train
+
+    try:
+        return train(load_recipe(file), resume=resume, allow_change=allow_change).exit_code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(worker(*sys.argv[1:]))
