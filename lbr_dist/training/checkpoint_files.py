@@ -21,6 +21,9 @@ import xxhash
 
 CHUNK_BYTES = 16 * 2**20
 
+TEMPORARY = ".tmp-"
+"""How the name of anything unfinished begins."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -138,7 +141,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Replace a small file atomically: readers see the old or the new content, never a mixture."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     write_bytes(temporary, data)
     temporary.replace(path)
     sync_folder(path.parent)

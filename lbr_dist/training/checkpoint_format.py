@@ -30,12 +30,11 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_files import checksum
+from lbr_dist.training.checkpoint_files import TEMPORARY, checksum
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
-TEMPORARY = ".tmp-"
 REPLACED = ".replaced-"
 DISCARDED = ".discarded-"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
@@ -201,13 +200,14 @@ def gaps(manifest: Manifest) -> list[str]:
             for index, start, end in entry.slices:
                 slices[index].append((start, end))
         for index, runs in slices.items():
-            parameter, position = manifest.parameters[index], 0
+            parameter, position, tiled = manifest.parameters[index], 0, True
             for start, end in sorted(runs):
-                if start != position:
-                    break
+                tiled &= start == position
                 position = end
-            if position != parameter.numel:
-                found.append(f"{kind} of {parameter.name}: elements from {position} are missing or stored twice")
+            if not tiled or position != parameter.numel:
+                found.append(
+                    f"{kind} of {parameter.name}: elements are missing or stored twice (slices {sorted(runs)})"
+                )
     return found
 
 
@@ -239,7 +239,7 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
     run_dir = Path(run_dir)
     reasons = [
         f"{path}: never committed (the run ended while it was being written)"
-        for path in sorted(checkpoints_folder(run_dir).glob(f"{TEMPORARY}*"))
+        for path in sorted(checkpoints_folder(run_dir).glob(f"{TEMPORARY}step-*"))
     ]
     found, known = None, list_checkpoints(run_dir)
     for position, (path, _) in enumerate(known):

@@ -162,7 +162,7 @@ class CheckpointWriter:
 
     def _commit(self, snapshot: Snapshot) -> None:
         name = layout.step_name(snapshot.step)
-        temporary = self.folder / f"{layout.TEMPORARY}{name}-{self.attempt}"
+        temporary = self.folder / f"{files.TEMPORARY}{name}-{self.attempt}"
         mine, problem = self._write_files(temporary, snapshot)
         reports = self.team.gather((mine, problem))
         problem = next((problem for _, problem in reports if problem), None)
@@ -251,9 +251,12 @@ def remove_stale(folder: Path) -> None:
         original = folder / path.name.removeprefix(layout.REPLACED)
         if not original.exists():
             path.rename(original)
-    for prefix in (layout.REPLACED, layout.DISCARDED, layout.TEMPORARY):
+    for prefix in (layout.REPLACED, layout.DISCARDED, files.TEMPORARY):
         for path in folder.glob(f"{prefix}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _explain(error: OSError, rank: int, folder: Path) -> str:

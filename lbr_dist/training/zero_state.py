@@ -121,6 +121,8 @@ class Zero3State(EngineState):
         for group, (parameters, numel) in enumerate(parts):
             total = sum(p.ds_tensor.ds_numel for p in parameters)
             self._require(total == numel, f"sub-group {group}'s partition has {numel} elements, not {total}")
+            flat, swapped = self.flat_tensors()[group], self.zero._swappable_optimizer_subgroup(group)
+            self._require(swapped or flat.shape == (numel,), f"sub-group {group}'s masters are {tuple(flat.shape)}")
             for parameter in parameters:
                 found, expected = parameter.ds_tensor.ds_numel, -(-parameter.ds_numel // self.world)
                 name = self.names[id(parameter)]
@@ -196,7 +198,7 @@ def open_engine(engine: Any, rank: int, world: int) -> EngineState:
         )
     try:
         return _CLASSES.get(name, PlainState)(engine, rank, world)
-    except (AttributeError, EngineShapeError) as error:
+    except (AttributeError, KeyError, EngineShapeError) as error:
         import deepspeed
 
         raise EngineShapeError(
