@@ -196,10 +196,11 @@ def test_weights_are_passes_per_epoch() -> None:
     assert epochs == [Counter(epoch_refs(plan, epoch)) for epoch in range(4)]
 
 
-def test_a_weight_of_a_tenth_is_exact() -> None:
-    plan = make_plan(make_recipe("generative"), [make_index(97)], [0.1])
+def test_fractional_weights_are_exact() -> None:
+    """0.3 is less than three tenths in binary: ten epochs must be three passes all the same."""
+    plan = make_plan(make_recipe("generative"), [make_index(97)], [0.3])
     seen = sum((Counter(epoch_refs(plan, epoch)) for epoch in range(10)), Counter())
-    assert seen == all_rows(make_index(97))
+    assert [seen[SampleRef(0, row)] for row in range(97)] == [3] * 97
 
 
 def test_sets_are_interleaved_over_the_epoch() -> None:
