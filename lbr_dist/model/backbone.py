@@ -121,6 +121,12 @@ def _window(settings: PretrainedConfig) -> int | None:
 def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora, seed: int) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
+    tied = {"embed_tokens", "lm_head"} & set(lora.train_modules)
+    if tied and backbone.config.tie_word_embeddings:
+        raise UserError(
+            f"model.lora.train_modules: {min(tied)} is tied to the other end of model {model.path}, and would be torn "
+            "from it; train another module, or all weights (no model.lora)"
+        )
     adapters = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.model import attention
 from lbr_dist.model.backbone import DTYPES, causal_lm, equip, load_backbone, load_config
 from lbr_dist.model.layout import PackedBatch
+from lbr_dist.model.tokenizer import Tokenization
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -54,8 +55,15 @@ class LbrModel(nn.Module):
             UserError: see `load_backbone`; or the tokenizer has more tokens than the model.
         """
         backbone = load_backbone(recipe.model, for_zero3=for_zero3, longest=longest_sequence(recipe), seed=recipe.seed)
+        embedding = causal_lm(backbone).get_input_embeddings()
+        vocabulary = Tokenization.load(recipe.model.path).vocabulary
+        if vocabulary > embedding.num_embeddings:
+            raise UserError(
+                f"model {recipe.model.path}: its tokenizer has {vocabulary} tokens, but the model has embeddings for "
+                f"{embedding.num_embeddings}; use the tokenizer that belongs to the model"
+            )
         count = recipe.bottleneck.count
-        z_KD = initial_vectors(causal_lm(backbone).get_input_embeddings().weight, count, recipe.seed) if count else None
+        z_KD = initial_vectors(embedding.weight, count, recipe.seed) if count else None
         return cls(backbone, z_KD, recipe.model.attention)
 
     @classmethod

@@ -1,0 +1,189 @@
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from oracles import random_samples
+from safetensors.torch import load_file, save_file
+
+from lbr_dist.errors import UserError
+from lbr_dist.model.bottleneck import LbrModel, initial_vectors
+from lbr_dist.model.head import LossHead
+from lbr_dist.model.layout import Sample, pack
+from lbr_dist.recipes import parse_recipe
+
+
+def recipe(path, tokens=2, x=200, **model):
+    return parse_recipe(
+        {
+            "stage": "generative",
+            "output": "unused",
+            "model": {"path": str(path), **model},
+            "data": {"sets": [{"path": "unused"}], "max_x_tokens": x, "max_y_tokens": 100, "bin_tokens": 8192},
+            "bottleneck": {"tokens": tokens},
+            "batch": {"global_batch": 1},
+            "duration": {"steps": 1},
+        },
+        "test",
+    )
+
+
+@pytest.fixture
+def folder(tiny_model_dir, tmp_path):
+    """A copy of a tiny model that a test may spoil."""
+    return shutil.copytree(tiny_model_dir("qwen2", False), tmp_path / "model")
+
+
+def edit(path, **changes):
+    saved = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**saved, **changes}))
+
+
+def refused(path, match, **options):
+    with pytest.raises(UserError, match=match) as error:
+        LbrModel.build(recipe(path, **options))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_not_a_model_folder(tmp_path):
+    refused(tmp_path, "not a model folder")
+    refused(tmp_path / "nowhere", "not a model folder")
+
+
+def test_unsupported_family(folder):
+    edit(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    refused(folder, "family gpt2 is not supported; use a model of llama, qwen2, qwen3")
+
+
+def test_too_few_positions(folder):
+    LbrModel.build(recipe(folder, x=410))  # 410 + 2 + 100 = 512, the model's
+    refused(folder, "512 positions, but a sequence may take 513", x=411)
+
+
+def test_sliding_window_shorter_than_a_sequence(folder):
+    edit(
+        folder, use_sliding_window=True, sliding_window=128, max_window_layers=0, layer_types=["sliding_attention"] * 2
+    )
+    refused(folder, "see 128 tokens back")
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    refused(folder, "weights cannot be loaded")
+
+
+def test_cut_off_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(folder, "weights cannot be loaded")
+
+
+def test_a_missing_weight(folder):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+    refused(folder, "1 weights are missing, the first is model.layers.1.mlp.up_proj.weight")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra_{i}>" for i in range(20)])
+    tokenizer.save_pretrained(folder)
+    refused(folder, "420 tokens, but the model has embeddings for 416")
+
+
+def test_lora_on_layers_that_do_not_exist(folder):
+    refused(folder, "model.lora: does not fit", lora={"r": 2, "target_modules": ["no_such_layer"]})
+
+
+def test_lora_cannot_train_one_of_two_tied_weights(tiny_model_dir):
+    path = tiny_model_dir("llama", True)
+    refused(path, "embed_tokens is tied", lora={"r": 2, "train_modules": ["embed_tokens"]})
+
+
+def test_lora_trains_adapters_z_and_named_modules_only(folder):
+    model = LbrModel.build(recipe(folder, lora={"r": 2, "train_modules": ["embed_tokens"]}))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert "z" in trained
+    others = {name for name in trained if "lora_" not in name and name != "z"}
+    assert others == {"backbone.base_model.model.model.embed_tokens.modules_to_save.default.weight"}
+    assert sum("lora_B" in name for name in trained) == 2 * 7
+
+
+def test_lora_starts_as_the_base_model_and_merges_to_a_plain_one(folder):
+    batch = pack(random_samples(random.Random(1), 4), bottleneck_vectors=3, hide_x=True)
+    plain = LbrModel.build(recipe(folder, tokens=3))
+    model = LbrModel.build(recipe(folder, tokens=3, lora={"r": 2}))
+    torch.testing.assert_close(model(batch, "generate"), plain(batch, "generate"))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    trained = model(batch, "generate")
+    assert abs(trained - plain(batch, "generate")) > 0.1
+    model.backbone = model.backbone.merge_and_unload()
+    torch.testing.assert_close(model(batch, "generate"), trained, rtol=1e-4, atol=1e-4)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in plain.named_parameters()}
+
+
+def test_adapters_are_the_same_on_every_rank(folder):
+    states = []
+    for draws in (0, 5):
+        torch.manual_seed(draws)
+        states.append(LbrModel.build(recipe(folder, lora={"r": 2})).state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_state_names_and_sharing_survive_the_loss_head(tiny_model_dir, tied, tmp_path):
+    path = tiny_model_dir("llama", tied)
+    model = LbrModel.build(recipe(path))
+    assert isinstance(model.causal_lm.lm_head, LossHead)
+    assert (model.causal_lm.lm_head.weight is model.causal_lm.get_input_embeddings().weight) == tied
+    assert all(name == "z" or name.startswith("backbone.") for name in model.state_dict())
+    model.causal_lm.save_pretrained(tmp_path)
+    before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((tmp_path / "config.json").read_text()).get("_attn_implementation") is None
+
+
+def test_bfloat16(folder):
+    model = LbrModel.build(recipe(folder, dtype="bfloat16"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    batch = pack([Sample([5, 6], 2, [7])], bottleneck_vectors=2, hide_x=True)
+    assert model(batch, "generate").dtype == torch.float32
+    assert model(batch, "embed").dtype == torch.float32
+
+
+def test_z_starts_as_an_ordinary_token_from_the_seed():
+    torch.manual_seed(0)
+    embedding = torch.randn(5000, 64) * 0.3 + 0.5
+    one, again, other = (initial_vectors(embedding, 8, seed) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert abs(one.mean() - 0.5) < 0.05
+    assert abs(one.std() - 0.3) < 0.05
+
+
+@pytest.mark.parametrize(("tied", "lora"), [(True, None), (False, None), (True, {"r": 2})])
+def test_a_run_is_restored_from_its_weights_and_configuration_alone(tiny_model_dir, tmp_path, tied, lora):
+    path = tiny_model_dir("qwen3", tied)
+    model = LbrModel.build(recipe(path, lora=lora))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    weights = [(name, p.detach().float()) for name, p in model.named_parameters()]  # a tied weight comes once
+    shutil.copy(path / "config.json", tmp_path)
+    restored = LbrModel.restore(recipe("gone", lora=lora), str(tmp_path), weights)
+    batch = pack(random_samples(random.Random(2), 4, vectors=2), bottleneck_vectors=2, hide_x=True)
+    assert torch.equal(restored(batch, "generate"), model(batch, "generate"))
+    with pytest.raises(UserError, match="has no weight z"):
+        LbrModel.restore(recipe("gone", lora=lora), str(tmp_path), weights[1:])
+    with pytest.raises(UserError, match=r"weight z of shape \(2, 32\) does not fit"):
+        LbrModel.restore(recipe("gone", tokens=3, lora=lora), str(tmp_path), weights)
