@@ -10,6 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +72,28 @@ def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
     module = LbrModel.build(recipe, for_zero3=regime.stage == 3)
     module.train()
     optimizer = make_optimizer(module, recipe.optim)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=regime.config)
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=regime.config)
     del sharding
     return engine
 
 
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed imports an optimizer that nothing here uses and that `torch.compile` decorates: seconds of imports."""
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda inner: inner)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
 def _import_deepspeed() -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
