@@ -1,0 +1,162 @@
+"""`lbr eval`: several models on one held-out set, in one table.
+
+Models are loaded one after the other, never together. A model's vectors of the held-out set are made once: mteb ranks
+with them, and the separation ratio is computed from the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation.held_out import HeldOut, load_held_out
+
+FORMAT = 1
+
+
+def evaluate(
+    models: Sequence[str],
+    data: str | Path,
+    out: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    distractors: int = 0,
+    generate: int = 100,
+    hardest: int = 10,
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate models and write `eval.json`, `eval.md` and `eval.png`.
+
+    Args:
+        models: specifications as in `lbr_dist.loading.load_encoder`, or `bm25`.
+        data: a prepared set; its eval split is used.
+        out: folder for the results; results of an earlier evaluation in it are replaced.
+        tasks: further mteb tasks by name, evaluated on the same models.
+        distractors: passages to add to the corpus from the training splits.
+        generate: questions to answer, by models that lbr trained; 0: none.
+        hardest: non-positives per query in the separation ratio.
+        device: default: CUDA where there is one.
+        progress: bars on a terminal.
+
+    Returns:
+        What `eval.json` holds: `data`, and per model `name`, `model`, `retrieval` (mteb's scores), `separation`,
+        `generation`, `tasks`, `cut` (texts that were too long) and `seconds`.
+
+    Raises:
+        UserError: a model, the set or a task cannot be loaded; `out` is a file. Task names are checked first.
+    """
+    from lbr_dist.evaluation.retrieval import named_task
+
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: it is a file; give a folder")
+    held_out = load_held_out(data, distractors=distractors)
+    further = {name: named_task(name) for name in tasks}
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "data": {
+            "name": held_out.name,
+            "fingerprint": held_out.fingerprint,
+            "queries": len(held_out.queries),
+            "answers": held_out.answers,
+            "passages": len(held_out.passages),
+        },
+        "models": [],
+    }
+    for spec in models:
+        results["models"].append(_evaluate_one(spec, held_out, further, generate, hardest, device, progress))
+    write_results(results, out)
+    return results
+
+
+def default_out(models: Sequence[str]) -> Path:
+    """Where results go unless the user says: `eval/` in the first model that is a run, else `eval/` here."""
+    from lbr_dist.loading import is_run
+
+    for spec in models:
+        if is_run(spec):
+            return Path(spec) / "eval"
+    return Path("eval")
+
+
+def write_results(results: dict[str, Any], out: Path) -> None:
+    """Write an evaluation as JSON, Markdown and PNG."""
+    from lbr_dist.evaluation.report import markdown_table, plot
+
+    out.mkdir(parents=True, exist_ok=True)
+    plot(results, out / "eval.png")
+    (out / "eval.md").write_text(markdown_table(results) + "\n", encoding="utf-8")
+    temporary = out / ".eval.json.tmp"
+    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(out / "eval.json")
+
+
+def _evaluate_one(
+    spec: str,
+    data: HeldOut,
+    tasks: dict[str, Any],
+    generate: int,
+    hardest: int,
+    device: str | None,
+    progress: bool,
+) -> dict[str, Any]:
+    from lbr_dist.evaluation.encoder import PackedEncoder
+    from lbr_dist.evaluation.generation import generation_scores
+    from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, retrieval_scores
+    from lbr_dist.evaluation.separation import separation
+    from lbr_dist.loading import load_encoder
+
+    clock = _Clock()
+    if spec == "bm25":
+        scores: dict[str, Any] = {"name": "BM25", "model": spec}
+        scores["retrieval"] = retrieval_scores(BM25Search(), held_out_task(data))
+        clock.lap("retrieval")
+        scores["tasks"] = {
+            name: retrieval_scores(BM25Search(), task) for name, task in tasks.items() if _is_retrieval(task)
+        }
+        return {**scores, "seconds": clock.laps}
+    encoder = load_encoder(spec, device)
+    clock.lap("load")
+    scores = {"name": encoder.name, "model": spec}
+    wrapped = MtebEncoder(encoder, keep=True, progress=progress)
+    scores["retrieval"] = retrieval_scores(wrapped, held_out_task(data))
+    clock.lap("retrieval")
+    queries_QD, passages_PD = (np.concatenate(wrapped.vectors[side]) for side in ("query", "passage"))
+    if len(data.passages) > 1:
+        scores["separation"] = separation(queries_QD, passages_PD, data.positives, hardest)
+    clock.lap("separation")
+    scores["cut"] = encoder.cut
+    if generate and isinstance(encoder, PackedEncoder):
+        scores["generation"] = generation_scores(encoder, data, generate)
+        clock.lap("generation")
+    scores["tasks"] = {
+        name: retrieval_scores(MtebEncoder(encoder, progress=progress), task) for name, task in tasks.items()
+    }
+    clock.lap("tasks")
+    return {**scores, "seconds": clock.laps}
+
+
+def _is_retrieval(task: Any) -> bool:
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    return isinstance(task, AbsTaskRetrieval)
+
+
+class _Clock:
+    """Seconds of each part, rounded."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 2)
+        self._last = now

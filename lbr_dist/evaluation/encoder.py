@@ -1,0 +1,234 @@
+"""Texts to unit vectors: of a trained run, of any Hugging Face causal model, of any sentence-transformers model.
+
+A text's vector must depend on the text alone. So our own models are packed without padding (nothing to mask, nothing to
+waste), and whatever the order or the company of the texts, they are sorted by length, embedded, and put back in order;
+in float32 the vectors of two calls agree to about 1e-6. What is too long is cut as in training, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from lbr_dist.config import Recipe
+from lbr_dist.model.tokenizer import Tokenization
+
+if TYPE_CHECKING:
+    from lbr_dist.model.bottleneck import LbrModel
+
+Side = Literal["query", "passage"]
+
+MICRO_TOKENS = 8192
+"""Tokens in one forward pass: large enough to keep a device busy, small enough for the activations of a large model."""
+
+
+class Encoder(Protocol):
+    """Anything that embeds texts."""
+
+    name: str
+    """For tables."""
+    cut: int
+    """Texts that were too long and lost their end, over all calls."""
+
+    def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
+        """Unit vectors, float32 [texts, D], in the order of the texts."""
+
+
+def batches(lengths: np.ndarray, budget: int, padded: bool = False) -> Iterator[np.ndarray]:
+    """Rows in batches of at most `budget` tokens, longest first, so that a batch's texts have about one length.
+
+    Args:
+        lengths: tokens of each text.
+        budget: tokens in a batch; a longer text is a batch of its own.
+        padded: count the tokens of the padded batch (texts x longest) instead of their sum.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        rest = lengths[order[start : start + budget + 1]]
+        used = np.arange(1, len(rest) + 1) * rest[0] if padded else np.cumsum(rest)
+        count = max(1, int(np.searchsorted(used, budget, side="right")))
+        yield order[start : start + count]
+        start += count
+
+
+class PackedEncoder:
+    """A trained run: packed, with its own instructions, bottleneck, pooling and attention."""
+
+    def __init__(self, model: LbrModel, tokenization: Tokenization, recipe: Recipe, name: str) -> None:
+        """`model` is used where it lies and in the precision that it has; `recipe` is the run's."""
+        self.model, self.recipe, self.name = model.eval(), recipe, name
+        self.pooling = pooling_of(recipe)
+        self.tokenization = tokenization
+        self.cut = 0
+        self.fixed_z: int | None = None
+        """Bottleneck tokens for every text, instead of the number that the recipe gives by length."""
+        contrastive = recipe.contrastive
+        instructions = tokenization.encode([contrastive.query_instruction, contrastive.passage_instruction])
+        self._prefix: dict[Side, list[int]] = {
+            "query": tokenization.bos + instructions[0],
+            "passage": tokenization.bos + instructions[1],
+        }
+
+    def tokens(self, texts: Sequence[str], side: Side) -> list[list[int]]:
+        """X of each text: beginning of sequence, instruction and text, cut to `data.max_x_tokens`."""
+        limit = self.recipe.data.max_x_tokens
+        inputs = [self._prefix[side] + ids for ids in self.tokenization.encode(texts)]
+        self.cut += sum(len(x) > limit for x in inputs)
+        return [x[:limit] for x in inputs]
+
+    def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
+        """See `Encoder`. A text of no tokens at all, in a model without bottleneck, is the zero vector."""
+        import torch
+
+        from lbr_dist.model.layout import Sample, pack
+
+        bottleneck = self.recipe.bottleneck
+        inputs = self.tokens(texts, side)
+        fixed = self.fixed_z
+        samples = [Sample(x, bottleneck.length(len(x)) if fixed is None else fixed) for x in inputs]
+        lengths = np.array([len(s.x) + s.z for s in samples], dtype=np.int64)
+        out: np.ndarray | None = None
+        with torch.inference_mode(), _bar(len(texts), progress, self.name) as advance:
+            for rows in batches(lengths, MICRO_TOKENS):
+                real = rows[lengths[rows] > 0]
+                if len(real) == 0:
+                    continue
+                batch = pack(
+                    [samples[row] for row in real],
+                    bottleneck_vectors=bottleneck.count,
+                    hide_x=bottleneck.enabled,
+                    causal=self.recipe.contrastive.attention == "causal",
+                ).to(self.model.device)
+                vectors_SD = self.model(batch, "embed", pooling=self.pooling).float().cpu().numpy()
+                if out is None:
+                    out = np.zeros((len(texts), vectors_SD.shape[1]), dtype=np.float32)
+                out[real] = vectors_SD
+                advance(len(real))
+        width = self.model.causal_lm.config.hidden_size
+        return unit(out if out is not None else np.zeros((len(texts), width), dtype=np.float32))
+
+
+class PaddedEncoder:
+    """Any Hugging Face causal model with a pooling, through plain padded batches."""
+
+    def __init__(self, path: str, pooling: Literal["mean", "last"], max_tokens: int, device: str) -> None:
+        """Load the base model (without its head) of `path` in float32.
+
+        Raises:
+            UserError: not a model folder.
+        """
+        from transformers import AutoModel
+
+        from lbr_dist.errors import UserError
+
+        self.tokenization = Tokenization.load(path)
+        try:
+            self.model = AutoModel.from_pretrained(path, dtype="float32").eval().to(device)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"model hf:{path}: cannot be loaded ({reason})") from None
+        self.name = f"{path.rstrip('/').rsplit('/', 1)[-1]} ({pooling})"
+        self.pooling, self.max_tokens, self.cut = pooling, max_tokens, 0
+
+    def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
+        """See `Encoder`; both sides are the same, there are no instructions."""
+        import torch
+
+        inputs = [self.tokenization.bos + ids for ids in self.tokenization.encode(texts)]
+        self.cut += sum(len(x) > self.max_tokens for x in inputs)
+        inputs = [x[: self.max_tokens] for x in inputs]
+        lengths = np.array([len(x) for x in inputs], dtype=np.int64)
+        out = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        with torch.inference_mode(), _bar(len(texts), progress, self.name) as advance:
+            for rows in batches(lengths, MICRO_TOKENS, padded=True):
+                out[rows] = self._forward([inputs[row] for row in rows])
+                advance(len(rows))
+        return unit(out)
+
+    def _forward(self, inputs: list[list[int]]) -> np.ndarray:
+        import torch
+
+        longest = max(1, max(len(x) for x in inputs))
+        ids_BT = torch.zeros((len(inputs), longest), dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for row, x in enumerate(inputs):
+            ids_BT[row, : len(x)] = torch.tensor(x, dtype=torch.long)
+            mask_BT[row, : len(x)] = 1
+        device = self.model.device
+        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+        hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        lengths_B = mask_BT.sum(1)
+        if self.pooling == "last":
+            pooled_BD = hidden_BTD[torch.arange(len(inputs), device=device), (lengths_B - 1).clamp(min=0)]
+        else:
+            pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(1) / lengths_B.clamp(min=1)[:, None]
+        return (pooled_BD * (lengths_B > 0)[:, None]).float().cpu().numpy()
+
+
+class SentenceTransformerEncoder:
+    """Any sentence-transformers model, our own exports included."""
+
+    def __init__(self, path: str, device: str) -> None:
+        """Load a folder, or a hub name that is in the local cache.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        from lbr_dist.errors import UserError
+
+        try:
+            self.model = SentenceTransformer(path, device=device)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"model {path}: not a run, an export or a sentence-transformers model ({reason}); "
+                "a plain model folder needs a pooling: hf:PATH?pooling=mean"
+            ) from None
+        self.name = path.rstrip("/").rsplit("/", 1)[-1]
+        self.cut = 0
+
+    def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
+        """See `Encoder`; the model's own prompts for queries and documents are applied. Cut texts are not counted."""
+        options: dict[str, Any] = {"show_progress_bar": progress, "convert_to_numpy": True}
+        encode = self.model.encode_query if side == "query" else self.model.encode_document
+        return unit(np.asarray(encode(list(texts), **options), dtype=np.float32))
+
+
+def pooling_of(recipe: Recipe) -> Literal["bottleneck", "last", "mean"]:
+    """Pooling that a run's embeddings have; a stage 1 run without bottleneck has none of its own and gets `last`."""
+    if recipe.contrastive.pooling == "bottleneck" and not recipe.bottleneck.enabled:
+        return "last"
+    return recipe.contrastive.pooling
+
+
+def unit(rows_ND: np.ndarray) -> np.ndarray:
+    """Rows divided by their length, in float32; zero rows stay zero."""
+    norm_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    return rows_ND / np.where(norm_N1 > 0, norm_N1, 1).astype(np.float32)
+
+
+def default_device() -> str:
+    """`cuda` where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _bar:  # noqa: N801 (a context manager used as a function)
+    """Progress bar on a terminal; yields `advance(n)`."""
+
+    def __init__(self, total: int, show: bool, label: str) -> None:
+        from tqdm import tqdm
+
+        self._tqdm = tqdm(total=total, disable=None if show else True, desc=label, unit="text", leave=False)
+
+    def __enter__(self) -> Any:
+        return self._tqdm.update
+
+    def __exit__(self, *_: object) -> None:
+        self._tqdm.close()

@@ -1,0 +1,108 @@
+"""The held-out side of a prepared set as a retrieval problem: questions, a corpus, and who answers what.
+
+Questions that read the same (normalised) are one query, and answers that read the same are one passage; so a query may
+have several right passages, and no right passage is ever counted as a miss. Distractors from the training splits make
+the corpus as large as a real one: the model has seen them, which makes them harder, not easier, to push away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lbr_dist.data.record import normalise, normalised_hash
+from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
+from lbr_dist.errors import UserError
+
+
+@dataclass
+class HeldOut:
+    """Questions and the corpus they are asked of.
+
+    Attributes:
+        name: of the prepared set.
+        fingerprint: of the prepared set.
+        queries: unique questions.
+        passages: unique answers of the evaluation split (the first `answers` of them), then distractors.
+        positives: for each query the rows of its right passages; at least one.
+        references: for each query the answer text of its first record.
+        answers: number of passages that are not distractors.
+    """
+
+    name: str
+    fingerprint: str
+    queries: list[str] = field(default_factory=list)
+    passages: list[str] = field(default_factory=list)
+    positives: list[list[int]] = field(default_factory=list)
+    references: list[str] = field(default_factory=list)
+    answers: int = 0
+
+
+def load_held_out(data: str | Path, *, distractors: int = 0, seed: int = 0) -> HeldOut:
+    """Read the evaluation split of a prepared set.
+
+    Args:
+        data: the prepared set.
+        distractors: passages to add from the gl and cl splits, drawn with `seed`; fewer where there are fewer.
+
+    Raises:
+        UserError: not a prepared set, no evaluation split, or no questions in it.
+    """
+    opened = open_set(data)
+    held_out = HeldOut(opened.name, opened.fingerprint)
+    reader = ShardReader(opened, "eval")
+    query_of: dict[str, int] = {}
+    passage_of: dict[str, int] = {}
+    try:
+        for row in range(len(reader.index)):
+            _add(held_out, reader.read([row])[0], query_of, passage_of)
+    finally:
+        reader.close()
+    if not held_out.queries:
+        raise UserError(f"prepared set {data}: its eval split has no questions, only texts: nothing to retrieve with")
+    held_out.answers = len(held_out.passages)
+    if distractors:
+        held_out.passages += _distractors(opened, set(passage_of), distractors, seed)
+    return held_out
+
+
+def _add(held_out: HeldOut, record: dict[str, Any], query_of: dict[str, int], passage_of: dict[str, int]) -> None:
+    if "text" in record:
+        return
+    query = query_of.setdefault(normalise(record["question"]), len(held_out.queries))
+    if query == len(held_out.queries):
+        held_out.queries.append(record["question"])
+        held_out.positives.append([])
+        held_out.references.append(record["answer"])
+    for answer in [record["answer"], *record.get("positives", [])]:
+        passage = passage_of.setdefault(normalise(answer), len(held_out.passages))
+        if passage == len(held_out.passages):
+            held_out.passages.append(answer)
+        if passage not in held_out.positives[query]:
+            held_out.positives[query].append(passage)
+
+
+def _distractors(opened: PreparedSet, taken: set[str], count: int, seed: int) -> list[str]:
+    """Answers (or texts) of the training splits, unlike each other and unlike `taken`, in a seeded random order."""
+    seen = {normalised_hash(text) for text in taken}
+    found: list[str] = []
+    for number, split in enumerate(("gl", "cl")):
+        if opened.splits[split].records == 0 or len(found) == count:
+            continue
+        reader = ShardReader(opened, split)
+        hashes = reader.index.answer_hash
+        rows: list[int] = []
+        for row in np.random.default_rng((seed, number)).permutation(len(hashes)):
+            if len(found) + len(rows) == count:
+                break
+            if int(hashes[row]) not in seen:
+                seen.add(int(hashes[row]))
+                rows.append(int(row))
+        for row in sorted(rows):
+            record = reader.read([row])[0]
+            found.append(record["text"] if "text" in record else record["answer"])
+        reader.close()
+    return found

@@ -1,0 +1,166 @@
+"""One evaluation as a table and a picture: models down, metrics across, the best of each metric marked.
+
+Everything is made from the plain JSON that `lbr eval` writes, so an old result can be shown again without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: where its value lies in a model's results, and how it is shown."""
+
+    title: str
+    path: tuple[str, ...]
+    digits: int = 3
+    higher: bool = True
+
+    def value(self, model: dict[str, Any]) -> float | None:
+        """The model's value, None where it was not measured."""
+        node: Any = model
+        for key in self.path:
+            if not isinstance(node, dict) or key not in node:
+                return None
+            node = node[key]
+        return float(node)
+
+
+METRICS = (
+    Metric("nDCG@10", ("retrieval", "ndcg_at_10")),
+    Metric("Recall@10", ("retrieval", "recall_at_10")),
+    Metric("MRR@10", ("retrieval", "mrr_at_10")),
+    Metric("MAP@10", ("retrieval", "map_at_10")),
+    Metric("SR", ("separation", "sr"), 2),
+    Metric("AUC", ("separation", "auc")),
+    Metric("alignment", ("separation", "alignment"), higher=False),
+    Metric("uniformity", ("separation", "uniformity"), 2, higher=False),
+    Metric("BLEU-4 (Z)", ("generation", "bottleneck", "bleu4"), 1),
+    Metric("ROUGE-L (Z)", ("generation", "bottleneck", "rouge_l"), 1),
+    Metric("BLEU-4 (X, Z)", ("generation", "full", "bleu4"), 1),
+    Metric("ROUGE-L (X, Z)", ("generation", "full", "rouge_l"), 1),
+)
+"""Columns of the table, in order, where any model has them; (Z): generated through the bottleneck."""
+
+PLOTTED = ("nDCG@10", "Recall@10", "SR", "ROUGE-L (Z)")
+
+
+def columns(models: Sequence[dict[str, Any]]) -> list[Metric]:
+    """The metrics that at least one model has, further mteb tasks last."""
+    tasks = list(dict.fromkeys(name for model in models for name in model.get("tasks", {})))
+    every = [*METRICS, *(Metric(name, ("tasks", name, "main_score")) for name in tasks)]
+    return [metric for metric in every if any(metric.value(model) is not None for model in models)]
+
+
+def cells(models: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> list[list[tuple[str, bool]]]:
+    """(text, is it the best) of each model and metric; a dash where nothing was measured."""
+    best = {}
+    for metric in metrics:
+        values = [value for model in models if (value := metric.value(model)) is not None]
+        if len(values) > 1:
+            best[metric.title] = max(values) if metric.higher else min(values)
+    rows = []
+    for model in models:
+        row = []
+        for metric in metrics:
+            value = metric.value(model)
+            row.append(
+                ("–", False) if value is None else (f"{value:.{metric.digits}f}", value == best.get(metric.title))
+            )
+        rows.append(row)
+    return rows
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Markdown: what was asked of what, and the table with the best values in bold."""
+    models = results["models"]
+    metrics = columns(models)
+    lines = [
+        describe(results),
+        "",
+        "| model | " + " | ".join(metric.title for metric in metrics) + " |",
+        "| --- |" + " ---: |" * len(metrics),
+    ]
+    for model, row in zip(models, cells(models, metrics), strict=True):
+        shown = [f"**{text}**" if is_best else text for text, is_best in row]
+        lines.append(f"| {model['name'].replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def describe(results: dict[str, Any]) -> str:
+    """One line on the data."""
+    data = results["data"]
+    distractors = data["passages"] - data["answers"]
+    more = f" and {distractors:,} distractors" if distractors else ""
+    return f"{data['name']}: {data['queries']:,} held-out questions over {data['answers']:,} answers{more}."
+
+
+def rich_table(results: dict[str, Any]) -> Table:
+    """The table for a terminal."""
+    from rich.table import Table
+
+    models = results["models"]
+    metrics = columns(models)
+    table = Table(title=describe(results), title_justify="left")
+    table.add_column("model")
+    for metric in metrics:
+        table.add_column(metric.title, justify="right")
+    for model, row in zip(models, cells(models, metrics), strict=True):
+        table.add_row(model["name"], *(f"[bold green]{text}[/]" if is_best else text for text, is_best in row))
+    return table
+
+
+def print_table(results: dict[str, Any]) -> None:
+    """Print the table: in colour on a terminal, as Markdown into a file or pipe (where it is not cut)."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(rich_table(results))
+    else:
+        print(markdown_table(results))
+
+
+def plot(results: dict[str, Any], file: Path) -> None:
+    """Bars, one panel per metric, one colour per model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = results["models"]
+    metrics = [metric for metric in columns(models) if metric.title in PLOTTED or metric.path[0] == "tasks"]
+    figure = Figure(figsize=(1.6 + 2.6 * len(metrics), 1.5 + 0.42 * len(models)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, max(1, len(metrics)), sharey=True, squeeze=False)[0]
+    for axis, metric in zip(axes, metrics, strict=False):
+        bars(axis, models, metric)
+    figure.suptitle(describe(results), fontsize=10, x=0.01, ha="left")
+    figure.savefig(file, dpi=150)
+
+
+def bars(axis: Any, models: Sequence[dict[str, Any]], metric: Metric, colours: Sequence[str] | None = None) -> None:
+    """One panel: a metric, with every value written at its bar."""
+    values = [metric.value(model) for model in models]
+    drawn = [0.0 if value is None else value for value in values]
+    colours = colours or [COLOURS[number % len(COLOURS)] for number in range(len(models))]
+    axis.barh(range(len(models)), drawn, color=colours, height=0.7)
+    for row, value in enumerate(values):
+        text = "–" if value is None else f"{value:.{metric.digits}f}"
+        axis.annotate(
+            text, (max(drawn[row], 0.0), row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    axis.set_yticks(range(len(models)), [model["name"] for model in models], fontsize=9)
+    axis.set_ylim(len(models) - 0.5, -0.5)
+    axis.set_title(metric.title, fontsize=10)
+    low, high = min(0.0, *drawn), max(0.0, *drawn)
+    axis.set_xlim(low * 1.1, (high or 1.0) * 1.25)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

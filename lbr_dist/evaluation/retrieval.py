@@ -1,0 +1,173 @@
+"""Retrieval scores, computed by mteb itself: on the held-out split as an mteb task, and on further mteb tasks by name.
+
+mteb owns the metrics, so the numbers mean what everybody else's mean; we only hand it the texts and the vectors. It is
+imported inside functions (seconds, because it loads every task it knows) and need not touch the network: our task
+carries its data, and named tasks come from the local datasets cache when HF_HUB_OFFLINE is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation.bm25 import BM25
+from lbr_dist.evaluation.encoder import Encoder, Side
+from lbr_dist.evaluation.held_out import HeldOut
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+K_VALUES = (1, 3, 5, 10, 20, 100)
+"""Cut-offs of the held-out task; the last is how many passages mteb ranks per query."""
+
+
+def retrieval_scores(model: MtebEncoder | BM25Search, task: AbsTask) -> dict[str, float]:
+    """Run mteb on one task (of retrieval, or of any kind that embeddings suffice for).
+
+    Returns:
+        mteb's scores as it names them (`ndcg_at_10`, `recall_at_10`, `mrr_at_10`, `map_at_10` ...), `main_score` among
+        them; means over the subsets and splits where a task has several.
+
+    Raises:
+        UserError: the task's data cannot be had (offline, not in the cache), or the model cannot run this kind of task.
+    """
+    import datasets
+    import mteb
+
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()  # over a step of milliseconds
+    try:
+        result = mteb.evaluate(model, task, co2_tracker=False, cache=None, show_progress_bar=False)  # type: ignore[arg-type]
+    except (OSError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"mteb task {task.metadata.name}: cannot be run ({reason}); download its data set "
+            f"{task.metadata.dataset['path']} once while online, or leave the task out"
+        ) from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    rows = [row for split in result.task_results[0].scores.values() for row in split]
+    names = [name for name, value in rows[0].items() if isinstance(value, int | float)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+
+
+def named_task(name: str) -> AbsTask:
+    """A task that mteb knows.
+
+    Raises:
+        UserError: mteb knows none of that name.
+    """
+    import mteb
+
+    try:
+        return mteb.get_task(name)
+    except KeyError as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())[:200]
+        raise UserError(f"--task {name}: mteb has no such task ({reason})") from None
+
+
+def held_out_task(data: HeldOut) -> AbsTask:
+    """The held-out split as an mteb retrieval task, data included."""
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    class HeldOutRetrieval(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name=f"HeldOut-{data.name}",
+            description="Held-out questions of a prepared set, and the corpus of its answers.",
+            dataset={"path": data.name, "revision": data.fingerprint},
+            type="Retrieval",
+            category="t2t",
+            modalities=["text"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
+        k_values = K_VALUES
+
+    task = HeldOutRetrieval()
+    task.dataset = {
+        "default": {
+            "test": {
+                "queries": Dataset.from_dict(
+                    {"id": [f"q{i}" for i in range(len(data.queries))], "text": list(data.queries)}
+                ),
+                "corpus": Dataset.from_dict(
+                    {"id": [f"p{i}" for i in range(len(data.passages))], "text": list(data.passages)}
+                ),
+                "relevant_docs": {f"q{i}": {f"p{j}": 1 for j in rows} for i, rows in enumerate(data.positives)},
+                "top_ranked": None,
+            }
+        }
+    }
+    task.data_loaded = True
+    return task
+
+
+class MtebEncoder:
+    """One of our encoders, as mteb's EncoderProtocol. Embeddings are unit vectors: similarity is the inner product."""
+
+    def __init__(self, encoder: Encoder, keep: bool = False, progress: bool = False) -> None:
+        """`keep`: remember the vectors of each side, in the order of the calls, in `vectors`."""
+        self.encoder, self.keep, self.progress = encoder, keep, progress
+        self.vectors: dict[Side, list[np.ndarray]] = {"query": [], "passage": []}
+
+    @property
+    def mteb_model_meta(self) -> Any:
+        """What mteb writes beside the scores."""
+        return _meta(self.encoder.name)
+
+    def encode(self, inputs: Iterable[dict[str, Any]], *, prompt_type: Any = None, **_: Any) -> np.ndarray:
+        """float32 [texts, D]; queries get the query instruction, everything else the passage instruction."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        side: Side = "query" if prompt_type is not None and prompt_type.value == "query" else "passage"
+        vectors_ND = self.encoder.encode(texts, side, self.progress)
+        if self.keep:
+            self.vectors[side].append(vectors_ND)
+        return vectors_ND
+
+    def similarity(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
+        """Cosine of all pairs."""
+        return np.asarray(embeddings1) @ np.asarray(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: np.ndarray, embeddings2: np.ndarray) -> np.ndarray:
+        """Cosine of row i with row i."""
+        return (np.asarray(embeddings1) * np.asarray(embeddings2)).sum(1)
+
+
+class BM25Search:
+    """BM25 as mteb's SearchProtocol; it can run retrieval tasks only."""
+
+    @property
+    def mteb_model_meta(self) -> Any:
+        """What mteb writes beside the scores."""
+        return _meta("bm25")
+
+    def index(self, corpus: Any, **_: Any) -> None:
+        """Index the passages (title and text)."""
+        titles = corpus["title"] if "title" in corpus.column_names else [""] * len(corpus)
+        self._ids = list(corpus["id"])
+        self._bm25 = BM25([f"{title} {text}".strip() for title, text in zip(titles, corpus["text"], strict=True)])
+
+    def search(self, queries: Any, *, top_k: int, top_ranked: Any = None, **_: Any) -> dict[str, dict[str, float]]:
+        """Scores of the best passages of each query; of its candidates only, where the task names them."""
+        k = len(self._ids) if top_ranked is not None else top_k
+        rows_QK, scores_QK = self._bm25.search(list(queries["text"]), k)
+        results = {}
+        for query, rows_K, scores_K in zip(queries["id"], rows_QK, scores_QK, strict=True):
+            allowed = None if top_ranked is None else set(top_ranked[query])
+            ranked = [(self._ids[row], float(score)) for row, score in zip(rows_K, scores_K, strict=True)]
+            results[query] = {name: score for name, score in ranked if allowed is None or name in allowed}
+        return results
+
+
+def _meta(name: str) -> Any:
+    from mteb.models.model_meta import ModelMeta
+
+    label = name.replace("/", "_")
+    return ModelMeta.create_empty({"name": f"lbr/{label}", "revision": "local"})

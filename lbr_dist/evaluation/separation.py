@@ -1,0 +1,107 @@
+"""How well a frozen model tells right answers from the most tempting wrong ones, with no training and no threshold.
+
+The paper announces a separation ratio and never defines it; the one here is lbr_dist's own. Retrieval metrics see only
+ranks within one corpus and saturate; SR is invariant to any scale and shift of the scores, so it compares domains and
+models: a domain that a pretrained model already separates well has little to gain from generative learning.
+Alignment and uniformity (Wang & Isola 2020) stand beside it, because SR alone cannot say which of the two moved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+TILE = 1024
+"""Rows of one block of scores: memory is TILE x passages, whatever the number of queries."""
+UNIFORMITY_POINTS = 10_000
+"""Most embeddings that uniformity compares pairwise; more are thinned evenly."""
+
+
+def separation(
+    queries_QD: np.ndarray, passages_PD: np.ndarray, positives: Sequence[Sequence[int]], hardest: int = 10
+) -> dict[str, float]:
+    """Separation ratio, the AUC that it implies, alignment and uniformity.
+
+    With s+ the cosines of all positive pairs and s- those of each query's `hardest` best-scored non-positives, both on
+    embeddings from which the mean of all queries and passages was subtracted:
+    `SR = (mean s+ - mean s-) / sqrt((var s+ + var s-) / 2)`, and under normal scores `AUC = Phi(SR / sqrt 2)`.
+
+    Args:
+        queries_QD, passages_PD: float32 embeddings; they need not be normalised.
+        positives: for each query the rows of its right passages, at least one.
+        hardest: non-positives per query; fewer where the corpus has fewer.
+
+    Returns:
+        `sr`, `auc`, `alignment` (mean squared distance of positive pairs) and `uniformity` (log of the mean Gaussian
+        potential, t = 2); the last two on the embeddings as they are, normalised, lower is better.
+
+    Raises:
+        ValueError: a query without positives, or no non-positive at all.
+    """
+    if len(positives) != len(queries_QD) or any(len(p) == 0 for p in positives):
+        raise ValueError("separation needs at least one positive for every query")
+    q_QD, p_PD = _normalised(queries_QD), _normalised(passages_PD)
+    mean_D = np.concatenate([q_QD, p_PD]).mean(0, dtype=np.float64).astype(np.float32)
+    right, wrong = _scores(_normalised(q_QD - mean_D), _normalised(p_PD - mean_D), positives, hardest)
+    if len(wrong) == 0:
+        raise ValueError("separation needs passages that are not the answer: the corpus has none")
+    spread = math.sqrt((right.var() + wrong.var()) / 2)
+    gap = float(right.mean() - wrong.mean())
+    sr = gap / spread if spread > 0 else math.copysign(math.inf, gap) if gap else 0.0
+    return {
+        "sr": sr,
+        "auc": auc(sr),
+        "alignment": _alignment(q_QD, p_PD, positives),
+        "uniformity": uniformity(np.concatenate([q_QD, p_PD])),
+    }
+
+
+def auc(sr: float) -> float:
+    """P(s+ > s-) = Phi(SR / sqrt 2) for normal scores."""
+    return 0.5 * (1.0 + math.erf(sr / 2.0))
+
+
+def potential_gain(sr_domain: float, sr_reference: float) -> float:
+    """Room that a domain leaves to generative learning: 1 - SR_domain / SR_reference, of one frozen model."""
+    return 1.0 - sr_domain / sr_reference
+
+
+def uniformity(points_ND: np.ndarray, t: float = 2.0) -> float:
+    """log mean exp(-t |x - y|^2) over pairs of different rows of normalised embeddings (Wang & Isola 2020, eq. 2)."""
+    if len(points_ND) > UNIFORMITY_POINTS:
+        points_ND = points_ND[np.linspace(0, len(points_ND) - 1, UNIFORMITY_POINTS).astype(np.int64)]
+    total, count = 0.0, len(points_ND)
+    for start in range(0, count, TILE):
+        cosine = points_ND[start : start + TILE] @ points_ND.T
+        total += float(np.exp(-t * (2.0 - 2.0 * cosine)).sum(dtype=np.float64))
+    return math.log((total - count) / (count * (count - 1)))
+
+
+def _scores(
+    q_QD: np.ndarray, p_PD: np.ndarray, positives: Sequence[Sequence[int]], hardest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    right, wrong = [], []
+    for start in range(0, len(q_QD), TILE):
+        scores = q_QD[start : start + TILE] @ p_PD.T
+        for row, rows in zip(scores, positives[start : start + TILE], strict=True):
+            mine = np.unique(np.asarray(rows))
+            right.append(row[mine])
+            row[mine] = -np.inf
+            k = min(hardest, len(row) - len(mine))
+            if k > 0:
+                wrong.append(np.partition(row, len(row) - k)[-k:])
+    return np.concatenate(right).astype(np.float64), np.concatenate(wrong or [np.empty(0)]).astype(np.float64)
+
+
+def _alignment(q_QD: np.ndarray, p_PD: np.ndarray, positives: Sequence[Sequence[int]]) -> float:
+    query = np.repeat(np.arange(len(q_QD)), [len(p) for p in positives])
+    passage = np.concatenate([np.asarray(p) for p in positives])
+    return float(((q_QD[query] - p_PD[passage]) ** 2).sum(1).mean())
+
+
+def _normalised(rows_ND: np.ndarray) -> np.ndarray:
+    rows_ND = np.asarray(rows_ND, dtype=np.float32)
+    norm_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
+    return rows_ND / np.maximum(norm_N1, np.float32(1e-12))

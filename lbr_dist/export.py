@@ -1,0 +1,217 @@
+"""A trained run to a folder that sentence-transformers and transformers load without lbr_dist and without remote code.
+
+The folder is written beside its destination and renamed at the end, after a check: a handful of awkward texts (empty,
+far too long, non-Latin) must have the same vectors from plain sentence-transformers as from the run. So an export that
+exists is an export that agrees; what a tokenizer of some family does differently is found here and not in production.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.recipes import save_recipe
+
+if TYPE_CHECKING:
+    from lbr_dist.loading import Run
+
+COSINE = {"float32": 0.9999, "bfloat16": 0.99}
+"""Least agreement with the run that the check accepts; bfloat16 rounds weights to 3 digits."""
+
+CHECK_TEXTS = (
+    "",
+    " ",
+    "What is it?",
+    "  leading and trailing spaces \n",
+    "\n\nline breaks first\n- and\tinside\n",
+    "Aspirin (acetylsalicylic acid) is a salicylate; it relieves pain, fever and inflammation.",
+    "def add(a, b):\n    return a + b  # 1+1=2",
+    "Diabetes mellitus, ciężka niewydolność nerek, Überfunktion der Schilddrüse, ÉTAT DE CHOC",
+    "糖尿病是一种以高血糖为特征的代谢性疾病。",
+    "糖尿病は、高血糖を特徴とする代謝疾患です。",
+    "السكري هو مرض استقلابي",
+    "मधुमेह एक चयापचय रोग है",
+    "🧪🧬 H₂O → CO₂ ½ ﬁ",
+    "a very long text that has to be cut somewhere " * 3000,
+)
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    tokens: int | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    scores: str | Path | None = None,
+    check: bool = True,
+) -> Path:
+    """Write a run or checkpoint as a sentence-transformers model.
+
+    Args:
+        run: run folder (its newest verified checkpoint) or checkpoint.
+        out: folder to make; it may exist if it is empty.
+        tokens: number of bottleneck tokens that every text gets, for a run in ratio mode.
+        dtype: of the weights on disk.
+        scores: an `eval.json` for the model card; default: `eval/eval.json` in the run, if there is one.
+        check: compare with the run through sentence-transformers before the folder appears.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: `out` holds something, the run has no checkpoint, its number of bottleneck tokens varies and `tokens`
+            does not say how many, or the check finds a text whose vector differs.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"export to {out}: it exists and is not empty; choose another folder or remove it")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
+    try:
+        temporary.chmod(0o755)
+        _write(run, temporary, out.name, tokens, dtype, scores, check)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
+    """Bottleneck tokens behind every text, as an export must have them; 0 where they cannot matter.
+
+    Raises:
+        UserError: the number varies with the length of the text, or `tokens` contradicts the run.
+    """
+    from lbr_dist.evaluation.encoder import pooling_of
+
+    bottleneck, causal = recipe.bottleneck, recipe.contrastive.attention == "causal"
+    if not bottleneck.enabled or (pooling_of(recipe) == "mean" and causal):  # no X sees Z, and the mean is over X
+        if tokens is not None:
+            raise UserError("--tokens: this run's embedding does not depend on bottleneck tokens; leave it out")
+        return 0
+    if pooling_of(recipe) == "mean":
+        raise UserError(
+            "export: mean pooling over X beside bidirectional bottleneck tokens is nothing that sentence-transformers "
+            "can do; use `lbr encode`, or train with contrastive.pooling=bottleneck"
+        )
+    least, most = bottleneck.length(0), bottleneck.length(recipe.data.max_x_tokens)
+    if tokens is None and least != most:
+        raise UserError(
+            f"export: with bottleneck.ratio={bottleneck.effective_ratio:g} a text gets {least} to {most} bottleneck "
+            f"tokens by its length, and a tokenizer can only append a fixed number; pass --tokens N (1 to {most}) to "
+            "give every text the last N (exact for texts that have N), or use `lbr encode`"
+        )
+    count = most if tokens is None else tokens
+    if not least <= count <= most:
+        raise UserError(
+            f"--tokens {tokens}: this run's texts have {least} to {most} bottleneck tokens; choose among these"
+        )
+    return count
+
+
+def _write(
+    run: str | Path,
+    folder: Path,
+    name: str,
+    tokens: int | None,
+    dtype: Literal["float32", "bfloat16"],
+    scores: str | Path | None,
+    check: bool,
+) -> None:
+    from lbr_dist.evaluation.encoder import pooling_of
+    from lbr_dist.export_folder import write_sentence_transformers
+    from lbr_dist.loading import load_run
+    from lbr_dist.model_card import model_card
+
+    loaded = load_run(run, "cpu")
+    recipe = loaded.recipe
+    count = fixed_tokens(recipe, tokens)
+    reference = _reference(loaded, count) if check else None
+    backbone = _write_model(loaded, folder, count, dtype)
+    write_sentence_transformers(
+        folder,
+        width=backbone.config.hidden_size,
+        pooling=pooling_of(recipe),
+        max_tokens=recipe.data.max_x_tokens + count,
+        query_instruction=recipe.contrastive.query_instruction,
+        passage_instruction=recipe.contrastive.passage_instruction,
+    )
+    save_recipe(recipe, folder / "lbr_recipe.yaml")
+    del loaded.model, backbone
+    agreement = _check(folder, reference, COSINE[dtype]) if reference is not None else None
+    found = Path(scores) if scores is not None else Path(run) / "eval" / "eval.json"
+    if scores is not None and not found.is_file():
+        raise UserError(f"--scores {scores}: no such file; give the eval.json that `lbr eval` wrote")
+    card = model_card(
+        name,
+        recipe,
+        tokens=count,
+        dtype=dtype,
+        agreement=agreement,
+        scores=found if found.is_file() else None,
+        checkpoint=loaded.checkpoint.name,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
+    """Merge adapters, fold Z in, and save model and tokenizer. Uses the loaded model up."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    from lbr_dist.export_folder import fold, write_tokenizer
+
+    model, recipe = loaded.model, loaded.recipe
+    ids = write_tokenizer(loaded.model_dir, folder, vectors=count, max_tokens=recipe.data.max_x_tokens + count)
+    backbone: Any = model.backbone
+    if isinstance(backbone, PeftModel):
+        backbone = backbone.merge_and_unload()
+    rows, width = backbone.lm_head.weight.shape
+    head = torch.nn.Linear(width, rows, bias=False, device="meta")  # a plain head in the place of ours
+    head.weight = backbone.lm_head.weight
+    backbone.lm_head = head
+    original = AutoConfig.from_pretrained(str(loaded.model_dir))
+    backbone.config.use_cache = True
+    backbone.config.attention_dropout = original.attention_dropout
+    if recipe.contrastive.attention == "bidirectional":
+        backbone.config.is_causal = False
+    if ids:
+        assert model.z is not None
+        fold(backbone, model.z[-count:], ids)
+    backbone.to(getattr(torch, dtype)).save_pretrained(str(folder), max_shard_size="4GB")
+    return backbone
+
+
+def _reference(loaded: Run, count: int) -> np.ndarray:
+    """Vectors of the check texts as the run makes them, queries then passages."""
+    encoder = loaded.encoder()
+    encoder.fixed_z = count if loaded.recipe.bottleneck.enabled and count else None
+    return np.concatenate([encoder.encode(CHECK_TEXTS, "query"), encoder.encode(CHECK_TEXTS, "passage")])
+
+
+def _check(folder: Path, reference_ND: np.ndarray, least: float) -> float:
+    """Lowest cosine between the run's vectors and those of the folder in sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    texts = list(CHECK_TEXTS)
+    options: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
+    vectors_ND = np.concatenate([model.encode_query(texts, **options), model.encode_document(texts, **options)])
+    defined_N = np.abs(reference_ND).sum(1) > 0  # a text without any token has no vector
+    cosines = np.where(defined_N, (vectors_ND.astype(np.float32) * reference_ND).sum(1), 1.0)
+    worst = int(np.argmin(np.nan_to_num(cosines, nan=-1)))
+    if not cosines[worst] >= least:
+        side = "query" if worst < len(texts) else "passage"
+        raise UserError(
+            f"export: sentence-transformers gives another vector (cosine {cosines[worst]:.5f}, needed {least}) for the "
+            f"{side} {texts[worst % len(texts)][:40]!r}; this tokenizer does not split as in training, probably at the "
+            f"{side} instruction: use `lbr encode` for this run"
+        )
+    return float(cosines[worst])

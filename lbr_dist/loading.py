@@ -1,0 +1,141 @@
+"""From what a user types to a model: a run, a checkpoint, an export, any sentence-transformers model, hf:... or bm25.
+
+This is on the top floor because it knows both checkpoints (training) and encoders (evaluation), which do not know each
+other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
+
+import xxhash
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.recipes import load_recipe
+
+if TYPE_CHECKING:
+    from lbr_dist.evaluation.encoder import Encoder, PackedEncoder
+    from lbr_dist.model.bottleneck import LbrModel
+    from lbr_dist.model.tokenizer import Tokenization
+
+HF_MAX_TOKENS = 512
+"""Longest text of an hf: model, in tokens, unless the specification says max_tokens=N."""
+
+
+@dataclass
+class Run:
+    """A trained model as a run left it.
+
+    Attributes:
+        name: for tables.
+        checkpoint: folder that the weights came from.
+        recipe: of the run.
+        model: with its weights.
+        tokenization: of its tokenizer.
+    """
+
+    name: str
+    checkpoint: Path
+    recipe: Recipe
+    model: LbrModel
+    tokenization: Tokenization
+
+    @property
+    def model_dir(self) -> Path:
+        """Configuration and tokenizer of the backbone."""
+        return self.checkpoint / "model"
+
+    def encoder(self) -> PackedEncoder:
+        """The run as an encoder."""
+        from lbr_dist.evaluation.encoder import PackedEncoder
+
+        return PackedEncoder(self.model, self.tokenization, self.recipe, self.name)
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is a run folder or one of its checkpoints."""
+    folder = Path(path)
+    return (folder / "checkpoints").is_dir() or ((folder / "recipe.yaml").is_file() and (folder / "model").is_dir())
+
+
+def load_run(path: str | Path, device: str = "cpu") -> Run:
+    """Load a run's newest checkpoint, or the checkpoint that `path` is.
+
+    On a CPU, and for an export, the weights are float32 whatever the recipe says: bfloat16 is slower there.
+
+    Raises:
+        UserError: there is no complete checkpoint, or it does not fit its recipe.
+    """
+    from lbr_dist.model.bottleneck import LbrModel
+    from lbr_dist.model.tokenizer import Tokenization
+    from lbr_dist.training.checkpoint_format import resolve
+    from lbr_dist.training.weights import iterate_weights
+
+    checkpoint = resolve(path)
+    recipe = load_recipe(checkpoint / "recipe.yaml")
+    if device == "cpu":
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
+    folder = str(checkpoint / "model")
+    model = LbrModel.restore(recipe, folder, iterate_weights(checkpoint)).to(device).eval()
+    return Run(_run_name(Path(path), recipe), checkpoint, recipe, model, Tokenization.load(folder))
+
+
+def load_encoder(spec: str, device: str | None = None) -> Encoder:
+    """An encoder from its specification.
+
+    Args:
+        spec: a run, a checkpoint, an export or other sentence-transformers folder, a hub name that is in the local
+            cache, or `hf:PATH?pooling=mean|last[&max_tokens=N]` for any causal language model.
+        device: default: CUDA where there is one.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, default_device
+
+    device = device or default_device()
+    if spec == "bm25":
+        raise UserError("model bm25: it has no embeddings; it can only be evaluated on retrieval (`lbr eval bm25`)")
+    if spec.startswith("hf:"):
+        return _hf_encoder(spec, device)
+    if is_run(spec):
+        return load_run(spec, device).encoder()
+    if (Path(spec) / "config.json").is_file() and not (Path(spec) / "modules.json").is_file():
+        raise UserError(f"model {spec}: a plain model folder has no pooling of its own; say hf:{spec}?pooling=mean")
+    return SentenceTransformerEncoder(spec, device)
+
+
+def model_fingerprint(spec: str) -> str:
+    """Hash that changes when the model behind `spec` does: of a checkpoint's manifest, or of a folder's file times."""
+    if is_run(spec):
+        from lbr_dist.training.checkpoint_format import resolve
+
+        return xxhash.xxh128_hexdigest((resolve(spec) / "manifest.json").read_bytes())
+    folder = Path(spec.removeprefix("hf:").partition("?")[0])
+    parts = [spec]
+    if folder.is_dir():
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            status = file.stat()
+            parts.append(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}")
+    return xxhash.xxh128_hexdigest("\n".join(parts).encode())
+
+
+def _hf_encoder(spec: str, device: str) -> Encoder:
+    from lbr_dist.evaluation.encoder import PaddedEncoder
+
+    path, _, query = spec.removeprefix("hf:").partition("?")
+    options = dict(parse_qsl(query))
+    pooling = options.pop("pooling", "mean")
+    max_tokens = options.pop("max_tokens", str(HF_MAX_TOKENS))
+    if options or pooling not in ("mean", "last") or not max_tokens.isdigit() or int(max_tokens) == 0:
+        raise UserError(f"model {spec}: expected hf:PATH?pooling=mean or pooling=last, and optionally &max_tokens=N")
+    return PaddedEncoder(path, "mean" if pooling == "mean" else "last", int(max_tokens), device)
+
+
+def _run_name(path: Path, recipe: Recipe) -> str:
+    name = recipe.tracking.name or Path(recipe.output).name
+    return name if (path / "checkpoints").is_dir() else f"{name}@{path.name}"

@@ -1,0 +1,130 @@
+"""The README.md of an exported model: how it is used, what it was trained on and how, and what it scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from lbr_dist.config import Recipe
+from lbr_dist.data.shards import open_set
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation.report import markdown_table
+
+
+def model_card(
+    name: str,
+    recipe: Recipe,
+    *,
+    tokens: int,
+    dtype: str,
+    agreement: float | None,
+    scores: Path | None,
+    checkpoint: str,
+) -> str:
+    """Markdown with the front matter that sentence-transformers' hub pages read.
+
+    Args:
+        name: of the exported folder.
+        recipe: of the run.
+        tokens: bottleneck tokens behind every text.
+        dtype: of the weights on disk.
+        agreement: lowest cosine to the run's own vectors that the export check saw; None: not checked.
+        scores: an `eval.json`.
+        checkpoint: name of the checkpoint.
+    """
+    parts = [_front_matter(recipe), f"# {name}", _summary(recipe, tokens), _usage(name, recipe, tokens)]
+    parts += [_data(recipe), _training(recipe, checkpoint)]
+    if scores is not None:
+        parts.append("## Scores\n\n" + markdown_table(json.loads(scores.read_text(encoding="utf-8"))))
+    parts.append(_export_note(dtype, agreement))
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(recipe: Recipe) -> str:
+    settings = {
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "sentence-similarity",
+        "tags": ["sentence-transformers", "feature-extraction", "lbr", "learn-before-represent"],
+        "base_model": recipe.model.path,
+    }
+    return f"---\n{yaml.safe_dump(settings, sort_keys=False)}---"
+
+
+def _summary(recipe: Recipe, tokens: int) -> str:
+    if tokens:
+        way = f"the hidden state of the last of {tokens} learned bottleneck tokens behind the text"
+    else:
+        mean = recipe.contrastive.pooling == "mean"
+        way = "the mean of all hidden states" if mean else "the last token's hidden state"
+    return (
+        "A domain-specific text embedding model, trained with lbr_dist (Learn Before Represent) from "
+        f"`{recipe.model.path}`. The embedding is {way}."
+    )
+
+
+def _usage(name: str, recipe: Recipe, tokens: int) -> str:
+    text = f"""## Use
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+queries = model.encode_query(["a question"])
+passages = model.encode_document(["an answer", "another one"])
+print(model.similarity(queries, passages))
+```
+
+Texts of more than {recipe.data.max_x_tokens} tokens are cut at the end."""
+    if recipe.contrastive.attention == "bidirectional":
+        return (
+            text + " Attention is bidirectional (`is_causal: false` in config.json): transformers 5 or later is needed."
+        )
+    if not tokens:
+        return text
+    return (
+        text
+        + f"""
+
+It is still a language model. Its tokenizer puts the bottleneck tokens behind the prompt, and the model continues from
+there, with the whole prompt in sight:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+print(tokenizer.decode(model.generate(**tokenizer("a question", return_tensors="pt"), max_new_tokens=64)[0]))
+```
+
+Set `tokenizer.padding_side = "left"` to generate for several prompts at once."""
+    )
+
+
+def _data(recipe: Recipe) -> str:
+    lines = []
+    for data_set in recipe.data.sets:
+        split = recipe.split_of(data_set)
+        try:
+            opened = open_set(data_set.path)
+            lines.append(f"- {opened.name}, split {split}: {opened.splits[split].records:,} records")
+        except UserError:  # the data need not be where the export is made
+            lines.append(f"- {Path(data_set.path).name}, split {split}")
+    return "## Data\n\n" + "\n".join(lines)
+
+
+def _training(recipe: Recipe, checkpoint: str) -> str:
+    body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    earlier = f" It started from the run `{recipe.model.start_from}`." if recipe.model.start_from else ""
+    origin = f"Stage: {recipe.stage}, checkpoint {checkpoint}.{earlier}"
+    return f"## Training\n\n{origin} The whole recipe:\n\n```yaml\n{body}```"
+
+
+def _export_note(dtype: str, agreement: float | None) -> str:
+    checked = (
+        "It was not compared with the run when it was written."
+        if agreement is None
+        else f"Its vectors were compared with the run's own when it was written: lowest cosine {agreement:.6f}."
+    )
+    return f"## Export\n\nWeights in {dtype}. {checked}"

@@ -1,0 +1,183 @@
+"""`lbr report`: runs side by side, as a Markdown table and one figure.
+
+Reads only what runs and evaluations leave behind (`recipe.yaml`, `metrics.jsonl`, `eval.json`), so it works on a copy
+of a run folder without its checkpoints. One panel of loss per stage: the two stages' losses have different units.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation.report import COLOURS, Metric, bars, markdown_table
+from lbr_dist.recipes import load_recipe
+
+LOSS = {"generative": "loss, nats per target token", "contrastive": "InfoNCE loss, nats per query"}
+SHOWN = (Metric("nDCG@10", ("retrieval", "ndcg_at_10")), Metric("Recall@10", ("retrieval", "recall_at_10")))
+
+
+@dataclass
+class RunLog:
+    """What a run left behind.
+
+    Attributes:
+        name: for tables; `tracking.name`, else the folder's.
+        recipe: of the run.
+        rows: its metrics, one per logged step.
+    """
+
+    name: str
+    recipe: Recipe
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a metric, where it is a number."""
+        points = [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), int | float)]
+        return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
+
+
+def report(runs: Sequence[str | Path], out: str | Path) -> str:
+    """Compare runs; writes `report.md` and `report.png`.
+
+    Args:
+        runs: run folders, and evaluations (`eval.json`, or the folder that holds it); those in a run's own `eval/` are
+            found by themselves.
+        out: folder for the report.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        UserError: one of `runs` is neither.
+    """
+    logs, evaluations = read_all(runs)
+    parts = ["# Report"]
+    if logs:
+        parts.append("## Training\n\n" + training_table(logs))
+    parts += [f"## {results['data']['name']}\n\n{markdown_table(results)}" for results in evaluations]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    figure(logs, evaluations, out / "report.png")
+    text = "\n\n".join([*parts, "![loss and retrieval](report.png)"]) + "\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def read_all(paths: Sequence[str | Path]) -> tuple[list[RunLog], list[dict[str, Any]]]:
+    """Runs, and evaluations with those of one data set merged into one."""
+    logs: list[RunLog] = []
+    merged: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in map(Path, paths):
+        files = [path] if path.is_file() else [path / "eval.json", path / "eval" / "eval.json"]
+        found = [file for file in files if file.is_file()]
+        if (path / "recipe.yaml").is_file():
+            logs.append(_read_run(path))
+        elif not found:
+            raise UserError(f"report {path}: neither a run (no recipe.yaml) nor an evaluation (no eval.json)")
+        for file in found:
+            results = _read_evaluation(file)
+            key = (results["data"]["fingerprint"], results["data"]["passages"])
+            whole = merged.setdefault(key, {**results, "models": []})
+            known = [model["model"] for model in whole["models"]]
+            whole["models"] += [model for model in results["models"] if model["model"] not in known]
+    return logs, list(merged.values())
+
+
+def training_table(logs: Sequence[RunLog]) -> str:
+    """Markdown: how long each run was, what it reached, and how fast it went."""
+    lines = [
+        "| run | stage | steps | samples | final loss | tokens/s | hours |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for log in logs:
+        steps, loss = log.curve("loss")
+        if len(steps) == 0:
+            lines.append(f"| {log.name} | {log.recipe.stage} | 0 | – | – | – | – |")
+            continue
+        tail = loss[-max(1, len(loss) // 20) :].mean()
+        speed, seconds = log.curve("tokens_per_s")[1], log.curve("step_s")[1]
+        per_row = (steps[-1] - steps[0] + 1) / len(steps)
+        samples = log.curve("samples")[1]
+        lines.append(
+            f"| {log.name} | {log.recipe.stage} | {steps[-1]:,} | {_number(samples[-1:], ',.0f')} | {tail:.4f} | "
+            f"{_number(np.median(speed, keepdims=True) if len(speed) else speed, ',.0f')} | "
+            f"{seconds.sum() * per_row / 3600:.2f} |"
+        )
+    return "\n".join(lines) + "\n\nFinal loss: mean of the last twentieth of the run. tokens/s: median over steps."
+
+
+def figure(logs: Sequence[RunLog], evaluations: Sequence[dict[str, Any]], file: Path) -> None:
+    """Loss of each stage's runs above, retrieval of each evaluation below; a run has one colour throughout."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    stages = [stage for stage in LOSS if any(log.recipe.stage == stage for log in logs)]
+    names = list(dict.fromkeys([log.name for log in logs] + [m["name"] for e in evaluations for m in e["models"]]))
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    heights = [3.4] * bool(stages) + [1.1 + 0.4 * len(results["models"]) for results in evaluations]
+    drawing = Figure(figsize=(11, max(2.5, sum(heights))), layout="constrained")
+    FigureCanvasAgg(drawing)
+    rows = drawing.subfigures(len(heights) or 1, 1, height_ratios=heights or [1], squeeze=False)[:, 0]
+    if stages:
+        for axis, stage in zip(rows[0].subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+            _losses(axis, [log for log in logs if log.recipe.stage == stage], colours)
+            axis.set_title(f"{stage}: {LOSS[stage]}", fontsize=10)
+    for row, results in zip(rows[len(rows) - len(evaluations) :], evaluations, strict=True):
+        row.suptitle(results["data"]["name"], fontsize=10, x=0.01, ha="left")
+        for axis, metric in zip(row.subplots(1, len(SHOWN), sharey=True), SHOWN, strict=True):
+            bars(axis, results["models"], metric, [colours[model["name"]] for model in results["models"]])
+    drawing.savefig(file, dpi=150)
+
+
+def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """Centred moving mean over `share` of the points, narrower at the ends."""
+    half = int(len(values) * share / 2)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
+    for log in logs:
+        steps, loss = log.curve("loss")
+        axis.plot(steps, loss, color=colours[log.name], alpha=0.2, linewidth=0.7)
+        axis.plot(steps, smooth(loss), color=colours[log.name], linewidth=1.6, label=log.name)
+    axis.set_xlabel("step", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _read_run(path: Path) -> RunLog:
+    recipe = load_recipe(path / "recipe.yaml")
+    rows = []
+    metrics = path / "metrics.jsonl"
+    if metrics.is_file():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # a row torn by a kill
+                continue
+    return RunLog(recipe.tracking.name or path.resolve().name, recipe, rows)
+
+
+def _read_evaluation(file: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        results["data"]["fingerprint"], results["models"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"report {file}: not an evaluation that `lbr eval` wrote") from None
+    return results
+
+
+def _number(values: np.ndarray, form: str) -> str:
+    return f"{values[0]:{form}}" if len(values) else "–"

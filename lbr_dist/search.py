@@ -1,0 +1,162 @@
+"""`lbr search`: look at results by eye. The corpus is embedded once and kept, the queries are embedded every time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from lbr_dist.data.shards import SPLITS, ShardReader, open_set
+from lbr_dist.errors import UserError
+from lbr_dist.rows import read_texts
+
+if TYPE_CHECKING:
+    from lbr_dist.evaluation.encoder import Encoder
+
+TILE = 65_536
+"""Passages scored at a time."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One result."""
+
+    score: float
+    """Cosine."""
+    id: str
+    text: str
+
+
+def search(
+    model: str,
+    corpus: str | Path,
+    queries: Sequence[str],
+    *,
+    k: int = 5,
+    field: str | None = None,
+    device: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> list[list[Hit]]:
+    """The best passages of each query.
+
+    Args:
+        model: as in `lbr_dist.loading.load_encoder`, or `bm25`.
+        corpus: a prepared set (its answers and texts, every split), or a JSONL, Parquet or text file as `lbr encode`
+            takes.
+        queries: what to look for.
+        k: results per query; fewer where the corpus has fewer.
+        field: of a file: field that holds the text.
+        device: default: CUDA where there is one.
+        cache_dir: where vectors of corpora are kept; default: `lbr/search` in the user's cache folder.
+        progress: bars on a terminal.
+
+    Returns:
+        For each query its hits, best first; passages with equal texts are one.
+
+    Raises:
+        UserError: the model or the corpus cannot be read, or is empty.
+    """
+    ids, texts = load_corpus(corpus, field)
+    if model == "bm25":
+        from lbr_dist.evaluation.bm25 import BM25
+
+        rows_QK, scores_QK = BM25(texts).search(queries, k)
+    else:
+        from lbr_dist.loading import load_encoder, model_fingerprint
+
+        encoder = load_encoder(model, device)
+        folder = Path(cache_dir) if cache_dir is not None else default_cache()
+        passages_PD = _embedded(encoder, model_fingerprint(model), texts, folder, progress)
+        rows_QK, scores_QK = top_k(encoder.encode(list(queries), "query"), passages_PD, k)
+    return [
+        [Hit(float(score), ids[row], texts[row]) for row, score in zip(rows_K, scores_K, strict=True)]
+        for rows_K, scores_K in zip(rows_QK, scores_QK, strict=True)
+    ]
+
+
+def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str], list[str]]:
+    """Ids and texts of a corpus, each text once.
+
+    Raises:
+        UserError: it is no prepared set and no file of texts, or has none.
+    """
+    path = Path(corpus)
+    if path.is_file():
+        pairs = list(read_texts(path, "passage", field))
+    else:
+        opened = open_set(corpus)
+        pairs = []
+        for split in SPLITS:
+            if opened.splits[split].records:
+                reader = ShardReader(opened, split)
+                records = reader.read(range(len(reader.index)))
+                pairs += [(r["id"], r["text"] if "text" in r else r["answer"]) for r in records]
+                reader.close()
+    unique: dict[str, str] = {}
+    for name, text in pairs:
+        unique.setdefault(text, name)
+    if not unique:
+        raise UserError(f"corpus {corpus}: has no texts")
+    return list(unique.values()), list(unique)
+
+
+def top_k(queries_QD: np.ndarray, passages_PD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores [queries, k] of the largest inner products, best first; equal scores in the order of the rows."""
+    k = min(k, len(passages_PD))
+    best_QK = np.full((len(queries_QD), 0), -np.inf, dtype=np.float32)
+    rows_QK = np.zeros((len(queries_QD), 0), dtype=np.int64)
+    for start in range(0, len(passages_PD), TILE):
+        scores_QT = queries_QD @ passages_PD[start : start + TILE].T
+        tile_T = np.broadcast_to(np.arange(start, start + scores_QT.shape[1]), scores_QT.shape)
+        scores_QM = np.concatenate([best_QK, scores_QT], 1)
+        rows_QM = np.concatenate([rows_QK, tile_T], 1)
+        order_QK = np.argsort(-scores_QM, axis=1, kind="stable")[:, :k]
+        best_QK = np.take_along_axis(scores_QM, order_QK, 1)
+        rows_QK = np.take_along_axis(rows_QM, order_QK, 1)
+    return rows_QK, best_QK
+
+
+def print_hits(queries: Sequence[str], results: Sequence[Sequence[Hit]]) -> None:
+    """Show results: a heading per query, then score, id and text."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for query, hits in zip(queries, results, strict=True):
+        table = Table(title=Text(query, style="bold"), title_justify="left", box=None, pad_edge=False)
+        table.add_column("score", justify="right", style="cyan")
+        table.add_column("id", style="dim", overflow="fold")
+        table.add_column("text", overflow="fold")
+        for hit in hits:
+            table.add_row(f"{hit.score:.3f}", Text(hit.id), Text(" ".join(hit.text.split())[:500]))
+        console.print(table)
+        console.print()
+
+
+def default_cache() -> Path:
+    """`lbr/search` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lbr" / "search"
+
+
+def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, progress: bool) -> np.ndarray:
+    """Vectors of the corpus, from the cache where this model has embedded these texts before."""
+    digest = xxhash.xxh3_128(model.encode())
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    file = folder / f"{digest.hexdigest()}.npy"
+    if file.is_file():
+        return np.load(file, mmap_mode="r")
+    passages_PD = encoder.encode(texts, "passage", progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp.npy")
+    np.save(temporary, passages_PD)
+    temporary.replace(file)
+    return passages_PD

@@ -1,0 +1,201 @@
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from runs import make_run
+
+from lbr_dist import encode as module
+from lbr_dist.encode import encode_file
+from lbr_dist.errors import UserError
+from lbr_dist.loading import load_encoder
+from lbr_dist.rows import read_texts
+
+SENTENCE = "aspirin is a drug that relieves pain fever heart blood vessel def add return measles water 糖尿病"
+WORDS = SENTENCE.split()
+
+
+def texts(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, 30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model_dir):
+    settings = {"contrastive": {"query_instruction": "Find:\n"}}
+    return str(make_run(tmp_path_factory.mktemp("run"), tiny_model_dir("llama"), **settings))
+
+
+def write_jsonl(file, rows):
+    opener = gzip.open if file.name.endswith(".gz") else open
+    with opener(file, "wt", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return file
+
+
+def read(out):
+    table = pq.read_table(out)
+    column = table["embedding"].combine_chunks()
+    return table["id"].to_pylist(), column.flatten().to_numpy().reshape(-1, column.type.list_size)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "txt"])
+def test_every_kind_of_file(tmp_path, run, kind):
+    some = texts(50)
+    rows = [{"id": f"r{i}", "answer": text, "other": 1} for i, text in enumerate(some)]
+    source = tmp_path / f"in.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    elif kind == "txt":
+        source.write_text("\n".join(some), encoding="utf-8")
+    elif kind == "jsonl.zst":
+        import zstandard
+
+        plain = write_jsonl(tmp_path / "plain.jsonl", rows)
+        source.write_bytes(zstandard.compress(plain.read_bytes()))
+    else:
+        write_jsonl(source, rows)
+    report = encode_file(run, source, tmp_path / "out.parquet", block=16, progress=False, device="cpu")
+    ids, vectors = read(tmp_path / "out.parquet")
+    assert ids == [str(i) if kind == "txt" else f"r{i}" for i in range(50)]
+    assert vectors == pytest.approx(load_encoder(run, "cpu").encode(some), abs=1e-5)
+    assert (report.texts, report.resumed, report.width) == (50, 0, 32)
+    assert sorted(p.name for p in tmp_path.iterdir() if "out" in p.name) == ["out.parquet"]
+
+
+def test_side_and_field(tmp_path, run):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"question": "pain", "answer": "fever", "note": "water"}])
+    encoder = load_encoder(run, "cpu")
+    for name, options, expected in (
+        ("a", {}, encoder.encode(["fever"], "passage")),
+        ("b", {"side": "query"}, encoder.encode(["pain"], "query")),
+        ("c", {"field": "note"}, encoder.encode(["water"], "passage")),
+    ):
+        encode_file(run, source, tmp_path / name, progress=False, device="cpu", **options)
+        assert read(tmp_path / name)[1] == pytest.approx(expected, abs=1e-6)
+
+
+def test_blocks_are_bounded_in_characters_too(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 10)
+    rows = [(str(i), text) for i, text in enumerate(["aaaa", "bbbb", "cccc", "d" * 30, "e"])]
+    blocks = [texts for _, texts in module._blocks(iter(rows), 100)]
+    assert blocks == [["aaaa", "bbbb"], ["cccc"], ["d" * 30], ["e"]]
+
+
+def test_a_failed_run_goes_on_where_it_stopped(tmp_path, run, monkeypatch):
+    some = texts(40)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in some])
+    out = tmp_path / "out.parquet"
+    encoded = []
+
+    class Failing:
+        cut = 0
+
+        def __init__(self, fail_at):
+            self.inner, self.fail_at = load_encoder(run, "cpu"), fail_at
+
+        def encode(self, texts, side):
+            if len(encoded) == self.fail_at:
+                raise MemoryError
+            encoded.append(len(texts))
+            return self.inner.encode(texts, side)
+
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Failing(2))
+    with pytest.raises(MemoryError):
+        encode_file(run, source, out, block=8, progress=False)
+    assert not out.exists()
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Failing(None))
+    with pytest.raises(UserError, match="unfinished run with another side; remove that folder"):
+        encode_file(run, source, out, block=8, side="query", progress=False)
+    report = encode_file(run, source, out, block=8, progress=False)
+    assert encoded == [8] * 5
+    assert report.resumed == 16
+    assert read(out)[1] == pytest.approx(load_encoder(run, "cpu").encode(some), abs=1e-5)
+    with pytest.raises(UserError, match="exists already"):
+        encode_file(run, source, out, progress=False)
+
+
+SLOW = """
+import sys, time
+from lbr_dist import loading
+from lbr_dist.encode import encode_file
+
+model, source, out = sys.argv[1:]
+real = loading.load_encoder
+
+class Slow:
+    cut = 0
+
+    def __init__(self, *args):
+        self.inner = real(*args)
+
+    def encode(self, texts, side):
+        time.sleep(0.3)
+        return self.inner.encode(texts, side)
+
+loading.load_encoder = Slow
+encode_file(model, source, out, block=4, device="cpu", progress=False)
+"""
+
+
+def test_killed_and_resumed(tmp_path, run):
+    """SIGKILL in the middle, then the rest: nothing is lost, doubled or half-written."""
+    some = texts(80)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"id": f"r{i}", "text": text} for i, text in enumerate(some)])
+    out, parts = tmp_path / "out.parquet", tmp_path / "out.parquet.parts"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, run, str(source), str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("0*.parquet"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    report = encode_file(run, source, out, block=4, device="cpu", progress=False)
+    assert 12 <= report.resumed < 80
+    ids, vectors = read(out)
+    assert ids == [f"r{i}" for i in range(80)]
+    assert vectors == pytest.approx(load_encoder(run, "cpu").encode(some), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (None, {}, "in.jsonl: no such file"),
+        ("", {}, "has no rows"),
+        ('{"text": "a"}\n{"text": ', {}, "line 2: not JSON"),
+        ('{"text": "a"}\n\n[1]\n', {}, "line 3: a list"),
+        ('{"text": "a"}\n{"text": 3}\n', {}, "line 2: field 'text' is a int, not a text"),
+        ('{"text": "a"}\n{"id": 3}\n', {}, "line 2: field 'text' is missing"),
+        ('{"body": "a"}\n', {}, "no field 'answer' or .* which has 'body'; name one with --field"),
+        ('{"body": "a"}\n', {"field": "txet"}, "no field 'txet' in its first row, which has 'body'"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, content, options, message):
+    source = tmp_path / "in.jsonl"
+    if content is not None:
+        source.write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_texts(source, "passage", **options))
+
+
+def test_other_bad_files_are_named(tmp_path):
+    for name, data, message in (
+        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.parquet", b"no parquet", "cannot be read as Parquet"),
+        ("a.csv", b"x", "unknown kind of file"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            list(read_texts(tmp_path / name, "passage"))

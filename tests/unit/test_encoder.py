@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import torch
+from runs import make_run
+
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation import encoder as module
+from lbr_dist.evaluation.encoder import batches
+from lbr_dist.loading import is_run, load_encoder, load_run, model_fingerprint
+
+WORDS = [
+    "aspirin",
+    "is",
+    "a",
+    "drug",
+    "that",
+    "relieves",
+    "pain",
+    "fever",
+    "heart",
+    "blood",
+    "vessel",
+    "def",
+    "add",
+    "return",
+    "measles",
+    "water",
+    "糖尿病",
+    "Ü",
+]
+
+
+def texts(count, seed=0, longest=60):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, rng.integers(1, longest))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model_dir):
+    return make_run(
+        tmp_path_factory.mktemp("run"),
+        tiny_model_dir("qwen3", tied=False),
+        contrastive={"query_instruction": "Find the answer:\n", "passage_instruction": ""},
+    )
+
+
+def one_by_one(loaded, text, side):
+    """The definition: [bos] instruction text, cut, then Z; hidden state of the last Z; through plain transformers."""
+    instruction = loaded.recipe.contrastive.query_instruction if side == "query" else ""
+    ids = loaded.tokenization.bos + loaded.tokenization.encode([instruction])[0] + loaded.tokenization.encode([text])[0]
+    ids = ids[: loaded.recipe.data.max_x_tokens]
+    from transformers import AutoConfig, AutoModel
+
+    plain = AutoModel.from_config(AutoConfig.from_pretrained(loaded.model_dir)).eval()
+    state = {k.removeprefix("model."): v for k, v in loaded.model.causal_lm.state_dict().items() if "lm_head" not in k}
+    plain.load_state_dict(state)
+    embeds = torch.cat([plain.get_input_embeddings()(torch.tensor(ids, dtype=torch.long)), loaded.model.z])
+    with torch.no_grad():
+        last = plain(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -1]
+    return (last / last.norm()).numpy()
+
+
+@pytest.mark.parametrize("side", ["query", "passage"])
+def test_vectors_are_those_of_plain_transformers(run, side):
+    loaded = load_run(run)
+    several = ["", "aspirin", "blood " * 100, *texts(5)]
+    vectors = loaded.encoder().encode(several, side)
+    assert vectors.dtype == np.float32
+    for text, vector in zip(several, vectors, strict=True):
+        assert vector == pytest.approx(one_by_one(loaded, text, side), abs=1e-5)
+
+
+def test_vectors_do_not_depend_on_company_or_order(run, monkeypatch):
+    encoder = load_run(run).encoder()
+    many = texts(64)
+    together = encoder.encode(many)
+    order = np.random.default_rng(1).permutation(len(many))
+    assert encoder.encode([many[i] for i in order]) == pytest.approx(together[order], abs=1e-5)
+    monkeypatch.setattr(module, "MICRO_TOKENS", 100)
+    assert encoder.encode(many) == pytest.approx(together, abs=1e-5)
+    assert np.concatenate([encoder.encode([text]) for text in many]) == pytest.approx(together, abs=1e-5)
+    assert np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_sides_differ_by_their_instruction_and_cut_texts_are_counted(run):
+    encoder = load_run(run).encoder()
+    query, passage = encoder.encode(["aspirin"], "query"), encoder.encode(["aspirin"], "passage")
+    assert np.abs(query - passage).max() > 1e-3
+    assert np.array_equal(encoder.encode(["Find the answer:\naspirin"], "passage"), query)
+    assert encoder.cut == 0
+    encoder.encode(["blood " * 100, "blood"])
+    assert encoder.cut == 1
+
+
+def test_ratio_mode_gives_longer_texts_more_bottleneck_tokens(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "r", tiny_model_dir("llama"), bottleneck={"ratio": 10, "max_tokens": 4})
+    encoder = load_run(run).encoder()
+    long = "blood pain " * 20
+    assert len(encoder.tokens([long], "passage")[0]) > 40 - 1
+    free = encoder.encode([long, "a"])
+    encoder.fixed_z = 1
+    assert encoder.encode(["a"]) == pytest.approx(free[1:], abs=1e-5)
+    assert np.abs(encoder.encode([long]) - free[:1]).max() > 1e-3
+    encoder.fixed_z = 4
+    assert encoder.encode([long]) == pytest.approx(free[:1], abs=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_baselines_without_bottleneck(tmp_path, tiny_model_dir, pooling, attention):
+    run = make_run(
+        tmp_path / "r",
+        tiny_model_dir("qwen2"),
+        bottleneck={"enabled": False},
+        contrastive={"pooling": pooling, "attention": attention},
+    )
+    encoder = load_run(run).encoder()
+    vectors = encoder.encode(["", "aspirin is", "pain is"])
+    assert np.array_equal(vectors[0], np.zeros_like(vectors[0]))
+    assert np.linalg.norm(vectors[1:], axis=1) == pytest.approx(1, abs=1e-5)
+    if attention == "causal":
+        reference = load_encoder(f"hf:{tiny_model_dir('qwen2')}?pooling={pooling}", "cpu")
+        assert vectors[1:] == pytest.approx(reference.encode(["aspirin is", "pain is"]), abs=1e-5)
+
+
+def test_hf_models_are_padded_right(tiny_model_dir):
+    path = tiny_model_dir("llama")
+    for pooling in ("mean", "last"):
+        encoder = load_encoder(f"hf:{path}?pooling={pooling}&max_tokens=20", "cpu")
+        many = texts(12)
+        together = encoder.encode(many)
+        assert encoder.cut > 0
+        alone = np.concatenate([encoder.encode([text]) for text in many])
+        assert together == pytest.approx(alone, abs=1e-5)
+    assert np.array_equal(encoder.encode([""]), np.zeros((1, 32), dtype=np.float32))
+
+
+def test_batches_hold_every_row_once_and_keep_the_budget():
+    lengths = np.random.default_rng(0).integers(0, 90, 1000)
+    for padded in (False, True):
+        made = list(batches(lengths, 64, padded))
+        assert sorted(np.concatenate(made)) == list(range(1000))
+        for rows in made:
+            used = len(rows) * lengths[rows].max() if padded else lengths[rows].sum()
+            assert used <= 64 or len(rows) == 1
+
+
+def test_specifications(run, tiny_model_dir, tmp_path):
+    checkpoint = run / "checkpoints" / "step-000010"
+    assert is_run(run)
+    assert is_run(checkpoint)
+    assert not is_run(tiny_model_dir("llama"))
+    assert load_encoder(str(run), "cpu").name == run.name
+    assert load_encoder(str(checkpoint), "cpu").name == f"{run.name}@step-000010"
+    assert model_fingerprint(str(run)) == model_fingerprint(str(checkpoint))
+    with pytest.raises(UserError, match="say hf:"):
+        load_encoder(str(tiny_model_dir("llama")), "cpu")
+    with pytest.raises(UserError, match="expected hf:PATH"):
+        load_encoder("hf:somewhere?pooling=max", "cpu")
+    with pytest.raises(UserError, match="not a run, an export or a sentence-transformers model"):
+        load_encoder(str(tmp_path / "nothing"), "cpu")
+    with pytest.raises(UserError, match="nothing"):
+        load_encoder(f"hf:{tmp_path / 'nothing'}", "cpu")
+    with pytest.raises(UserError, match="no embeddings"):
+        load_encoder("bm25")

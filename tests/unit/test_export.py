@@ -1,0 +1,295 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from runs import make_run
+
+from lbr_dist.errors import UserError
+from lbr_dist.export import CHECK_TEXTS, export, fixed_tokens
+from lbr_dist.loading import load_encoder, load_run
+
+PLAIN = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "lbr_dist":
+            raise ImportError("lbr_dist is not to be used here")
+
+sys.meta_path.insert(0, Blocker())
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, file = sys.argv[1:]
+given = json.load(open(file))
+model = SentenceTransformer(folder, trust_remote_code=False)
+texts = given["texts"]
+options = {"batch_size": 16, "show_progress_bar": False}
+vectors = {
+    "query": model.encode_query(texts, **options),
+    "passage": model.encode_document(texts, **options),
+    "alone": np.stack([model.encode(text, prompt_name="query", show_progress_bar=False) for text in texts[:20]]),
+}
+np.savez(file + ".npz", **vectors)
+tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer(given["question"], return_tensors="pt")
+answer = lm.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+tokenizer.padding_side = "left"
+several = tokenizer([given["question"], "x " * 30], return_tensors="pt", padding=True)
+batched = lm.generate(**several, max_new_tokens=8, do_sample=False)[0, several["input_ids"].shape[1] :].tolist()
+bad = [i for i in range(lm.config.vocab_size) if "lbr_z" in str(tokenizer.convert_ids_to_tokens(i))]
+json.dump(
+    {
+        "prompt": inputs["input_ids"][0].tolist(),
+        "answer": answer,
+        "batched": batched,
+        "z": bad,
+        "max": model.max_seq_length,
+        "type": str(lm.dtype),
+    },
+    open(file + ".out", "w"),
+)
+"""
+
+SCRIPTS = [
+    "aspirin is a salicylate drug", "糖尿病是一种代谢性疾病", "السكري مرض", "मधुमेह रोग", "糖尿病は疾患です",
+    "Überfunktion ciężka ÉTAT", "🧪 H₂O → CO₂", "def add(a, b):\n    return a + b", "лихорадка и боль", "โรคเบาหวาน",
+]  # fmt: skip
+
+
+def two_hundred():
+    rng = np.random.default_rng(0)
+    made = ["", " ", "\n", "a", "very long " * 4000, "糖" * 5000]
+    while len(made) < 200:
+        made.append(" ".join(rng.choice(SCRIPTS, rng.integers(1, 12))))
+    return made
+
+
+def in_sentence_transformers(folder, tmp_path, texts, question="What is aspirin?"):
+    """Vectors and generated tokens from a process that cannot import lbr_dist."""
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps({"texts": texts, "question": question}))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(folder), str(file)], env=environment, capture_output=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return dict(np.load(f"{file}.npz")), json.loads((tmp_path / "texts.json.out").read_text())
+
+
+def greedy(loaded, prompt_ids, count, steps):
+    """Greedy continuation of [X Z] with full attention, Z given as vectors; computed without an export."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(loaded.model_dir)).eval()
+    model.load_state_dict(loaded.model.causal_lm.state_dict())
+    embed = model.get_input_embeddings()
+    rows, answer = torch.cat([embed(torch.tensor(prompt_ids)), loaded.model.z[-count:].detach()]), []
+    for _ in range(steps):
+        with torch.no_grad():
+            answer.append(int(model(inputs_embeds=rows[None]).logits[0, -1].argmax()))
+        if answer[-1] == 0:  # end of sequence
+            break
+        rows = torch.cat([rows, embed(torch.tensor(answer[-1:])).detach()])
+    return answer
+
+
+INSTRUCTIONS = {"query_instruction": "Find the answer:\n", "passage_instruction": ""}
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "settings"),
+    [
+        ("llama", True, {"contrastive": INSTRUCTIONS}),
+        ("qwen2", False, {"contrastive": {"passage_instruction": "A passage:\n"}}),
+        ("qwen3", True, {"bottleneck": {"tokens": 20}, "model": {"lora": {"r": 4}}, "contrastive": INSTRUCTIONS}),
+    ],
+)
+def test_export_agrees_with_the_run_without_lbr_dist(tmp_path, tiny_model_dir, family, tied, settings):
+    """20 bottleneck tokens do not fit into the 16 spare rows of the tiny model's vocabulary: the matrix must grow."""
+    run = make_run(tmp_path / "run", tiny_model_dir(family, tied=tied), **settings)
+    out = export(run, tmp_path / "exported")
+    loaded, texts = load_run(run), two_hundred()
+    encoder, count = loaded.encoder(), loaded.recipe.bottleneck.count
+    vectors, plain = in_sentence_transformers(out, tmp_path, texts)
+    for side in ("query", "passage"):
+        cosine = (vectors[side] * encoder.encode(texts, side)).sum(1)
+        assert cosine.min() >= 0.9999, (side, texts[cosine.argmin()][:40])
+    assert (vectors["alone"] * vectors["query"][:20]).sum(1).min() >= 0.9999
+    assert plain["max"] == 48 + count
+    assert len(plain["z"]) == count
+    assert plain["prompt"][-count:] == plain["z"]
+
+    if "lora" not in settings.get("model", {}):
+        assert plain["answer"] == greedy(loaded, plain["prompt"][:-count], count, 8)
+    assert plain["batched"][: len(plain["answer"])] == plain["answer"]
+    assert not set(plain["answer"]) & set(plain["z"])
+
+
+def test_a_tokenizer_with_bos_keeps_it_in_front(tmp_path):
+    from conftest import make_model, make_tokenizer
+
+    base = make_model(tmp_path / "base", "llama")
+    make_tokenizer(base, bos=True)
+    run = make_run(tmp_path / "run", base)
+    out = export(run, tmp_path / "exported")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"]) == ["<|bos|>", "<|lbr_z_0|>", "<|lbr_z_1|>"]
+    cut = tokenizer("long " * 500, truncation=True)["input_ids"]
+    assert len(cut) == 50
+    assert tokenizer.convert_ids_to_tokens(cut[:1] + cut[-2:]) == ["<|bos|>", "<|lbr_z_0|>", "<|lbr_z_1|>"]
+    assert tokenizer.decode(tokenizer("pain")["input_ids"], skip_special_tokens=True) == "pain"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_generation_never_says_a_bottleneck_token(tmp_path, tiny_model_dir, tied):
+    """Z rows that win every argmax if they may: what tying makes of long vectors."""
+    run = make_run(tmp_path / "run", tiny_model_dir("llama", tied=tied))
+    loaded = load_run(run)
+    out = export(run, tmp_path / "exported")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    ids = tokenizer.convert_tokens_to_ids(["<|lbr_z_0|>", "<|lbr_z_1|>"])
+    inputs = tokenizer("pain", return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.model(**inputs).last_hidden_state[0, -1]
+        model.get_output_embeddings().weight[ids] = hidden * 100
+        assert int(model(**inputs).logits[0, -1].argmax()) in ids
+        said = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert not set(said.tolist()) & set(ids)
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().weight[ids], loaded.model.z.detach()
+    )
+
+
+@pytest.mark.parametrize(
+    "contrastive", [{"pooling": "last"}, {"pooling": "mean"}, {"pooling": "mean", "attention": "bidirectional"}]
+)
+def test_baselines_export_too(tmp_path, tiny_model_dir, contrastive):
+    run = make_run(tmp_path / "run", tiny_model_dir("qwen3"), bottleneck={"enabled": False}, contrastive=contrastive)
+    out = export(run, tmp_path / "exported")
+    texts = two_hundred()[1:60]
+    mine, plain = load_encoder(str(run), "cpu"), load_encoder(str(out), "cpu")
+    assert (mine.encode(texts) * plain.encode(texts)).sum(1).min() >= 0.9999
+    assert "lbr_z" not in (out / "tokenizer.json").read_text()
+
+
+def test_mean_pooling_over_x_needs_no_bottleneck_tokens(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), contrastive={"pooling": "mean"})
+    out = export(run, tmp_path / "exported")
+    texts = ["aspirin", "fever of unknown origin"]
+    cosine = (load_encoder(str(run), "cpu").encode(texts) * load_encoder(str(out), "cpu").encode(texts)).sum(1)
+    assert cosine.min() >= 0.9999
+
+
+def test_bfloat16_halves_the_weights_and_nearly_agrees(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    single, half = export(run, tmp_path / "single"), export(run, tmp_path / "half", dtype="bfloat16")
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (single, half)]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_ratio_mode_says_what_it_needs(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), bottleneck={"ratio": 10, "max_tokens": 4})
+    with pytest.raises(UserError, match=r"bottleneck.ratio=10 .* 1 to 4 .* --tokens N"):
+        export(run, tmp_path / "out")
+    with pytest.raises(UserError, match="--tokens 5"):
+        export(run, tmp_path / "out", tokens=5)
+    assert not any(tmp_path.glob(".out*"))
+    out = export(run, tmp_path / "out", tokens=1)
+    short = ["aspirin", "pain"]  # at most 10 tokens: one bottleneck token in the run too
+    cosine = (load_encoder(str(run), "cpu").encode(short) * load_encoder(str(out), "cpu").encode(short)).sum(1)
+    assert cosine.min() >= 0.9999
+
+
+def test_a_ratio_that_never_gives_more_than_one_token_is_a_fixed_number(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), bottleneck={"ratio": 500})
+    assert fixed_tokens(load_run(run).recipe) == 1
+    out = export(run, tmp_path / "out")
+    assert "<|lbr_z_0|>" in (out / "tokenizer.json").read_text()
+    assert "<|lbr_z_1|>" not in (out / "tokenizer.json").read_text()
+
+
+def test_mean_over_x_beside_bidirectional_bottleneck_is_refused(tmp_path, tiny_model_dir):
+    run = make_run(
+        tmp_path / "run", tiny_model_dir("llama"), contrastive={"pooling": "mean", "attention": "bidirectional"}
+    )
+    with pytest.raises(UserError, match="lbr encode"):
+        export(run, tmp_path / "out")
+
+
+def test_bidirectional_attention_with_bottleneck_is_exported(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), contrastive={"attention": "bidirectional"})
+    out = export(run, tmp_path / "out")
+    texts = two_hundred()[1:40]
+    mine, plain = load_encoder(str(run), "cpu"), load_encoder(str(out), "cpu")
+    assert (mine.encode(texts) * plain.encode(texts)).sum(1).min() >= 0.9999
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, tiny_model_dir, monkeypatch):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        export(run, taken)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("lbr_dist.export.COSINE", {"float32": 1.1})
+    with pytest.raises(UserError, match="another vector"):
+        export(run, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert export(run, empty, check=False) == empty
+    assert (empty / "modules.json").is_file()
+
+
+def test_the_check_finds_a_tokenizer_that_joins_instruction_and_text(tmp_path):
+    """A tokenizer without pre-tokenizer may merge across the seam; the run never does."""
+    from conftest import make_model
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    base = make_model(tmp_path / "base", "llama")
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<e>", "<p>"], show_progress=False)
+    tokenizer.train_from_iterator(["Q:\nWhat is it? Q:\nWhat is that? " * 9, *CHECK_TEXTS[:-1]], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<p>").save_pretrained(base)
+    run = make_run(tmp_path / "run", base, contrastive={"query_instruction": "Q:\n"})
+    with pytest.raises(UserError, match=r"query 'What is it\?'.* at the query instruction"):
+        export(run, tmp_path / "out")
+
+
+def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), contrastive={"temperature": 0.07})
+    results = {
+        "data": {"name": "medicine", "fingerprint": "f", "queries": 10, "answers": 20, "passages": 25},
+        "models": [{"name": "mine", "retrieval": {"ndcg_at_10": 0.1234, "recall_at_10": 0.5}}],
+    }
+    (run / "eval").mkdir()
+    (run / "eval" / "eval.json").write_text(json.dumps(results))
+    card = (export(run, tmp_path / "out", check=False) / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "sentence-transformers"
+    for expected in (
+        "domain, split cl",
+        "temperature: 0.07",
+        "| mine | 0.123 | 0.500 |",
+        "step-000010",
+        "last of 2 learned",
+    ):
+        assert expected in body, expected
+    with pytest.raises(UserError, match="no such file"):
+        export(run, tmp_path / "other", check=False, scores=tmp_path / "none.json")

@@ -1,0 +1,190 @@
+import json
+
+import numpy as np
+import pytest
+
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation.bm25 import BM25, words
+from lbr_dist.evaluation.held_out import HeldOut, load_held_out
+from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, named_task, retrieval_scores
+
+
+class Vectors:
+    """An encoder that looks its vectors up."""
+
+    name = "vectors"
+    cut = 0
+
+    def __init__(self, table):
+        self.table, self.sides = table, set()
+
+    def encode(self, texts, side="passage", progress=False):
+        self.sides.add(side)
+        rows = np.stack([self.table[text] for text in texts])
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def problem(queries=50, passages=300, seed=0):
+    rng = np.random.default_rng(seed)
+    p = rng.normal(size=(passages, 12))
+    positives = [sorted({i, *rng.integers(0, passages, rng.integers(0, 3)).tolist()}) for i in range(queries)]
+    q = np.stack([p[rows].mean(0) for rows in positives]) + 0.8 * rng.normal(size=(queries, 12))
+    data = HeldOut("toy", "f", [f"q {i}" for i in range(queries)], [f"p {i}" for i in range(passages)], positives)
+    return data, Vectors({**dict(zip(data.queries, q, strict=True)), **dict(zip(data.passages, p, strict=True))})
+
+
+def by_hand(rows_QK, positives):
+    """nDCG@10, Recall@10, MRR@10 and MAP@10 from ranked rows, from their definitions."""
+    ndcg, recall, mrr, mean_ap = [], [], [], []
+    for ranked, right in zip(rows_QK, positives, strict=True):
+        hits = np.isin(ranked[:10], right)
+        ideal = (1 / np.log2(np.arange(2, 2 + min(10, len(right))))).sum()
+        ndcg.append((hits / np.log2(np.arange(2, 12))).sum() / ideal)
+        recall.append(hits.sum() / len(right))
+        mrr.append(1 / (1 + hits.argmax()) if hits.any() else 0.0)
+        mean_ap.append((hits * np.cumsum(hits) / np.arange(1, 11)).sum() / len(right))
+    return {
+        "ndcg_at_10": np.mean(ndcg),
+        "recall_at_10": np.mean(recall),
+        "mrr_at_10": np.mean(mrr),
+        "map_at_10": np.mean(mean_ap),
+    }
+
+
+def test_mteb_agrees_with_a_numpy_computation():
+    data, encoder = problem()
+    wrapped = MtebEncoder(encoder, keep=True)
+    scores = retrieval_scores(wrapped, held_out_task(data))
+    assert np.array_equal(np.concatenate(wrapped.vectors["query"]), encoder.encode(data.queries))
+    assert np.array_equal(np.concatenate(wrapped.vectors["passage"]), encoder.encode(data.passages))
+    similarity = encoder.encode(data.queries) @ encoder.encode(data.passages).T
+    expected = by_hand(np.argsort(-similarity, axis=1), data.positives)
+    assert encoder.sides == {"query", "passage"}
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert 0.1 < scores["ndcg_at_10"] < 0.99
+    assert scores["main_score"] == scores["ndcg_at_10"]
+
+
+def test_bm25_through_mteb_agrees_with_the_formula():
+    rng = np.random.default_rng(3)
+    vocabulary = [f"w{i}" for i in range(80)]
+    passages = [" ".join(rng.choice(vocabulary, rng.integers(5, 20))) for _ in range(60)]
+    queries = [" ".join(rng.choice(passage.split(), 4)) for passage in passages[:30]]
+    data = HeldOut("lexical", "f", queries, passages, [[i] for i in range(30)])
+
+    tokens = [passage.split() for passage in passages]
+    mean_length = np.mean([len(t) for t in tokens])
+    frequency = {w: sum(w in t for t in tokens) for w in vocabulary}
+    scores = np.zeros((30, 60))
+    for i, query in enumerate(queries):
+        for j, passage in enumerate(tokens):
+            for word in query.split():
+                count = passage.count(word)
+                idf = np.log(1 + (60 - frequency[word] + 0.5) / (frequency[word] + 0.5))
+                scores[i, j] += idf * count / (count + 1.5 * (1 - 0.75 + 0.75 * len(passage) / mean_length))
+    rows, found = BM25(passages).search(queries, 60)
+    assert np.take_along_axis(scores, rows, 1) == pytest.approx(found, abs=1e-4)
+    assert found == pytest.approx(-np.sort(-scores, axis=1), abs=1e-4)
+
+    got = retrieval_scores(BM25Search(), held_out_task(data))
+    expected = by_hand(np.argsort(-scores, axis=1, kind="stable"), data.positives)
+    assert {name: got[name] for name in expected} == pytest.approx(expected, abs=0.02)  # equal scores rank differently
+
+
+def test_bm25_words():
+    assert words("Alpha-Beta 2b, ÉCOLE") == ["alpha", "beta", "2b", "école"]
+    assert words("糖尿病 type 2") == ["糖", "尿", "病", "type", "2"]
+
+
+def test_bm25_without_a_known_word():
+    rows, scores = BM25(["", "one two"]).search(["three", "", "two"], 2)
+    assert scores[:2].tolist() == [[0, 0], [0, 0]]
+    assert rows[2].tolist() == [1, 0]
+    assert BM25(["", "!"]).search(["a"], 5)[1].tolist() == [[0, 0]]
+
+
+def test_an_unknown_task_names_itself():
+    with pytest.raises(UserError, match="--task NoSuchTask: mteb has no such task"):
+        named_task("NoSuchTask")
+
+
+def test_a_task_whose_data_is_not_here_is_the_users_error(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, encoder = problem()
+    with pytest.raises(UserError, match="mteb task NFCorpus: cannot be run"):
+        retrieval_scores(MtebEncoder(encoder), named_task("NFCorpus"))
+
+
+def qa(number, question, answer, **more):
+    return {"id": f"r{number}", "question": question, "answer": answer, "domain": "d", "source": "s", **more}
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """A prepared set in memory: shards are the data engineer's, this is what they give."""
+    splits = {
+        "eval": [
+            qa(0, "What is ADA?", "a disease"),
+            qa(1, "what is ada", "A deaminase."),
+            qa(2, "Sole?", "a disease", positives=["an illness"]),
+            {"id": "t", "text": "a plain text"},
+        ],
+        "gl": [
+            qa(3, "g", "A deaminase"),
+            qa(4, "g2", "gl answer"),
+            qa(5, "g3", "GL answer!"),
+            {"id": "x", "text": "gl text"},
+        ],
+        "cl": [qa(6, "c", "cl answer"), qa(7, "c2", "cl answer 2")],
+    }
+    from types import SimpleNamespace
+
+    from lbr_dist.data.record import normalised_hash
+    from lbr_dist.evaluation import held_out
+
+    class Reader:
+        def __init__(self, opened, split):
+            self.rows = splits[split]
+            hashes = np.array([normalised_hash(r.get("text", r.get("answer"))) for r in self.rows], dtype=np.int64)
+
+            class Index(list):
+                answer_hash = hashes
+
+            self.index = Index(self.rows)
+
+        def read(self, rows):
+            return [json.loads(json.dumps(self.rows[row])) for row in rows]
+
+        def close(self):
+            pass
+
+    opened = SimpleNamespace(
+        name="toy", fingerprint="f", splits={k: SimpleNamespace(records=len(v)) for k, v in splits.items()}
+    )
+    monkeypatch.setattr(held_out, "open_set", lambda path: opened)
+    monkeypatch.setattr(held_out, "ShardReader", Reader)
+    return splits
+
+
+def test_same_questions_are_one_query_with_all_their_answers(prepared):
+    data = load_held_out("anywhere")
+    assert data.queries == ["What is ADA?", "Sole?"]
+    assert data.passages == ["a disease", "A deaminase.", "an illness"]
+    assert data.positives == [[0, 1], [0, 2]]
+    assert data.references == ["a disease", "a disease"]
+
+
+def test_distractors_are_unlike_any_answer_and_each_other(prepared):
+    everything = load_held_out("anywhere", distractors=100)
+    assert everything.answers == 3
+    extra = everything.passages[3:]
+    assert sorted(e.strip("!").lower() for e in extra) == ["cl answer", "cl answer 2", "gl answer", "gl text"]
+    some = load_held_out("anywhere", distractors=2)
+    assert len(some.passages) == 5
+    assert some.passages == load_held_out("anywhere", distractors=2).passages
+
+
+def test_a_set_without_questions_is_refused(prepared):
+    prepared["eval"][:] = prepared["eval"][-1:]
+    with pytest.raises(UserError, match="no questions"):
+        load_held_out("anywhere")

@@ -1,0 +1,79 @@
+import json
+
+import numpy as np
+import pytest
+from runs import make_run
+
+from lbr_dist import search as module
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation import encoder as encoders
+from lbr_dist.search import Hit, print_hits, search, top_k
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    file = tmp_path / "corpus.jsonl"
+    rows = [
+        {"id": f"r{i}", "answer": text} for i, text in enumerate(["pain relief", "heart failure", "pain relief", "x"])
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model_dir):
+    return str(make_run(tmp_path_factory.mktemp("run"), tiny_model_dir("llama")))
+
+
+def test_equal_texts_find_themselves_once(tmp_path, run, corpus):
+    results = search(run, corpus, ["heart failure", "x"], k=9, device="cpu", cache_dir=tmp_path / "c", progress=False)
+    assert [len(hits) for hits in results] == [3, 3]
+    assert results[0][0] == Hit(pytest.approx(1, abs=1e-5), "r1", "heart failure")
+    assert results[1][0].id == "r3"
+    assert all(hits[i].score >= hits[i + 1].score for hits in results for i in range(2))
+
+
+def test_the_corpus_is_embedded_once(tmp_path, run, corpus, monkeypatch):
+    seen = []
+    real = encoders.PackedEncoder.encode
+    monkeypatch.setattr(
+        encoders.PackedEncoder,
+        "encode",
+        lambda self, texts, side="passage", progress=False: seen.append(side) or real(self, texts, side, progress),
+    )
+    options = {"device": "cpu", "cache_dir": tmp_path / "c", "progress": False}
+    first = search(run, corpus, ["pain"], **options)
+    assert search(run, corpus, ["pain"], **options) == first
+    assert seen == ["passage", "query", "query"]
+    corpus.write_text(corpus.read_text() + '{"answer": "new"}\n')
+    assert len(search(run, corpus, ["pain"], k=9, **options)[0]) == 4
+    assert seen[3:] == ["passage", "query"]
+
+
+def test_bm25_searches_too(corpus):
+    assert search("bm25", corpus, ["failure of the heart"], k=1)[0][0].id == "r1"
+
+
+def test_top_k_over_tiles(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, passages = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(101, 5)).astype(np.float32)
+    scores = queries @ passages.T
+    monkeypatch.setattr(module, "TILE", 13)
+    rows, best = top_k(queries, passages, 20)
+    assert np.array_equal(rows, np.argsort(-scores, axis=1, kind="stable")[:, :20])
+    assert best == pytest.approx(-np.sort(-scores, axis=1)[:, :20], abs=1e-5)
+    assert top_k(queries, passages[:3], 20)[0].shape == (7, 3)
+
+
+def test_markup_in_texts_is_shown_as_it_is(capsys):
+    print_hits(["[bold]q[/bold]"], [[Hit(0.5, "a[1]", "x [red]y[/red]\nz")]])
+    shown = capsys.readouterr().out
+    for part in ("[bold]q[/bold]", "0.500", "a[1]", "x [red]y[/red] z"):
+        assert part in shown
+
+
+def test_what_is_no_corpus_is_named(tmp_path):
+    with pytest.raises(UserError, match="not a prepared set"):
+        search("bm25", tmp_path, ["q"])
+    with pytest.raises(UserError, match="not a prepared set"):
+        search("bm25", tmp_path / "none", ["q"])
