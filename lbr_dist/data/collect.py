@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,10 @@ import xxhash
 from lbr_dist.data.fields import REASONS, Converter, Entity, RowError
 from lbr_dist.data.minhash import Sketches
 from lbr_dist.data.readers import rows
-from lbr_dist.data.record import Record, normalise
+from lbr_dist.data.record import Record, batches, normalise
 from lbr_dist.data.sources import Part
 from lbr_dist.errors import UserError
 
-BATCH = 2048
-"""Records hashed at once."""
 HOPELESS = 1000
 """A source whose first so many rows are all bad stops the run at once: its fields were not understood."""
 NO_ENTITY = 0
@@ -171,8 +169,13 @@ class Collector:
         Raises:
             UserError: the file is damaged, or its first rows are all bad.
         """
-        batch: list[Record] = []
         self.parts.append(part)
+        for batch in batches(self._records(part, convert, external)):
+            self.table.add(len(self._offsets) - 1 - len(batch), batch)
+            advance(len(batch))
+
+    def _records(self, part: Part, convert: Converter, external: bool) -> Iterator[Record]:
+        """The part's good rows, each already in the spool when it is handed on."""
         bad_before, rows_before = self.bad.total, self.bad.rows
         for number, row in rows(part, paragraphs=self._paragraphs):
             self.bad.rows += 1
@@ -186,13 +189,7 @@ class Collector:
                     self.bad.check(0)
                 continue
             self._add(record, row, number, external)
-            batch.append(record)
-            if len(batch) == BATCH:
-                self._flush(batch)
-                advance(BATCH)
-                batch = []
-        self._flush(batch)
-        advance(len(batch))
+            yield record
 
     def finish(self) -> tuple[Spool, Numbers, Texts]:
         """End of the pass."""
@@ -214,7 +211,7 @@ class Collector:
         self._offsets.append(self._offsets[-1] + len(data))
         name = record.id.encode()
         group = self._entity.of(row, record) if self._entity else None
-        content = json.dumps((record.question, record.answer, record.text, record.negatives, record.positives))
+        content = "\0".join((*compared_texts(record), "", *record.negatives))
         values = {
             "is_text": record.is_text,
             "external": external,
@@ -227,10 +224,6 @@ class Collector:
         }
         for column, value in values.items():
             self._columns[column].append(value)
-
-    def _flush(self, batch: list[Record]) -> None:
-        if batch:
-            self.table.add(len(self._offsets) - 1 - len(batch), batch)
 
 
 class Spool:

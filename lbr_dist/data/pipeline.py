@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbr_dist.data.collect import BATCH, Collector, Numbers, Spool, Texts, compared_texts
+from lbr_dist.data.collect import Collector, Numbers, Spool, Texts, compared_texts
 from lbr_dist.data.fields import Converter, Entity
 from lbr_dist.data.isolation import Containment, crossings
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.proof import prove
-from lbr_dist.data.record import Record, normalised_hash
+from lbr_dist.data.record import Record, batches, normalised_hash
 from lbr_dist.data.shards import write_set
 from lbr_dist.data.sources import Part
 from lbr_dist.data.split import CL, EVAL, EXTERNAL, GL, SIDES, TEXT, UNUSED, assign, common_texts, components
@@ -79,7 +79,7 @@ class Pipeline:
                 isolation = prove(
                     self.work / "set",
                     self.work / "proof",
-                    [batch for _, batch in _chunks(spool, side == EXTERNAL)],
+                    lambda: (batch for _, batch in _chunks(spool, side == EXTERNAL)),
                     similarity=self.settings.similarity,
                     common=self.common,
                 )
@@ -229,7 +229,9 @@ def _component_report(numbers: Numbers, side: np.ndarray, labels: np.ndarray) ->
 
 
 def _chunks(spool: Spool, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[Record]]]:
+    """The records of a mask, in batches, with their numbers."""
     members = np.flatnonzero(mask)
-    for start in range(0, len(members), BATCH):
-        chunk = members[start : start + BATCH]
-        yield chunk, [spool[int(number)] for number in chunk]
+    start = 0
+    for batch in batches(spool[int(number)] for number in members):
+        yield members[start : start + len(batch)], batch
+        start += len(batch)

@@ -11,10 +11,16 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
+
+BATCH = 2048
+"""Most records that are hashed, tokenized or compared at once,"""
+BATCH_CHARACTERS = 1 << 22
+"""and about how many characters: what bounds the memory of a preparation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,14 @@ class Record:
         assert document is not None
         return document
 
+    @property
+    def characters(self) -> int:
+        """Characters of all its texts."""
+        texts = (self.question, self.answer, self.text, *self.negatives, *self.positives)
+        return sum(len(text) for text in texts if text is not None)
+
     def as_dict(self) -> dict[str, Any]:
-        """`{id, text}`, or `{id, question, answer, domain, source}`; `negatives` and `positives` where there are any."""
+        """`{id, text}`, or `{id, question, answer, domain, source}`; `negatives`, `positives` if there are any."""
         if self.text is not None:
             return {"id": self.id, "text": self.text}
         row: dict[str, Any] = {
@@ -117,6 +129,20 @@ def normalised_hash(text: str) -> int:
 def signed(value: int) -> int:
     """An unsigned 64-bit integer as the signed one of the same bits (Parquet and torch have no unsigned 64)."""
     return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Neighbouring records in lists of at most `BATCH` records or about `BATCH_CHARACTERS` characters."""
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += record.characters
+        if len(batch) == BATCH or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def content_id(*parts: str) -> str:

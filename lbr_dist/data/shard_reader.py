@@ -58,13 +58,14 @@ class ShardReader:
         number = int(self.index.shard[row])
         size = int(self.index.size[row])
         data = os.pread(self._descriptor(number), size, int(self.index.offset[row]))
-        address = self.opened.address(self._shards[number].name)
-        if len(data) != size:
-            raise UserError(f"{address}: truncated at record {row}: copy or prepare the set again")
         try:
-            return json.loads(data)
+            if len(data) == size:
+                return json.loads(data)
+            problem = "is cut off"
         except ValueError as error:
-            raise UserError(f"{address}: record {row} is damaged ({error}): copy or prepare the set again") from error
+            problem = f"is damaged ({error})"
+        address = self.opened.address(self._shards[number].name)
+        raise UserError(f"{address}: record {row} {problem}: copy or prepare the set again")
 
     def _descriptor(self, number: int) -> int:
         if number in self._open:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from lbr_dist.data.record import Record, normalised_hash
+from lbr_dist.data.record import Record, batches, normalised_hash
 from lbr_dist.errors import UserError
 
 FORMAT = 1
@@ -30,6 +29,8 @@ BLOCK = 512
 """Tar block size in bytes."""
 LARGEST_MEMBER = 8 << 30
 """A USTAR header holds sizes below 8 GiB."""
+KNOWN_TEXTS = 200_000
+"""Texts whose token counts are remembered."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -85,8 +86,8 @@ class ShardWriter:
     `shard_bytes` gets a shard of its own.
     """
 
-    def __init__(self, root: Path, split: str, tokens: Tokens, *, shard_records: int, shard_bytes: int) -> None:
-        self.root, self.split, self.tokens = root, split, tokens
+    def __init__(self, root: Path, split: str, counter: TokenCounter, *, shard_records: int, shard_bytes: int) -> None:
+        self.root, self.split, self.counter = root, split, counter
         self.shard_records, self.shard_bytes = shard_records, shard_bytes
         self.info = SplitInfo()
         self._tar: IO[bytes] | None = None
@@ -97,8 +98,7 @@ class ShardWriter:
 
     def write(self, records: Sequence[Record]) -> None:
         """Append a batch: one call of the tokenizer for all its texts, then one tar member for each record."""
-        counts = _token_counts(records, self.tokens)
-        for record, tokens in zip(records, counts, strict=True):
+        for record, tokens in zip(records, self.counter.columns(records), strict=True):
             self._append(record, tokens)
 
     def close(self) -> SplitInfo:
@@ -153,7 +153,7 @@ class ShardWriter:
         self._tar = None
         digest = self._hash.hexdigest()
         table = pa.table(self._rows, schema=INDEX_SCHEMA)
-        table = table.replace_schema_metadata({"tokenizer": self.tokens.fingerprint, "tar_xxh128": digest})
+        table = table.replace_schema_metadata({"tokenizer": self.counter.tokens.fingerprint, "tar_xxh128": digest})
         index = self.root / f"{self._name}.parquet"
         pq.write_table(table, index, compression="zstd")
         index_data = index.read_bytes()
@@ -187,11 +187,12 @@ def write_set(
     Args:
         source: what the set was made from, JSON-able; it becomes the manifest's `input`.
     """
+    counter = TokenCounter(tokens)
     infos: dict[str, SplitInfo] = {}
     for split in SPLITS:
-        writer = ShardWriter(root, split, tokens, shard_records=shard_records, shard_bytes=shard_bytes)
+        writer = ShardWriter(root, split, counter, shard_records=shard_records, shard_bytes=shard_bytes)
         try:
-            for batch in _batches(splits.get(split, ()), 1024):
+            for batch in batches(splits.get(split, ())):
                 writer.write(batch)
             infos[split] = writer.close()
         finally:
@@ -217,34 +218,53 @@ def manifest_fingerprint(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
 
 
+def _template() -> bytes:
+    """A USTAR header of an empty member with no name, its checksum field blank (as the checksum is computed)."""
+    header = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
+    return header[:148] + b" " * 8 + header[156:]
+
+
+_TEMPLATE = _template()
+_TEMPLATE_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:135])
+
+
 def _header(name: str, size: int) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size = size
-    member.mode = 0o644
-    return member.tobuf(tarfile.USTAR_FORMAT)
+    """Tar header of a file: what `tarfile` makes, some ten times faster, with the three fields that change filled in.
+
+    Name at byte 0, size at 124 in 11 octal digits, checksum (the sum of all other bytes) at 148 (POSIX.1-1988).
+    """
+    name_bytes, digits = name.encode(), b"%011o" % size
+    header = bytearray(_TEMPLATE)
+    header[: len(name_bytes)] = name_bytes
+    header[124:135] = digits
+    header[148:156] = b"%06o\0 " % (_TEMPLATE_SUM + sum(name_bytes) + sum(digits))
+    return bytes(header)
 
 
-def _token_counts(records: Sequence[Record], tokens: Tokens) -> list[dict[str, Any]]:
-    """The token columns of each record's index row; a text that occurs twice in the batch is tokenized once."""
-    texts: dict[str, int] = {}
-    for record in records:
-        for text in (record.question, record.answer, record.text, *record.negatives):
-            if text is not None:
-                texts[text] = 0
-    for text, ids in zip(texts, tokens.encode(list(texts)), strict=True):
-        texts[text] = len(ids)
-    return [
-        {
-            "question_tokens": -1 if record.question is None else texts[record.question],
-            "answer_tokens": -1 if record.answer is None else texts[record.answer],
-            "text_tokens": -1 if record.text is None else texts[record.text],
-            "negative_tokens": [texts[text] for text in record.negatives],
-        }
-        for record in records
-    ]
+class TokenCounter:
+    """Token counts of texts; one that occurred lately is not tokenized again (questions share their answers)."""
 
+    def __init__(self, tokens: Tokens) -> None:
+        self.tokens = tokens
+        self._known: dict[int, int] = {}
 
-def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    iterator = iter(records)
-    while batch := list(islice(iterator, size)):
-        yield batch
+    def columns(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """The token columns of each record's index row."""
+        if len(self._known) > KNOWN_TEXTS:
+            self._known.clear()
+        new: dict[int, str] = {}
+        keys: list[list[int | None]] = []
+        for record in records:
+            row: list[int | None] = []
+            for text in (record.question, record.answer, record.text, *record.negatives):
+                key = None if text is None else xxhash.xxh3_64_intdigest(text.encode())
+                if text is not None and key is not None and key not in self._known:
+                    new[key] = text
+                row.append(key)
+            keys.append(row)
+        for key, ids in zip(new, self.tokens.encode(list(new.values())), strict=True):
+            self._known[key] = len(ids)
+        counts = [[-1 if key is None else self._known[key] for key in row] for row in keys]
+        return [
+            {"question_tokens": q, "answer_tokens": a, "text_tokens": t, "negative_tokens": n} for q, a, t, *n in counts
+        ]
