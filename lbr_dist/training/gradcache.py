@@ -20,9 +20,6 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from lbr_dist.config import Contrastive
-from lbr_dist.data.assemble import LocalBatch
-from lbr_dist.objectives.contrastive import contrastive_loss
 from lbr_dist.training.accumulate import Reduce, accumulate
 
 if TYPE_CHECKING:
@@ -30,36 +27,6 @@ if TYPE_CHECKING:
 
 Micro = TypeVar("Micro")
 Stats = TypeVar("Stats")
-
-
-def contrastive_step(
-    engine: DeepSpeedEngine,
-    micro_batches: Sequence[LocalBatch],
-    settings: Contrastive,
-    *,
-    reduce: Reduce = "auto",
-    cache: bool | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """One stage 2 step over this rank's micro-batches; the caller then calls `engine.step()`.
-
-    Args:
-        engine: DeepSpeed engine around an `LbrModel`.
-        micro_batches: on the model's device, as many on every rank (the plan sees to it).
-        settings: the recipe's section.
-        reduce: see `accumulate`.
-        cache: see `cached_step`.
-
-    Returns:
-        The mean loss of the global batch and its statistics, equal on all ranks; see `info_nce`, also for errors.
-    """
-    return cached_step(
-        engine,
-        micro_batches,
-        lambda micro: engine(micro.packed, "embed", settings.pooling),
-        lambda embeddings: contrastive_loss(embeddings, micro_batches, settings),
-        reduce=reduce,
-        cache=cache,
-    )
 
 
 def cached_step(

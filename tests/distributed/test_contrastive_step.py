@@ -12,7 +12,7 @@ from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.objectives.contrastive import contrastive_loss
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.gradcache import contrastive_step
+from lbr_dist.training.gradcache import cached_step
 
 PAIRS, MICROS = (5, 2), 3
 SETTINGS = {
@@ -92,6 +92,16 @@ def micros_of(step, rank=None):
     return micros + [local([], first)] * (MICROS - count)
 
 
+def step_of(engine, batches, settings, cache):
+    return cached_step(
+        engine,
+        batches,
+        lambda batch: engine(batch.packed, "embed", settings.pooling),
+        lambda embeddings: contrastive_loss(embeddings, batches, settings),
+        cache=cache,
+    )
+
+
 def step_on_ranks(rank, world, path, cases):
     """Gradient, loss and statistics of one step for each (setting, stage, whether cached)."""
     found = {}
@@ -99,7 +109,7 @@ def step_on_ranks(rank, world, path, cases):
         recipe = recipe_of(path, SETTINGS[setting])
         engine = engine_of(stage, model_of(recipe))
         torch.manual_seed(rank)
-        loss, stats = contrastive_step(engine, micros_of(0, rank), recipe.contrastive, cache=cache)
+        loss, stats = step_of(engine, micros_of(0, rank), recipe.contrastive, cache)
         found[setting, stage, cache] = (full_gradient(engine), loss, stats)
     return found
 
