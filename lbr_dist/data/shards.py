@@ -189,10 +189,10 @@ def open_set(path_or_url: str | Path) -> PreparedSet:
     """
     root = str(path_or_url)
     manifest = _read_manifest(root)
-    splits = {
-        split: SplitInfo(info["records"], info["texts"], [ShardInfo(**shard) for shard in info["shards"]])
-        for split, info in manifest["splits"].items()
-    }
+    splits = {}
+    for split in SPLITS:
+        info = manifest["splits"][split]
+        splits[split] = SplitInfo(info["records"], info["texts"], [ShardInfo(**shard) for shard in info["shards"]])
     opened = PreparedSet(root, manifest, splits)
     if not opened.is_remote:
         for name, size, _ in _files(opened):

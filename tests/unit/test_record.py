@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import pytest
+
+from lbr_dist.data.fields import Converter, Entity, RowError, check_fields
+from lbr_dist.data.record import Record, batches, content_id, normalise, normalised_hash
+from lbr_dist.errors import UserError
+
+
+def convert(row: dict, kind: str | None = None, fields: dict | None = None, max_chars: int = 100) -> Record:
+    return Converter(kind, fields or {}, max_chars=max_chars, domain="med", source="file")(row)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Aspirin.", "aspirin"),
+        ("  two \t words\n", "two words"),
+        ("Ｆｕｌｌ　ｗｉｄｔｈ", "full width"),
+        ("“Straße”!", "strasse"),
+        ("(quoted)", "quoted"),
+        ("ﬁne", "fine"),
+    ],
+)
+def test_texts_that_count_as_the_same(a: str, b: str) -> None:
+    assert normalise(a) == normalise(b)
+    assert normalised_hash(a) == normalised_hash(b)
+
+
+@pytest.mark.parametrize(("a", "b"), [("C#", "C"), ("5%", "5"), ("-5", "5"), ("?", "!"), ("a b", "ab")])
+def test_texts_that_differ(a: str, b: str) -> None:
+    assert normalise(a) != normalise(b)
+
+
+def test_normal_form_is_stable_and_never_empty() -> None:
+    for text in ["ŉ", "İstanbul.", "...", "„x“", "ﷺ", "e\u0301", "ΑΣ", "a . "]:
+        once = normalise(text)
+        assert once
+        assert normalise(once) == once
+
+
+def test_answer_hash_fits_int64_and_never_changes() -> None:
+    assert normalised_hash("Aspirin") == -6310449035805984757  # in every prepared set: changing it needs a new format
+    assert all(-(1 << 63) <= normalised_hash(str(i)) < 1 << 63 for i in range(100))
+    assert any(normalised_hash(str(i)) < 0 for i in range(100))
+
+
+def test_json_round_trip_has_only_the_fields_of_its_form() -> None:
+    full = Record("1", question="q", answer="ä", domain="d", source="s", negatives=("n",), positives=("p",))
+    plain = Record("2", text="t")
+    assert Record.from_dict(full.as_dict()) == full
+    assert plain.as_dict() == {"id": "2", "text": "t"}
+    assert full.to_json() == (
+        '{"answer":"ä","domain":"d","id":"1","negatives":["n"],"positives":["p"],"question":"q","source":"s"}'.encode()
+    )
+
+
+def test_batches_are_bounded_by_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbr_dist.data.record.BATCH_CHARACTERS", 10)
+    monkeypatch.setattr("lbr_dist.data.record.BATCH", 3)
+    lengths = [1, 1, 1, 12, 4, 6, 1]
+    made = [[r.characters for r in batch] for batch in batches(Record("", text="x" * n) for n in lengths)]
+    assert made == [[1, 1, 1], [12], [4, 6], [1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"question": "q", "answer": "a"}, "question-answer"),
+        ({"prompt": "q", "response": "a"}, "question-answer"),
+        ({"query": "q", "passage": "a"}, "question-answer"),
+        ({"query": "q", "text": "a"}, "query-document"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0}, "multiple-choice"),
+    ],
+)
+def test_kind_and_fields_are_recognised(row: dict, kind: str) -> None:
+    converter = Converter(None, {}, max_chars=100)
+    record = converter(row)
+    assert converter.kind == kind
+    assert (record.question or "").startswith("q")
+    assert record.answer == "a"
+
+
+def test_plain_text_and_mapping_and_defaults() -> None:
+    assert convert({"content": "t"}) == Record(content_id("t"), text="t")
+    record = convert(
+        {"id": 7, "ask": "q", "answer": "wrong", "tell": "a"}, fields={"question": "ask", "answer": "tell"}
+    )
+    assert record == Record("7", question="q", answer="a", domain="med", source="file")
+    with pytest.raises(UserError, match=r"--field frage=x: no such role; the roles are question"):
+        check_fields({"frage": "x"})
+
+
+def test_missing_id_is_made_of_the_content() -> None:
+    first = convert({"question": "q", "answer": "a"})
+    assert first.id == convert({"query": "q", "output": "a", "id": ""}).id
+    assert first.id != convert({"question": "q", "answer": "b"}).id
+    assert content_id("ab", "c") != content_id("a", "bc")
+
+
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        (["x", "right"], 1),
+        (["x", "right"], "B"),
+        (["x", "right"], "b"),
+        (["x", "right"], "right"),
+        (["x", "right"], "1"),
+        ({"text": ["x", "right"], "label": ["1", "2"]}, "2"),
+        ({"A": "x", "B": "right"}, "B"),
+        ('["x", "right"]', "1"),
+    ],
+)
+def test_multiple_choice(options: object, right: object) -> None:
+    record = convert({"question": "stem", "options": options, "answer": right})
+    assert record.question == "stem\nA. x\nB. right"
+    assert record.answer == "right"
+
+
+def test_multiple_choice_over_several_fields() -> None:
+    row = {"question": "stem", "opa": "x", "opb": "right", "cop": 1}
+    assert convert(row, "multiple-choice", {"options": "opa,opb", "answer": "cop"}).answer == "right"
+
+
+def test_lists_of_answers_and_negatives() -> None:
+    record = convert({"query": "q", "positive": ["a", "b", ""], "negative": "n"})
+    assert (record.answer, record.positives, record.negatives) == ("a", ("b",), ("n",))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"question": "q"}, "missing_field", "no answer: looked for answer, response"),
+        ({"question": "q", "answer": 3}, "wrong_type", "answer is a number, not a text"),
+        ({"question": "q", "answer": None}, "empty", "answer is null"),
+        ({"question": " \n", "answer": "a"}, "empty", "question is empty"),
+        ({"question": "q", "answer": []}, "empty", "answer is empty"),
+        ({"question": "q", "answer": "a\ud800"}, "invalid_utf8", "answer, character 1"),
+        ({"question": "q", "answer": "a" * 101}, "too_long", "answer has 101 characters, more than --max-chars 100"),
+        ({"question": "q", "answer": "a", "id": True}, "wrong_type", "id is true or false"),
+        ({"question": "q", "answer": "a", "negatives": {"x": 1}}, "wrong_type", "negatives is an object"),
+    ],
+)
+def test_bad_rows_are_named(row: dict, reason: str, detail: str) -> None:
+    with pytest.raises(RowError) as caught:
+        convert(row, "question-answer")
+    assert caught.value.reason == reason
+    assert detail in caught.value.detail
+
+
+@pytest.mark.parametrize("right", ["C", 2, -1, "other", 1.5])
+def test_right_option_must_exist(right: object) -> None:
+    with pytest.raises(RowError) as caught:
+        convert({"question": "q", "options": ["a", "b"], "answer": right})
+    assert caught.value.reason in ("bad_option", "wrong_type")
+
+
+def test_unrecognised_fields_are_listed_with_the_remedy() -> None:
+    with pytest.raises(RowError, match=r"among the fields foo, bar: .*--field question=prompt"):
+        convert({"foo": "q", "bar": "a"})
+
+
+def test_entity() -> None:
+    record = Record("chem:CHEBI:1:0", text="t")
+    assert Entity.parse("id~(.*):").of({}, record) == "chem:CHEBI:1"
+    assert Entity.parse("id~CHEBI:\\d+").of({}, record) == "CHEBI:1"
+    assert Entity.parse("patient").of({"patient": 3}, record) == "3"
+    assert Entity.parse("patient").of({}, record) is None
+    assert Entity.parse("id~nothing").of({}, record) is None
+    with pytest.raises(UserError, match="not a regular expression"):
+        Entity.parse("id~(")

@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import os
+import pickle
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from lbr_dist.data import remote
+from lbr_dist.data.record import Record, normalised_hash
+from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set, verify, write_set
+from lbr_dist.errors import UserError
+
+
+class Bytes:
+    """A tokenizer of one token per byte."""
+
+    fingerprint = "bytes-1"
+    path = "models/bytes"
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+
+RECORDS = [
+    Record(f"r{i}", question=f"q{i}", answer="ä" * i, domain="d", source="s", negatives=("n",) * (i % 3))
+    for i in range(1, 24)
+]
+TEXTS = [Record(f"t{i}", text=f"text {i}") for i in range(3)]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Path:
+    root = tmp_path / "set"
+    write_set(
+        root,
+        {"gl": [*RECORDS, *TEXTS], "cl": RECORDS[:4]},
+        Bytes(),
+        name="demo",
+        tokenizer_path="models/b",
+        shard_records=10,
+    )
+    return root
+
+
+def test_index_and_reader(prepared: Path) -> None:
+    opened = open_set(prepared)
+    index = opened.index("gl")
+    everything = [*RECORDS, *TEXTS]
+    assert (opened.name, len(index), opened.splits["gl"].texts) == ("demo", 26, 3)
+    assert index.shard.tolist() == [0] * 10 + [1] * 10 + [2] * 6
+    assert index.ids.tolist() == [record.id for record in everything]
+    assert index.question_tokens.tolist() == [len(record.question or "") or -1 for record in everything]
+    assert index.answer_tokens.tolist() == [2 * i for i in range(1, 24)] + [-1] * 3
+    assert index.text_tokens.tolist() == [-1] * 23 + [6] * 3
+    assert [index.negative_tokens[row].tolist() for row in range(26)] == [[1] * len(r.negatives) for r in everything]
+    assert index.negative_tokens.lengths.tolist() == [len(record.negatives) for record in everything]
+    assert index.answer_hash.tolist() == [normalised_hash(record.document) for record in everything]
+    reader = ShardReader(opened, "gl")
+    rows = [25, 0, 13, 0]
+    assert [Record.from_dict(row) for row in reader.read(rows)] == [everything[row] for row in rows]
+
+
+def test_plain_webdataset_reads_the_shards(prepared: Path) -> None:
+    import webdataset
+
+    samples = list(webdataset.WebDataset(open_set(prepared).urls("gl"), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(26)]
+    assert [sample["json"]["id"] for sample in samples] == open_set(prepared).index("gl").ids.tolist()
+
+
+def test_tar_headers_are_those_of_tarfile(prepared: Path) -> None:
+    path = prepared / "gl/000000.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    assert len(members) == 10
+    data = path.read_bytes()
+    for member in members:
+        assert (member.mtime, member.uid, member.gid, member.uname, member.mode) == (0, 0, 0, "", 0o644)
+        assert data[member.offset : member.offset + 512] == member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_shards_are_bounded_in_bytes(tmp_path: Path) -> None:
+    records = [Record(str(i), text="x" * (5000 if i == 3 else 100)) for i in range(8)]
+    write_set(tmp_path / "set", {"gl": records}, Bytes(), name="n", shard_bytes=4096)
+    shards = open_set(tmp_path / "set").splits["gl"].shards
+    assert sum(shard.records for shard in shards) == 8
+    for shard in shards:
+        assert shard.bytes == (tmp_path / "set" / shard.name).stat().st_size
+        assert shard.bytes <= 4096 or shard.records == 1
+
+
+def test_same_records_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_set(tmp_path / name, {"gl": RECORDS}, Bytes(), name="n", shard_records=10)
+        time.sleep(0.01)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 7
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_fingerprint_is_of_the_content_and_not_of_paths(tmp_path: Path) -> None:
+    made = [
+        write_set(tmp_path / str(i), {"gl": records}, Bytes(), name="n", tokenizer_path=path)["fingerprint"]
+        for i, (records, path) in enumerate([(RECORDS, "x"), (RECORDS, "y"), (RECORDS[1:], "x")])
+    ]
+    assert made[0] == made[1] != made[2]
+
+
+def test_reader_travels_to_another_process(prepared: Path) -> None:
+    reader = ShardReader(open_set(prepared), "gl")
+    first = reader.read([3])
+    assert pickle.loads(pickle.dumps(reader)).read([3]) == first
+
+
+def test_verify_reads_every_byte(prepared: Path) -> None:
+    opened = open_set(prepared)
+    assert verify(opened) == sum(path.stat().st_size for path in prepared.rglob("0*"))
+    path = prepared / "gl/000001.tar"
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    assert verify(open_set(prepared), deep=False)
+    with pytest.raises(UserError, match=r"gl/000001.tar: its checksum changed: copy or prepare the set again"):
+        verify(open_set(prepared))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def edit(path: Path, change: Callable[[dict], Any]) -> None:
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: cut(root / "gl/000001.tar"), "gl/000001.tar: 11263 bytes instead of 11264"),
+        (lambda root: cut(root / "gl/000001.parquet"), "gl/000001.parquet: .* bytes instead of"),
+        (lambda root: (root / "cl/000000.tar").unlink(), "cl/000000.tar: missing from the prepared set"),
+        (lambda root: (root / "manifest.json").unlink(), "not a prepared set .no manifest.json in it."),
+        (lambda root: (root / "manifest.json").write_text("{"), "manifest.json: not the manifest of a prepared set"),
+        (lambda root: (root / "manifest.json").write_text("[1]"), "manifest.json: not the manifest of a prepared set"),
+        (lambda root: edit(root / "manifest.json", lambda m: m.update(seed=1)), "it was changed after the set was"),
+        (lambda root: edit(root / "manifest.json", lambda m: m.update(format=2)), "prepared by a newer lbr .format 2"),
+    ],
+)
+def test_damaged_sets_are_refused_at_opening(prepared: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(prepared)
+    with pytest.raises(UserError, match=message):
+        open_set(prepared)
+
+
+def test_what_is_no_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: not a prepared set \(no such folder\): give the folder that"):
+        open_set(tmp_path / "nowhere")
+
+
+def test_empty_and_unknown_splits(prepared: Path) -> None:
+    with pytest.raises(UserError, match="its eval split is empty: prepare it again with --eval"):
+        open_set(prepared).index("eval")
+    with pytest.raises(UserError, match="no split 'test'; it has gl, cl, eval"):
+        open_set(prepared).index("test")
+
+
+def test_index_that_is_not_that_of_its_shard(prepared: Path) -> None:
+    opened = open_set(prepared)
+    (prepared / "gl/000000.parquet").write_bytes((prepared / "gl/000001.parquet").read_bytes())
+    with pytest.raises(UserError, match=r"gl/000000.parquet: this index is not that of gl/000000.tar"):
+        opened.index("gl")
+    (prepared / "gl/000000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"gl/000000.parquet: damaged index"):
+        opened.index("gl")
+
+
+def test_index_of_another_tokenizer(prepared: Path) -> None:
+    opened = open_set(prepared)
+    check_tokenizer(opened, Bytes())
+    other = Bytes()
+    other.fingerprint = "bytes-2"
+    with pytest.raises(
+        UserError, match="was made with tokenizer bytes-1, the model has bytes-2: prepare the set again"
+    ):
+        check_tokenizer(opened, other)
+    path = prepared / "cl/000000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"tokenizer": b"bytes-2"}), path)
+    with pytest.raises(UserError, match=r"cl/000000.parquet: this index was made with another tokenizer than its set"):
+        opened.index("cl")
+
+
+def test_shard_that_changes_under_the_reader(prepared: Path) -> None:
+    reader = ShardReader(open_set(prepared), "gl")
+    path = prepared / "gl/000002.tar"
+    path.write_bytes(path.read_bytes()[:1100])
+    with pytest.raises(UserError, match=r"gl/000002.tar: record 25 is cut off"):
+        reader.read([25])
+    path = prepared / "gl/000001.tar"
+    path.write_bytes(path.read_bytes().replace(b'"domain"', b'"dom"ain'))
+    with pytest.raises(UserError, match=r"gl/000001.tar: record 11 is damaged"):
+        reader.read([11])
+    (prepared / "gl/000000.tar").unlink()
+    with pytest.raises(UserError, match=r"gl/000000.tar: No such file"):
+        reader.read([0])
+
+
+class Server:
+    """A folder over HTTP. `drop[name]` connections to a file are closed half way; -1: all of them."""
+
+    def __init__(self, root: Path) -> None:
+        self.drop: dict[str, int] = {}
+        self.stall: set[str] = set()
+        self.requests: list[str] = []
+        self.release = threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = self.path.lstrip("/")
+                outer.requests.append(name)
+                data = (root / name).read_bytes() if (root / name).is_file() else None
+                self.send_response(404 if data is None else 200)
+                self.send_header("Content-Length", str(len(data or b"")))
+                self.end_headers()
+                if name in outer.stall:
+                    outer.release.wait(30)
+                elif data and outer.drop.get(name, 0):
+                    outer.drop[name] -= 1
+                    self.wfile.write(data[: len(data) // 2])
+                elif data:
+                    self.wfile.write(data)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.release.set()
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    served = Server(prepared)
+    yield served
+    served.close()
+
+
+def test_remote_set_through_dropped_connections(prepared: Path, server: Server) -> None:
+    server.drop = {"manifest.json": 1, "gl/000000.parquet": 1, "gl/000001.tar": 3}
+    opened = open_set(server.url)
+    reader = ShardReader(opened, "gl")
+    rows = [0, 12, 25, 13]
+    assert reader.read(rows) == ShardReader(open_set(prepared), "gl").read(rows)
+    assert server.requests.count("gl/000001.tar") == 4
+    assert opened.fingerprint == open_set(prepared).fingerprint
+    server.requests.clear()
+    assert ShardReader(open_set(server.url), "gl").read([12])  # a second reader finds shard and index in the cache
+    assert server.requests == ["manifest.json"]
+
+
+def test_connections_that_always_drop_name_the_address(server: Server) -> None:
+    reader = ShardReader(open_set(server.url), "gl")
+    server.drop = {"gl/000000.tar": -1}
+    with pytest.raises(
+        UserError, match=rf"{server.url}/gl/000000.tar: could not be read in 5 attempts \(last: .*check"
+    ):
+        reader.read([0])
+    assert server.requests.count("gl/000000.tar") == 5
+    assert not [path for path in reader.cache.folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_remote_bytes_are_checked(prepared: Path, server: Server) -> None:
+    reader = ShardReader(open_set(server.url), "gl")
+    path = prepared / "gl/000000.tar"
+    path.write_bytes(path.read_bytes().replace(b'"q1"', b'"q2"'))
+    with pytest.raises(UserError, match=r"gl/000000.tar: could not be read .*checksum"):
+        reader.read([0])
+    with pytest.raises(UserError, match=r"gl/000000.tar: could not be read .*checksum"):
+        verify(open_set(server.url))
+
+
+def test_remote_address_without_a_set(server: Server) -> None:
+    with pytest.raises(UserError, match=r"/nothing/manifest.json: could not be read in 5 attempts"):
+        open_set(server.url + "/nothing")
+
+
+def test_stalled_transfer_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(remote, "STALL_S", 0.2)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    server.stall = {"manifest.json"}
+    start = time.monotonic()
+    with pytest.raises(UserError, match="could not be read in 2 attempts"):
+        remote.fetch(f"{server.url}/manifest.json", tmp_path / "file")
+    assert time.monotonic() - start < 20
+    assert not list(tmp_path.glob("*file*"))
+
+
+def test_set_behind_a_pipe(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened = open_set(f"pipe:cat {prepared}/{{}}")
+    assert ShardReader(opened, "cl").read([2]) == [RECORDS[2].as_dict()]
+    with pytest.raises(UserError, match=r"pipe: needs \{\}"):
+        open_set(f"pipe:cat {prepared}")
+
+
+def test_cache_is_bounded_and_drops_the_least_recently_used(prepared: Path, tmp_path: Path) -> None:
+    opened = open_set(prepared)
+    shards = opened.splits["gl"].shards
+    cache = remote.ShardCache(tmp_path / "cache", (shards[0].bytes + shards[1].bytes) / (1 << 30))
+    descriptors = []
+    for number in (0, 1, 0, 2):
+        shard = shards[number]
+        url = f"file://{opened.address(shard.name)}"
+        descriptors.append(cache.open(url, size=shard.bytes, xxh128=shard.xxh128))
+        time.sleep(0.02)
+    kept = {path.name for path in cache.folder.iterdir() if path.suffix != ".lock"}
+    assert kept == {shards[0].xxh128, shards[2].xxh128}
+    assert len(os.pread(descriptors[1], shards[1].bytes, 0)) == shards[1].bytes  # dropped, yet open: still readable
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def test_missing_program_and_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"the program that reads it is missing \(curl"):
+        remote.fetch("http://127.0.0.1:9/x", tmp_path / "x")
+    if os.path.exists("/dev/full"):  # noqa: PTH110
+        full = io.FileIO("/dev/full", "w")
+        monkeypatch.setattr(Path, "open", lambda *args, **kwargs: full)
+        with pytest.raises(UserError, match="the disk is full"):
+            remote.fetch(f"file://{__file__}", tmp_path / "y")

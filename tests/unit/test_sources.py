@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from lbr_dist.data.fields import RowError
+from lbr_dist.data.readers import rows
+from lbr_dist.data.sources import Source, expand
+from lbr_dist.errors import UserError
+
+ROWS = [{"id": f"r{i}", "question": f"Was ist {i}?", "answer": f"Größe, {i}\nzwei"} for i in range(5)]
+
+
+def read(path: str | Path, tmp_path: Path, paragraphs: bool = False) -> list[tuple[int, Any]]:
+    downloads = tmp_path / "downloads"
+    downloads.mkdir(exist_ok=True)
+    parts = expand(Source(str(path)), downloads)
+    return [row for part in parts for row in rows(part, paragraphs=paragraphs)]
+
+
+def lines(values: list[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in values).encode()
+
+
+def write(folder: Path, name: str) -> Path:
+    """ROWS as a file of the format of its name."""
+    path = folder / name
+    if name.endswith(".jsonl"):
+        path.write_bytes(lines(ROWS))
+    elif name.endswith(".jsonl.gz"):
+        path.write_bytes(gzip.compress(lines(ROWS)))
+    elif name.endswith(".jsonl.zst"):
+        path.write_bytes(zstandard.compress(lines(ROWS)))
+    elif name.endswith((".csv", ".tsv")):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ROWS[0], delimiter="\t" if name.endswith(".tsv") else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif name.endswith(".tar"):
+        with tarfile.open(path, "w") as tar:
+            for row in ROWS:
+                add(tar, f"a/{row['id']}.json", json.dumps(row).encode())
+    return path
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "a.tar"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    assert [dict(row) for _, row in read(write(tmp_path, name), tmp_path)] == ROWS
+
+
+def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": one, "test": one.select([0])}).save_to_disk(str(tmp_path / "two"))
+    assert [row for _, row in read(tmp_path / "one", tmp_path)] == ROWS
+    assert [row for _, row in read(f"{tmp_path}/two@test", tmp_path)] == ROWS[:1]
+    with pytest.raises(UserError, match=r"has the splits train, test: name one, for example .*two@train"):
+        read(tmp_path / "two", tmp_path)
+    part = expand(Source(str(tmp_path / "one")), tmp_path / "downloads")[0]
+    assert part.fingerprint()["xxh128"]
+
+
+def test_hub_dataset_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"hub:nobody/nothing@train: datasets cannot load it"):
+        read("hub:nobody/nothing@train", tmp_path)
+
+
+def test_plain_text_by_line_and_by_paragraph(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("eins\r\nzwei\n\n  \ndrei ü".encode())
+    assert read(path, tmp_path) == [(1, {"text": "eins"}), (2, {"text": "zwei"}), (5, {"text": "drei ü"})]
+    assert read(path, tmp_path, paragraphs=True) == [(1, {"text": "eins\r\nzwei"}), (5, {"text": "drei ü"})]
+
+
+def test_plain_text_has_no_questions(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x")
+    part = expand(Source(str(path), "question-answer"), tmp_path)[0]
+    with pytest.raises(UserError, match="plain text has no fields, so it cannot be of kind question-answer"):
+        list(rows(part))
+
+
+def test_tar_samples_of_several_members(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        add(tar, "1.question.txt", b"q")
+        add(tar, "1.answer.txt", b"a")
+        add(tar, "1.pkl", b"never read")
+        add(tar, "2.txt", b"plain")
+        add(tar, "3.json", b"{broken")
+    read_rows = read(path, tmp_path)
+    assert read_rows[:2] == [(1, {"question": "q", "answer": "a"}), (2, {"text": "plain"})]
+    assert isinstance(read_rows[2][1], RowError)
+
+
+def test_undecodable_rows_are_handed_on_with_their_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "ok"}\n\n{"text": "\xff"}\n{"text": \n[1]\n{"text": "ok"}\n')
+    found = [(n, row.reason if isinstance(row, RowError) else row["text"]) for n, row in read(path, tmp_path)]
+    assert found == [(1, "ok"), (3, "invalid_utf8"), (4, "invalid_json"), (5, "wrong_type"), (6, "ok")]
+
+
+def test_csv_with_bad_bytes_and_ragged_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfquestion,answer\nq,\xff\nq\nq,a,b\n")
+    (_, bad_bytes), (_, short), (number, long) = read(path, tmp_path)
+    assert bad_bytes["answer"] == "\udcff"  # refused as invalid UTF-8 when it becomes a record
+    assert short == {"question": "q"}
+    assert number == 4
+    assert isinstance(long, RowError)
+
+
+def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.md"):
+        (folder / name).write_text(name)
+    assert [row["text"] for _, row in read(folder, tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
+    assert [row["text"] for _, row in read(f"{folder}/**/*.txt", tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
+    assert [row["text"] for _, row in read(f"{folder}/[b]*.txt", tmp_path)] == ["b.txt"]
+
+
+def test_pipe_source(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl.gz")
+    assert [row for _, row in read(f"pipe:cat '{path}'", tmp_path)] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "a.jsonl.gz: damaged or not a jsonl file"),
+        ("a.jsonl.zst", b"not zstd", "a.jsonl.zst: damaged or not a jsonl file"),
+        ("a.parquet", b"PAR1 no", "a.parquet: damaged or not a parquet file"),
+        ("a.tar", b"x" * 600, "a.tar: damaged or not a tar file"),
+        ("a.xlsx", b"", "a.xlsx: unknown format; names end in .jsonl"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / name, tmp_path)
+    assert message in str(caught.value)
+
+
+def test_sources_that_do_not_exist(tmp_path: Path) -> None:
+    for path in ("missing.jsonl", "none*.jsonl"):
+        with pytest.raises(UserError, match="no such file, folder or glob with source files"):
+            read(tmp_path / path, tmp_path)
+    with pytest.raises(UserError, match="webdataset has no opener"):
+        read("s9://bucket/a.jsonl", tmp_path)
+
+
+def test_kind_prefix() -> None:
+    assert Source.parse("corpus=a.txt", None, {}) == Source("a.txt", "corpus", {})
+    assert Source.parse("a=b.txt", "corpus", {}) == Source("a=b.txt", "corpus", {})
+    with pytest.raises(UserError, match="--kind poem: no such kind; the kinds are question-answer"):
+        Source.parse("a.txt", "poem", {})
