@@ -97,6 +97,11 @@ class Checkpointer:
         if self._writer.committed is not None and name in self._writer.entries:
             self._frozen = (self._writer.committed / name, self._writer.entries[name])
 
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is still writing the last save."""
+        return self._writer.busy
+
     def load(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Restore the engine from a checkpoint, written at any world size and ZeRO stage. Collective.
 

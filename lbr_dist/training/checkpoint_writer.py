@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
 from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
+
+SLOWEST_WRITE = timedelta(hours=2)
+"""How long a rank waits for the others' files; a rank that died is noticed at once."""
 
 
 class Team(Protocol):
@@ -58,7 +62,7 @@ class GlooTeam:
         import torch.distributed as dist
 
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITE)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
@@ -133,6 +137,11 @@ class CheckpointWriter:
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Return when nothing is being written.

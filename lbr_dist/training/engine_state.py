@@ -18,7 +18,7 @@ from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 Family = Literal["adam", "sgd"]
-FAMILIES: dict[str, Family] = {"AdamW": "adam", "Adam": "adam", "DeepSpeedCPUAdam": "adam", "SGD": "sgd"}
+FAMILIES: dict[str, Family] = {"AdamW": "adam", "Adam": "adam", "SGD": "sgd"}
 MOMENTS: dict[Family, tuple[str, ...]] = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 WEIGHT = "weight"
 
@@ -154,9 +154,7 @@ class EngineState(ABC):
             views.update({key: self.base_optimizer.state[flat][key].view(-1) for key in optimizer.keys})
         return views
 
-    def _step_value(self, flat: torch.Tensor, step: float) -> torch.Tensor | int:
-        if type(self.base_optimizer).__name__ == "DeepSpeedCPUAdam":
-            return int(step)
+    def _step_value(self, flat: torch.Tensor, step: float) -> torch.Tensor:
         group = self.base_optimizer.param_groups[0]
         on_device = group.get("fused") or group.get("capturable")
         return torch.tensor(step, dtype=torch.float32, device=flat.device if on_device else "cpu")

@@ -76,7 +76,7 @@ def make(job: dict, world: int) -> deepspeed.DeepSpeedEngine:
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": trained[:2]}, {"params": trained[2:], "lr": 3e-3, "weight_decay": 0.0}]
     if job.get("optimizer", "adamw") == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, fused=True)
     else:
         optimizer = torch.optim.SGD(groups, lr=1e-2, momentum=job["momentum"])
     settings = {

@@ -17,6 +17,8 @@ from lbr_dist.training.checkpoint import consolidate, find_resumable, iterate_we
 
 pytestmark = pytest.mark.timeout(900)
 CASES = [("fp32", stage) for stage in (0, 1, 2, 3)] + [("bf16", stage) for stage in (1, 2, 3)]
+CPU = {"device": "cpu", "pin_memory": False}
+OFFLOAD = {2: {"offload_optimizer": CPU}, 3: {"offload_optimizer": CPU, "offload_param": CPU}}
 TO_FOUR = [("fp32", 0, 3), ("fp32", 1, 0), ("fp32", 2, 1), ("fp32", 3, 2), ("bf16", 2, 3), ("bf16", 3, 2)]
 SGD = {"optimizer": "sgd", "momentum": 0.9}
 
@@ -65,6 +67,14 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, lis
             | {"dump": f"{run}.through.pt", "seed": 1}
         )
         jobs.append({**common, "load": checkpoint(run, 5), "until": [7], "dump": f"{run}.resumed.pt", "seed": 2})
+    for stage, zero in OFFLOAD.items():
+        run = folder / f"two-offload-{stage}"
+        common = {"stage": stage, "dtype": "bf16", "run": str(run), "zero": zero}
+        jobs.append(
+            {**common, "load": checkpoint(folder / "one-bf16", 3), "dump_loaded": f"{run}.loaded.pt", "until": [4, 6]}
+            | {"save": [4], "dump": f"{run}.through.pt", "seed": 1}
+        )
+        jobs.append({**common, "load": checkpoint(run, 4), "until": [6], "dump": f"{run}.resumed.pt", "seed": 2})
     sgd = folder / "two-sgd"
     jobs.append(
         {"stage": 3, "load": checkpoint(folder / "one-sgd", 3), "until": [], "run": str(sgd), "seed": 1}
@@ -147,6 +157,13 @@ def test_same_world_resumes_bit_for_bit(chain, dtype, stage):
         assert resumed["rank_state"]["rank"] == rank
 
 
+@pytest.mark.parametrize("stage", OFFLOAD)
+def test_offloaded_state_is_restored_exactly(chain, stage):
+    folder, _ = chain
+    same(folder / "one-bf16.pt", folder / f"two-offload-{stage}.loaded.pt")
+    same(folder / f"two-offload-{stage}.through.pt", folder / f"two-offload-{stage}.resumed.pt")
+
+
 def test_reshards_to_four_and_back_to_one_exactly(chain):
     folder, results = chain
     for dtype, stage, to in TO_FOUR:
@@ -178,7 +195,7 @@ def test_a_checkpoint_before_the_first_step_has_no_moments_and_resumes(chain):
     folder, results = chain
     first = Path(checkpoint(folder / "one-fp32", 0))
     assert verify(first) == []
-    resumed = results[2][0][2 * len(CASES) + 1]
+    resumed = results[2][0][2 * len(CASES) + 2 * len(OFFLOAD) + 1]
     assert resumed["losses"] == pytest.approx(results[1][0][0]["losses"], rel=1e-5)
     assert resumed["optimizer_steps"] == [3.0]
 

@@ -1,0 +1,111 @@
+"""Ranks that commit one checkpoint together, without DeepSpeed: all or nothing, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from lbr_dist.errors import UserError
+from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, find_resumable, verify
+from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
+from lbr_dist.training.weights import iterate_weights
+
+
+class FullDisk(dict):
+    """Tensors whose file cannot be written."""
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
+
+
+class Deadly(dict):
+    """Tensors that kill their rank when they are written."""
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def share(step: int, rank: int, kind: type[dict] = dict) -> Snapshot:
+    start, end = (0, 7) if rank == 0 else (7, 20)
+    return Snapshot(
+        step=step,
+        manifest={
+            "created": "now",
+            "zero_stage": 3,
+            "versions": {},
+            "parameters": [Parameter(name="w", shape=(4, 5), dtype="F32", trained=True)],
+            "tied": {},
+            "optimizer": OptimizerEntry(family="sgd", keys=[], step=None),
+            "engine": {},
+            "state": {},
+        },
+        tensor_files=[TensorFile("weights", kind(w=torch.arange(start, end) + 100.0 * step), [(0, start, end)])],
+    )
+
+
+def write(rank: int, world: int, run: str) -> list[str]:
+    """Rank 1 meets a full disk at step 2, and is killed at step 4; what each rank was told, in order."""
+    writer = CheckpointWriter(Path(run), GlooTeam(), keep_last=9, keep_every=None)
+    told = []
+    for step, kind in ((1, dict), (2, FullDisk), (3, dict), (4, Deadly)):
+        writer.submit(share(step, rank, kind if rank == 1 else dict))
+        begin = time.perf_counter()
+        try:
+            writer.wait()
+            told.append(f"{step} committed")
+        except (UserError, RuntimeError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+        (Path(run) / f"told-{rank}").write_text("\n".join(told))
+        (Path(run) / f"waited-{rank}").write_text(str(time.perf_counter() - begin))
+    return told
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commit")
+    (folder / "ranks").mkdir()
+    with pytest.raises(RuntimeError, match=r"closed by peer|reset by peer"):  # from the barrier after `write`
+        run_ranks(write, 2, folder / "ranks", str(folder))
+    return folder
+
+
+def told(run: Path, rank: int) -> list[str]:
+    return (run / f"told-{rank}").read_text().splitlines()
+
+
+def test_ranks_commit_one_checkpoint(run):
+    ((name, tensor),) = iterate_weights(run / "checkpoints" / "step-000001")
+    assert name == "w"
+    assert torch.equal(tensor, (torch.arange(20) + 100.0).view(4, 5))
+    assert told(run, 0)[0] == told(run, 1)[0] == "1 committed"
+
+
+def test_every_rank_learns_of_one_ranks_full_disk(run):
+    assert told(run, 0)[1] == told(run, 1)[1]
+    assert "UserError: checkpoint step-000002 was not written: rank 1: " in told(run, 0)[1]
+    assert "No space left on device" in told(run, 0)[1]
+    assert "GiB free" in told(run, 0)[1]
+
+
+def test_the_next_save_works_after_a_failed_one(run):
+    assert told(run, 0)[2] == told(run, 1)[2] == "3 committed"
+    assert verify(run / "checkpoints" / "step-000003") == []
+
+
+def test_a_killed_rank_leaves_nothing_to_resume_from(run):
+    assert "RuntimeError: checkpoint step-000004 was not committed" in told(run, 0)[3]
+    assert len(told(run, 1)) == 3
+    assert float((run / "waited-0").read_text()) < 20
+    found, reasons = find_resumable(run)
+    assert found == run / "checkpoints" / "step-000003"
+    assert len(reasons) == 1
+    assert "step-000004" in reasons[0]
+    assert "never committed" in reasons[0]
