@@ -13,9 +13,7 @@ from lbr_dist.launch.environment import Environment
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import parse_recipe
 
-WORDS = (
-    "aspirin salicylate drug pain fever heart blood vessel body rash cough measles water point origin unknown"
-).split()
+WORDS = ["aspirin", "salicylate", "drug", "fever", "heart", "blood", "vessel", "rash", "measles", "water", "unknown"]
 
 
 def make_set(folder: Path, model_dir: Path, gl: int = 90, cl: int = 40) -> Path:
