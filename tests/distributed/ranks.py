@@ -13,6 +13,16 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+PRELOAD = [
+    "deepspeed",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+    "lbr_dist.training.run",
+    "lbr_dist.training.session",
+]
+
 
 def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any, timeout: float = 120) -> list[Any]:
     """`function(rank, world, *args)` on every rank, as a default group; results in rank order.
@@ -20,12 +30,7 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any
     `function` must be importable (module level). A failing rank ends the others and its traceback is raised; so is
     a rank that outlives `timeout` seconds.
     """
-    context = mp.get_context("spawn")
-    processes = [
-        context.Process(target=_run, args=(function, rank, world, folder, args), daemon=True) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    processes = start_ranks(function, world, folder, *args)
     end = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
     try:
         while any(process.is_alive() for process in processes):
@@ -46,6 +51,19 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any
     if any(process.exitcode for process in processes):
         raise TimeoutError(f"ranks ended with {[process.exitcode for process in processes]} after {timeout} s")
     return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
+
+
+def start_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any) -> list[Any]:
+    """The started processes. They are forked from a server that has imported the slow libraries once."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    processes = [
+        context.Process(target=_run, args=(function, rank, world, folder, args), daemon=True) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return processes
 
 
 def _run(function: Callable[..., Any], rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
