@@ -94,7 +94,7 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     plot(results, out / "eval.png")
     (out / "eval.md").write_text(markdown_table(results) + "\n", encoding="utf-8")
     temporary = out / ".eval.json.tmp"
-    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(out / "eval.json")
 
 
@@ -130,7 +130,8 @@ def _evaluate_one(
     clock.lap("retrieval")
     queries_QD, passages_PD = (np.concatenate(wrapped.vectors[side]) for side in ("query", "passage"))
     if len(data.passages) > 1:
-        scores["separation"] = separation(queries_QD, passages_PD, data.positives, hardest)
+        figures = separation(queries_QD, passages_PD, data.positives, hardest)
+        scores["separation"] = {name: value for name, value in figures.items() if np.isfinite(value)}
     clock.lap("separation")
     scores["cut"] = encoder.cut
     if generate and isinstance(encoder, PackedEncoder):

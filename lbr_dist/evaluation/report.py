@@ -162,5 +162,6 @@ def bars(axis: Any, models: Sequence[dict[str, Any]], metric: Metric, colours: S
     axis.set_title(metric.title, fontsize=10)
     low, high = min(0.0, *drawn), max(0.0, *drawn)
     axis.set_xlim(low * 1.1, (high or 1.0) * 1.25)
+    axis.locator_params(axis="x", nbins=5)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -29,7 +29,7 @@ def retrieval_scores(model: MtebEncoder | BM25Search, task: AbsTask) -> dict[str
 
     Returns:
         mteb's scores as it names them (`ndcg_at_10`, `recall_at_10`, `mrr_at_10`, `map_at_10` ...), `main_score` among
-        them; means over the subsets and splits where a task has several.
+        them; means over the subsets and splits where a task has several. What is not a finite number is left out.
 
     Raises:
         UserError: the task's data cannot be had (offline, not in the cache), or the model cannot run this kind of task.
@@ -52,7 +52,8 @@ def retrieval_scores(model: MtebEncoder | BM25Search, task: AbsTask) -> dict[str
             datasets.enable_progress_bars()
     rows = [row for split in result.task_results[0].scores.values() for row in split]
     names = [name for name, value in rows[0].items() if isinstance(value, int | float)]
-    return {name: float(np.mean([row[name] for row in rows])) for name in names}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
+    return {name: mean for name, mean in means.items() if np.isfinite(mean)}
 
 
 def named_task(name: str) -> AbsTask:

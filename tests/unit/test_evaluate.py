@@ -1,0 +1,85 @@
+"""`lbr eval` end to end: a prepared set, a run, its export, a plain model and BM25 in one table."""
+
+import json
+
+import numpy as np
+import pytest
+from runs import make_run
+
+from lbr_dist.data.prepare import prepare
+from lbr_dist.errors import UserError
+from lbr_dist.evaluate import default_out, evaluate
+from lbr_dist.evaluation.held_out import load_held_out
+from lbr_dist.evaluation.separation import separation
+from lbr_dist.export import export
+from lbr_dist.loading import load_encoder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_model_dir):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    made = ["".join(rng.choice(letters, 6)) for _ in range(400)]
+    with (folder / "rows.jsonl").open("w") as file:
+        for number in range(200):
+            name, other = made[2 * number], made[2 * number + 1]
+            words = " ".join("".join(rng.choice(letters, 5)) for _ in range(8))
+            row = {"id": f"r{number}", "question": f"{name} {other}?", "answer": f"{name} {words}"}
+            file.write(json.dumps(row) + "\n")
+    prepare(
+        [str(folder / "rows.jsonl")],
+        folder / "set",
+        tokenizer=str(tiny_model_dir("llama")),
+        sizes={"eval": "50", "cl": "50", "gl": "rest"},
+        name="toy",
+    )
+    return folder / "set"
+
+
+def test_everything_in_one_table(tmp_path, tiny_model_dir, data):
+    base = tiny_model_dir("llama")
+    run = make_run(tmp_path / "run", base)
+    exported = export(run, tmp_path / "exported", check=False)
+    specs = ["bm25", str(run), str(exported), f"hf:{base}?pooling=mean"]
+    results = evaluate(
+        specs, data, tmp_path / "out", distractors=30, generate=3, hardest=5, device="cpu", progress=False
+    )
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == results
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"eval.json", "eval.md", "eval.png"}
+    assert results["data"]["queries"] == 50
+    assert results["data"]["passages"] == results["data"]["answers"] + 30
+    bm25, ours, plain, hf = results["models"]
+    assert bm25["retrieval"]["ndcg_at_10"] > 0.95  # every question names its answer's first word
+    assert ours["retrieval"] == pytest.approx(plain["retrieval"], abs=1e-3)
+    assert "separation" not in bm25
+    assert set(ours["generation"]) == {"bottleneck", "full"}
+    assert "generation" not in plain
+    assert hf["name"].endswith("(mean)")
+
+    held_out, encoder = load_held_out(data, distractors=30), load_encoder(str(run), "cpu")
+    expected = separation(
+        encoder.encode(held_out.queries, "query"), encoder.encode(held_out.passages), held_out.positives, hardest=5
+    )
+    assert ours["separation"] == pytest.approx(expected, rel=1e-3)
+    card = (
+        export(run, tmp_path / "again", check=False, scores=tmp_path / "out" / "eval.json") / "README.md"
+    ).read_text()
+    assert "| BM25 |" in card
+
+
+def test_names_are_checked_before_any_model_runs(tmp_path, data):
+    with pytest.raises(UserError, match="NoSuchTask"):
+        evaluate(["never-loaded"], data, tmp_path / "out", tasks=["NoSuchTask"], progress=False)
+    with pytest.raises(UserError, match="not a prepared set"):
+        evaluate(["never-loaded"], tmp_path, tmp_path / "out", progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="it is a file"):
+        evaluate(["never-loaded"], data, tmp_path / "file", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_lie_in_the_first_run(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    assert default_out(["bm25", str(run)]) == run / "eval"
+    assert str(default_out(["bm25", "hf:x"])) == "eval"
