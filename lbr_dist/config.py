@@ -170,11 +170,12 @@ class Contrastive(Section):
     two_way: bool = False
     """Add the passage-to-query loss (symmetric InfoNCE)."""
     mask_same_answer: bool = True
-    """Do not count passages with the query's own (normalised) answer, or of its own record id, as negatives."""
+    """Do not count as negatives: passages of the query's own record id, with its own (normalised) answer, or with one
+    of the record's `positives`."""
     margin: float | None = None
     """Do not count as negatives passages that score above the positive plus this margin (cosine); None: off."""
     tile: Positive = 4096
-    """Rows and columns of one score tile: the loss's memory grows with tile squared, not with the batch squared."""
+    """Tile squared scores are held at a time: the loss's memory grows with that, not with the batch squared."""
 
 
 class Batch(Section):

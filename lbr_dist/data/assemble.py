@@ -42,6 +42,8 @@ class LocalBatch:
         global_pair_S: stage 2: pair among those of all ranks; -1 likewise.
         answer_hash_S: hash of the record's normalised answer; a hard negative's own text. Equal: counts as the same.
         id_hash_S: hash of the record id.
+        known_M2: stage 2: (pair as in `pair_S`, hash as in `answer_hash_S`) of each further text that is known to
+            answer the micro-batch's queries (the records' `positives`).
     """
 
     packed: PackedBatch
@@ -52,6 +54,7 @@ class LocalBatch:
     global_pair_S: Tensor
     answer_hash_S: Tensor
     id_hash_S: Tensor
+    known_M2: Tensor
 
     @property
     def is_dummy(self) -> bool:
@@ -119,6 +122,12 @@ class Assembler:
         ]
         ids = [record["id"] for record in records]
         answers = [self._answer_hash(s, record) for s, record in zip(job.samples, records, strict=True)]
+        known = [
+            (planned.pair - job.first_pair, normalised_hash(text))
+            for planned, record in zip(job.samples, records, strict=True)
+            if planned.side == "query"
+            for text in record.get("positives", [])
+        ]
         return LocalBatch(
             packed=self._pack(samples),
             samples=job.samples,
@@ -128,6 +137,7 @@ class Assembler:
             global_pair_S=torch.tensor([s.pair for s in job.samples]),
             answer_hash_S=torch.tensor(answers),
             id_hash_S=torch.tensor([signed(xxhash.xxh64_intdigest(i.encode())) for i in ids]),
+            known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),
         )
 
     def check(self, samples: Sequence[PlannedSample]) -> None:
@@ -225,4 +235,4 @@ class Assembler:
         """One token, no target."""
         none = torch.tensor([-1])
         packed = self._pack([Sample([0], self._recipe.bottleneck.length(1))])
-        return LocalBatch(packed, [], [], none, none, none, none, none)
+        return LocalBatch(packed, [], [], none, none, none, none, none, torch.empty((0, 2), dtype=torch.int64))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lbr_dist.config import Contrastive
 from lbr_dist.data.assemble import SIDES, LocalBatch
-from lbr_dist.objectives.infonce import info_nce
+from lbr_dist.objectives.infonce import NO_KEY, info_nce
 
 
 def contrastive_loss(
@@ -41,6 +41,7 @@ def contrastive_loss(
         record_S = torch.cat([batch.id_hash_S for batch in batches])
         keys["record_Q"], keys["answer_Q"] = record_S[query_Q], answer_S[passage_Q]
         keys["negative_answer_N"] = answer_S[negative_N]
+        keys["known_QK"] = _known(torch.cat([batch.known_M2 for batch in batches]), len(query_Q))
     ids = [name for batch in batches for name in ([""] if batch.is_dummy else batch.ids)]
     return info_nce(
         rows_SD[query_Q],
@@ -55,6 +56,17 @@ def contrastive_loss(
         group=group,
         **keys,
     )
+
+
+def _known(known_M2: Tensor, queries: int) -> Tensor:
+    """(pair, hash) rows as one padded row of hashes per pair [Q, K]."""
+    known_M2 = known_M2[torch.argsort(known_M2[:, 0], stable=True)]
+    pair_M, count_Q = known_M2[:, 0], torch.bincount(known_M2[:, 0], minlength=queries)
+    place_M = torch.arange(len(pair_M), device=pair_M.device) - (count_Q.cumsum(0) - count_Q)[pair_M]
+    width = int(count_Q.max()) if queries else 0
+    known_QK = torch.full((queries, width), NO_KEY, device=known_M2.device)
+    known_QK[pair_M, place_M] = known_M2[:, 1]
+    return known_QK
 
 
 def _of_side(side: str, side_S: Tensor, pair_S: Tensor) -> Tensor:

@@ -64,13 +64,14 @@ def texts(step):
 def local(chosen, first_pair):
     """One micro-batch of the given texts; a dummy where there are none."""
     samples = [Sample(tokens, 2) for _, _, tokens in chosen] or [Sample([0], 2)]
-    none = torch.tensor([-1])
+    packed = pack(samples, bottleneck_vectors=2, hide_x=False)
+    none, unknown = torch.tensor([-1]), torch.empty((0, 2), dtype=torch.int64)
     if not chosen:
-        return LocalBatch(pack(samples, bottleneck_vectors=2, hide_x=False), [], [], none, none, none, none, none)
+        return LocalBatch(packed, [], [], none, none, none, none, none, unknown)
     pairs = torch.tensor([pair for _, pair, _ in chosen])
     sides = torch.tensor([SIDES[side] for side, _, _ in chosen])
     return LocalBatch(
-        packed=pack(samples, bottleneck_vectors=2, hide_x=False),
+        packed=packed,
         samples=[None] * len(chosen),
         ids=[f"id-{pair}" for _, pair, _ in chosen],
         side_S=sides,
@@ -78,6 +79,7 @@ def local(chosen, first_pair):
         global_pair_S=pairs,
         answer_hash_S=torch.where(sides == SIDES["negative"], 1000 + torch.arange(len(pairs)), pairs % 6),  # 0 and 6
         id_hash_S=100 + pairs,
+        known_M2=torch.tensor([(p - first_pair, 2) for s, p, _ in chosen if s == "query" and p in (1, 5)]).view(-1, 2),
     )
 
 

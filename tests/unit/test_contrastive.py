@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_tokenizer
 
-from lbr_dist.config import Contrastive
+from lbr_dist.config import Contrastive, Recipe
 from lbr_dist.data.assemble import SIDES, LocalBatch
+from lbr_dist.data.loader import Loader
+from lbr_dist.data.plan import open_data
+from lbr_dist.data.record import Record, normalised_hash
+from lbr_dist.data.shards import write_set
 from lbr_dist.model.layout import Sample, pack
+from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.objectives.contrastive import contrastive_loss
-from lbr_dist.objectives.infonce import DegenerateEmbeddingError, info_nce
+from lbr_dist.objectives.infonce import NO_KEY, DegenerateEmbeddingError, info_nce
 
 TEXTS = [(side, pair) for pair in range(4) for side in ("query", "passage")] + [("negative", 2), ("negative", 0)]
 HASHES = torch.tensor([5, 5, 6, 6, 5, 5, 8, 8, 9, 6])  # pairs 0 and 2 have one answer; the last negative answers pair 1
+
+
+KNOWN = [(3, 77), (3, 5), (1, 78)]  # query 3 is also answered by the passages of pairs 0 and 2
+
+
+def known_of(rows):
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 2)
 
 
 def batch_of(rows):
     packed = pack([Sample([3], 1)] * max(1, len(rows)), bottleneck_vectors=1, hide_x=False)
     if not rows:
         none = torch.tensor([-1])
-        return LocalBatch(packed, [], [], none, none, none, none, none)
+        return LocalBatch(packed, [], [], none, none, none, none, none, known_of([]))
     pairs = torch.tensor([TEXTS[row][1] for row in rows])
     return LocalBatch(
         packed=packed,
@@ -30,6 +43,7 @@ def batch_of(rows):
         global_pair_S=pairs,
         answer_hash_S=HASHES[rows],
         id_hash_S=pairs,
+        known_M2=known_of([row for row in KNOWN if ("query", row[0]) in [TEXTS[r] for r in rows]]),
     )
 
 
@@ -48,6 +62,7 @@ def test_any_distribution_over_micro_batches_gives_the_same_loss(masked):
         "record_Q": torch.arange(4),
         "answer_Q": torch.tensor([5, 6, 5, 8]),
         "negative_answer_N": torch.tensor([6, 9]),
+        "known_QK": torch.tensor([[NO_KEY, NO_KEY], [NO_KEY, 78], [NO_KEY, NO_KEY], [5, 77]]),
     }
     expected, _ = info_nce(
         rows[0:8:2],
@@ -58,7 +73,7 @@ def test_any_distribution_over_micro_batches_gives_the_same_loss(masked):
         **(keys if masked else {}),
     )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert (stats["masked_share"] * 4 * 5 == pytest.approx(3)) if masked else stats["masked_share"] == 0
+    assert (stats["masked_share"] * 4 * 5 == pytest.approx(5)) if masked else stats["masked_share"] == 0
     dummy = torch.autograd.grad(loss, leaves)[1]
     assert torch.equal(dummy, torch.zeros(1, 6, dtype=torch.float64))
 
@@ -68,3 +83,33 @@ def test_an_error_names_the_record():
     rows[8] = 0  # the first negative belongs to pair 2
     with pytest.raises(DegenerateEmbeddingError, match="hard negative of sample id-2"):
         contrastive_loss([rows], [batch_of(list(range(10)))], Contrastive())
+
+
+def test_known_positives_come_from_the_records(tmp_path):
+    make_tokenizer(tmp_path / "tokenizer")
+    tokens = Tokenization.load(str(tmp_path / "tokenizer"))
+    records = [
+        Record(f"r{row}", question=f"question {row}", answer=f"answer {row}", positives=(f"Answer {(row + 1) % 4}. ",))
+        for row in range(4)
+    ]
+    write_set(tmp_path / "set", {"cl": records}, tokens, name="set", shard_records=10)
+    recipe = Recipe.model_validate(
+        {
+            "stage": "contrastive",
+            "output": "unused",
+            "model": {"path": str(tmp_path / "tokenizer")},
+            "data": {"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 32, "max_x_tokens": 30, "workers": 0},
+            "bottleneck": {"tokens": 1},
+            "batch": {"global_batch": 4},
+            "duration": {"steps": 1},
+        }
+    )
+    plan, readers = open_data(recipe, tokens)
+    ((_, batches),) = list(Loader(plan, readers, tokens, recipe))
+    assert len(batches) > 1
+    assert {known for batch in batches for known in batch.known_M2[:, 1].tolist()} == {
+        normalised_hash(f"answer {row}") for row in range(4)
+    }
+    leaves = [torch.randn(len(batch.ids), 6) for batch in batches]
+    _, stats = contrastive_loss(leaves, batches, recipe.contrastive)
+    assert stats["masked_known_positive"] == pytest.approx(4 / 12)

@@ -1,0 +1,200 @@
+"""InfoNCE in strips against the whole score matrix: time, peak extra memory and error, by batch size.
+
+    python -m benchmarks.infonce [--toy] [--sizes 1024 ...] [--width 512] [--huge] [--out benchmarks/results]
+
+Both sides compute the same loss, forward and backward, from the same float32 embeddings, with the same masks (record
+and answer). "Whole" is what most trainers do: normalise, one [B, B] matrix of scores, masks of that shape, cross
+entropy, autograd. `--two-way` compares the symmetric losses. On CPU, time is CPU time of one thread (the best of
+several turns, the two sides taking turns), so that a busy machine shifts it little; memory is the growth of the
+process's peak over the level with the inputs in place, each side in a process of its own. On CUDA: time by events,
+memory by the allocator. The error is that of the gradient relative to its norm, against the whole matrix and, up to
+4,096, of both against float64. `--huge` adds 65,536 x 1,536, in strips only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from lbr_dist.objectives.infonce import info_nce
+
+TEMPERATURE = 0.1
+FLOAT64_LIMIT = 4096
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--width", type=int, default=512, help="dimensions of an embedding")
+    parser.add_argument("--huge", action="store_true", help="also 65,536 pairs of width 1,536 (an hour of CPU time)")
+    parser.add_argument("--two-way", action="store_true", help="the symmetric loss")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
+    parser.add_argument("--toy", action="store_true", help="small sizes, nothing written: only shows that it runs")
+    args = parser.parse_args()
+    if args.toy:
+        args.sizes, args.width, args.huge = [256, 512], 32, False
+    rows = [measure(size, args.width, args.device, args.two_way) for size in args.sizes]
+    if args.huge:
+        rows.append(measure(65536, 1536, args.device, args.two_way, sides=("strips",)))
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu()
+    head = {
+        "date": date.today().isoformat(),
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "two_way": args.two_way,
+        "command": "python -m benchmarks.infonce",
+    }
+    text = markdown(head, rows)
+    print(text)
+    if not args.toy:
+        name = "infonce" + ("_two_way" if args.two_way else "") + ("_cuda" if args.device == "cuda" else "")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+        (args.out / f"{name}.md").write_text(text + "\n")
+
+
+def measure(size: int, width: int, device: str, two_way: bool, sides: tuple[str, ...] = ("strips", "whole")) -> dict:
+    """One row of the table; each measurement in a process of its own."""
+    row: dict[str, Any] = {"batch": size, "width": width}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for side in sides:
+            row[f"{side}_mib"] = pool.apply(_memory, (side, size, width, device, two_way))
+        row |= pool.apply(_times, (sides, size, width, device, two_way))
+        if len(sides) == 2:
+            row |= pool.apply(_errors, (size, width, device, two_way))
+    print(row, flush=True)
+    return row
+
+
+def strips(query: Tensor, positive: Tensor, keys: Tensor, two_way: bool) -> Tensor:
+    """This project's loss."""
+    loss, _ = info_nce(query, positive, record_Q=keys[0], answer_Q=keys[1], temperature=TEMPERATURE, two_way=two_way)
+    return loss
+
+
+def whole(query: Tensor, positive: Tensor, keys: Tensor, two_way: bool) -> Tensor:
+    """The same loss on the whole matrix."""
+    scores = normalize(query, dim=1) @ normalize(positive, dim=1).T / TEMPERATURE
+    hidden = (keys[0][:, None] == keys[0]) | (keys[1][:, None] == keys[1])
+    hidden.fill_diagonal_(False)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    target = torch.arange(len(query), device=query.device)
+    loss = cross_entropy(scores, target)
+    return (loss + cross_entropy(scores.T, target)) / 2 if two_way else loss
+
+
+SIDES: dict[str, Callable[[Tensor, Tensor, Tensor, bool], Tensor]] = {"strips": strips, "whole": whole}
+
+
+def _inputs(size: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(size, width, generator=generator)
+    positive = (query + torch.randn(size, width, generator=generator)).to(device)
+    keys = torch.stack([torch.arange(size), torch.randint(0, 20 * size, (size,), generator=generator)])
+    return query.to(device).requires_grad_(), positive.requires_grad_(), keys.to(device)
+
+
+def _gradient(side: str, query: Tensor, positive: Tensor, keys: Tensor, two_way: bool) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(SIDES[side](query, positive, keys, two_way), (query, positive))
+
+
+def _memory(side: str, size: int, width: int, device: str, two_way: bool) -> float:
+    """MiB at the peak above what the inputs take."""
+    torch.set_num_threads(1)
+    _gradient(side, *_inputs(32, width, device), two_way)  # loads kernels and allocates their workspaces
+    inputs = _inputs(size, width, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _gradient(side, *inputs, two_way)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _gradient(side, *inputs, two_way)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _times(sides: tuple[str, ...], size: int, width: int, device: str, two_way: bool) -> dict[str, float]:
+    """Best seconds of forward and backward of each side, taking turns."""
+    torch.set_num_threads(1)
+    inputs = _inputs(size, width, device)
+    turns = 1 if size > 8192 else 3
+    best = dict.fromkeys(sides, float("inf"))
+    for turn in range(turns + (size <= 8192)):  # the first warms up, where there are several
+        for side in sides if turn % 2 else sides[::-1]:
+            begin = _clock(device)
+            _gradient(side, *inputs, two_way)
+            best[side] = min(best[side], _clock(device) - begin)
+    found = {f"{side}_s": seconds for side, seconds in best.items()}
+    if len(sides) == 2:
+        found["time_ratio"] = best["strips"] / best["whole"]
+    return found
+
+
+def _clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def _errors(size: int, width: int, device: str, two_way: bool) -> dict[str, float]:
+    """Relative differences of the gradients."""
+    inputs = _inputs(size, width, device)
+    found = {side: torch.cat(_gradient(side, *inputs, two_way)).double() for side in SIDES}
+    errors = {"strips_to_whole": _relative(found["strips"], found["whole"])}
+    if size <= FLOAT64_LIMIT:
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:2]]
+        reference = torch.cat(_gradient("whole", exact[0], exact[1], inputs[2], two_way))
+        errors |= {f"{side}_to_float64": _relative(value, reference) for side, value in found.items()}
+    return errors
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, one thread"
+
+
+def markdown(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = [
+        f"InfoNCE{', two-way' if head['two_way'] else ''}: strips against the whole matrix. {head['hardware']}, "
+        f"torch {head['torch']}, {head['date']}.",
+        "",
+        "| batch | width | strips, s | whole, s | ratio | strips, MiB | whole, MiB | gradient error: strips to whole | "
+        "strips to float64 | whole to float64 |",
+        "| ---: " * 10 + "|",
+    ]
+    formats = {
+        **{"batch": ",d", "width": ",d", "strips_s": ".3f", "whole_s": ".3f", "time_ratio": ".2f"},
+        **{"strips_mib": ",.0f", "whole_mib": ",.0f"},
+        **dict.fromkeys(("strips_to_whole", "strips_to_float64", "whole_to_float64"), ".1e"),
+    }
+    for row in rows:
+        cells = [format(row[key], style) if key in row else "" for key, style in formats.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
