@@ -41,16 +41,16 @@ def test_it_equals_torchs_own_linear_cross_entropy():
 
 def test_bfloat16_inputs_are_summed_in_float32():
     hidden, weight, targets = problem(4096, torch.bfloat16)
-    loss = linear_cross_entropy_sum(hidden, weight, targets, chunk_elements=64 * 50)
+    loss = linear_cross_entropy_sum(hidden, weight, targets, chunk_elements=8 * 50)
     grad_hidden, grad_weight = torch.autograd.grad(loss, [hidden, weight])
     wide_hidden, wide_weight = (t.detach().float().requires_grad_() for t in (hidden, weight))
     wide = cross_entropy(wide_hidden @ wide_weight.T, targets, reduction="sum")
     exact_hidden, exact_weight = torch.autograd.grad(wide, [wide_hidden, wide_weight])
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, wide, rtol=2e-4, atol=0)  # 64 chunks in bfloat16 would be off by percents
+    torch.testing.assert_close(loss, wide, rtol=2e-4, atol=0)
     for got, want in [(grad_hidden, exact_hidden), (grad_weight, exact_weight)]:
         assert got.dtype == torch.bfloat16
-        assert (got - want).norm() < 0.01 * want.norm()
+        assert (got - want).norm() < 0.005 * want.norm()  # 3% where the 512 chunks are added in bfloat16
 
 
 def test_logits_are_never_whole():
