@@ -6,6 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -281,6 +283,40 @@ def test_stop_signals_do_not_reach_the_loader_processes(made: Any) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(process.pid, number)  # type: ignore[arg-type]
     assert sum(1 for _ in steps) == len(loader) - 1
+
+
+ORPHANS = """
+import multiprocessing, os, sys, time
+sys.path[:0] = sys.argv[1:2]
+import test_loader
+from pathlib import Path
+root = Path(sys.argv[2])
+recipe = test_loader.make_recipe(root, data={"workers": 2, "prefetch": 64}, batch={"global_batch": 1},
+    duration={"steps": 1000})
+steps = iter(test_loader.make_loader(recipe, test_loader.Tokenization.load(str(root / "tokenizer"))))
+next(steps)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+time.sleep(600)
+"""
+
+
+def test_no_loader_process_survives_a_killed_trainer(made: Any) -> None:
+    """Their batches fill the pipe that nobody reads any more: an ordinary exit would wait on it for ever."""
+    command = [sys.executable, "-c", ORPHANS, f"{Path(__file__).parent}", f"{made[0]}"]
+    paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}) as run:
+        assert run.stdout is not None
+        pids = [int(pid) for pid in run.stdout.readline().split()]
+        time.sleep(3)  # time to fill the pipe
+        run.kill()
+    assert len(pids) == 2
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    left = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 def test_abandoning_the_loader_ends_its_processes(made: Any) -> None:

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,3 +83,15 @@ def test_medicine_rows_fill_98_5_percent_of_1024_token_bins() -> None:
     lengths = lengths[lengths <= 1024]
     _, bins = assign_bins(lengths, 1024)
     assert lengths.sum() / (bins * 1024) >= 0.985
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "question": f"What is item {i}?", "answer": "fever " * (1 + i % 60)} for i in range(200)]
+    (tmp_path / "clinic.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-m", "benchmarks.packing", "--data", tmp_path, "--out", tmp_path / "out", "--toy"]
+    root = Path(__file__).parents[2]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=240)
+    found = json.loads((tmp_path / "out" / "packing.json").read_text())["domains"]["clinic"]
+    assert found["budgets"]["1024"]["packed"] > found["budgets"]["1024"]["padded"] > 0
+    assert found["training"]["bottleneck"]["packed_tokens_per_s"] > 0
+    assert "| clinic | 200 |" in (tmp_path / "out" / "packing.md").read_text()
