@@ -83,3 +83,15 @@ def test_a_batch_travels_and_forgets_what_a_backend_derived():
     assert moved.segments.cu_q.is_meta
     assert moved.segments.padded is None
     assert torch.equal(pickle.loads(pickle.dumps(batch)).tokens_T, batch.tokens_T)
+
+
+def test_attention_cells_of_the_guide():
+    """The numbers of docs/model.md: |X| = |Y| = 1024, |Z| = 2."""
+
+    def cells(hide_x):
+        segments = pack([Sample([3] * 1024, 2, [3] * 1024)], bottleneck_vectors=2, hide_x=hide_x).segments
+        n, m = segments.cu_q.diff().long(), segments.cu_k.diff().long()
+        return int((n * (m - n) + n * (n + 1) // 2).sum())
+
+    assert cells(hide_x=False) == 2_102_275
+    assert cells(hide_x=True) == 1_053_699
