@@ -1,0 +1,5 @@
+"""`python -m lbr_dist` is the `lbr` command."""
+
+from lbr_dist.cli import main
+
+main()

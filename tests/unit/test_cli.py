@@ -1,0 +1,107 @@
+"""The command line: answers at once, says one line and exits with 2 where the user is wrong."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lbr_dist.cli import main
+
+HEAVY = ("torch", "transformers", "deepspeed", "ray", "mteb", "datasets", "webdataset", "sentence_transformers")
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def lbr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """The command, in this process: a new one would spend its time on importing torch."""
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["lbr", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return Done(int(left.value.code or 0), out, err)
+
+    return run
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['lbr', '--help']\n"
+        "from lbr_dist.cli import main\n"
+        "try: main()\n"
+        f"finally: print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False).stdout
+    for command in ("prepare", "train", "eval", "export", "encode", "search", "report", "recipes", "checkpoint"):
+        assert command in shown
+    assert "HEAVY []" in shown
+
+
+def test_help_answers_within_a_second_of_the_interpreter() -> None:
+    """Against a bare interpreter that imports typer's own needs, so that a busy machine does not decide."""
+
+    def best(*command: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], capture_output=True, check=True, timeout=60)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert best("-m", "lbr_dist", "--help") - best("-c", "pass") < 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "missing.yaml"], ["missing.yaml", "no such file"]),
+        (["train", "stage1", "optim.lrr=1"], ["optim.lrr", "did you mean lr?"]),
+        (["recipes", "stage9"], ["stage9", "stage1"]),
+        (["encode", "m", "a.jsonl", "b.parquet", "--side", "left"], ["--side left", "query or passage"]),
+        (["export", "nowhere", "out"], ["nowhere"]),
+        (["export", "nowhere", "out", "--dtype", "int8"], ["--dtype int8"]),
+        (["checkpoint", "verify", "nowhere"], ["nowhere"]),
+        (["audit", "nowhere"], ["nowhere", "audit"]),
+        (["report", "nowhere"], ["nowhere"]),
+        (["prepare", "a.jsonl", "--out", "o", "--tokenizer", "nowhere", "--field", "question"], ["--field question"]),
+        (["prepare", "a.jsonl", "--out", "o", "--tokenizer", "nowhere"], ["nowhere"]),
+        (["eval", "nowhere", "--data", "missing"], ["missing"]),
+        (["search", "nowhere", "missing.txt", "q"], ["missing.txt"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lbr: Callable[..., Done],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = lbr(*arguments)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipes_are_listed_and_copied(tmp_path: Path, lbr: Callable[..., Done]) -> None:
+    assert "stage2" in lbr("recipes").stdout
+    target = tmp_path / "mine.yaml"
+    assert lbr("recipes", "stage1", str(target)).returncode == 0
+    assert "stage: generative" in target.read_text()
+    again = lbr("recipes", "stage1", str(target))
+    assert again.returncode == 2
+    assert "exists" in again.stderr
