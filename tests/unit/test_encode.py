@@ -153,7 +153,7 @@ def test_killed_and_resumed(tmp_path, run):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, run, str(source), str(out)], env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(list(parts.glob("0*.parquet"))) < 3:
         assert time.monotonic() < deadline
         assert process.poll() is None
