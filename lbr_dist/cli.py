@@ -62,7 +62,8 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     tokenizer: Annotated[str, typer.Option(help="Model folder or name whose tokenizer the token counts are for.")],
     kind: Annotated[
-        str | None, typer.Option(help="qa, query-document, multiple-choice or corpus; default: recognised by fields.")
+        str | None,
+        typer.Option(help="question-answer, query-document, multiple-choice or corpus; default: recognised by fields."),
     ] = None,
     field: Annotated[
         list[str] | None, typer.Option(help="ROLE=NAME for a field of another name, as question=prompt. Repeatable.")
