@@ -155,13 +155,16 @@ def worker(file: str, resume: str, *allow_change: str) -> int:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives a killed launcher
     if os.getppid() != int(os.environ["LBR_LAUNCHER_PID"]):
         return 1
-    from lbr_dist.training.run import train
+    from lbr_dist.training.run import ContactLostError, train
 
     try:
         return train(load_recipe(file), resume=resume, allow_change=allow_change).exit_code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except ContactLostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

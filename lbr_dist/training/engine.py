@@ -7,6 +7,7 @@ ties the meaning of a run to the world size, and ours must not depend on it.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
@@ -51,10 +52,21 @@ def start_distributed(environment: Environment, timeout_s: float) -> torch.devic
             timeout=timedelta(seconds=timeout_s),
             **where,
         )
+        atexit.register(_leave)
     os.environ.update(
         RANK=str(environment.rank), WORLD_SIZE=str(environment.world), LOCAL_RANK=str(environment.local_rank)
     )
     return device
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error of a collective call means that another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:

@@ -52,6 +52,10 @@ class Outcome:
         return 0 if self.finished else EXIT_RUN_AGAIN
 
 
+class ContactLostError(RuntimeError):
+    """Another rank ended: a consequence, not a cause."""
+
+
 def train(
     recipe: Recipe,
     *,
@@ -70,11 +74,13 @@ def train(
 
     Raises:
         UserError: something cannot work, or a loss is not finite; the message names it.
+        ContactLostError: another rank ended.
     """
     began = time.monotonic()
     environment = environment or detect()
     run_dir = Path(recipe.output)
     from lbr_dist.training import preflight
+    from lbr_dist.training.engine import lost_contact
 
     job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change)
     tracking.start_log(run_dir, environment.rank)
@@ -86,6 +92,13 @@ def train(
         log.info("ready after %s", tracking.duration(time.monotonic() - began))
         try:
             return _Loop(session, stop, watchdog).run()
+        except RuntimeError as error:
+            if environment.world > 1 and lost_contact(error):
+                raise ContactLostError(
+                    f"rank {environment.rank} lost contact with the other ranks ({str(error).splitlines()[0][:200]}): "
+                    "one of them ended or hangs; its own log has the cause"
+                ) from error
+            raise
         finally:
             session.close()
 
@@ -157,6 +170,7 @@ class _Loop:
         ids = [id_ for batch in batches for id_ in batch.ids]
         file.write_text(json.dumps({"step": plan.step + 1, "loss": str(loss), "grad_norm": str(norm), "ids": ids}))
         s.skipped += 1
+        s.checkpointer.wait()  # so that the run can go on from the newest one
         what = f"step {plan.step + 1}: loss {loss:g}, gradient norm {norm:g}; its sample ids are in {file}"
         if recipe.on_nan == "stop" or applied:
             raise UserError(f"{what}: look at them, lower optim.lr, or set on_nan=skip")

@@ -68,10 +68,11 @@ class Session:
     audit: AuditLog
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files and let go of the engine."""
         self.audit.close()
         if self.tracker:
             self.tracker.close()
+        self.engine.destroy()
 
 
 def start(job: Job, resume: str) -> Session:

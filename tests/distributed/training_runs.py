@@ -32,14 +32,14 @@ def make_set(folder: Path, model_dir: Path, gl: int = 90, cl: int = 40) -> Path:
     return folder
 
 
-def recipe(output: Path, model_dir: Path, data: Path, stage: str = "generative", **sections: Any) -> dict[str, Any]:
+def recipe(output: Path, model_dir: Path, data_dir: Path, stage: str = "generative", **sections: Any) -> dict[str, Any]:
     """A recipe as a mapping; sections given are merged into the defaults."""
     generative = stage == "generative"
     raw: dict[str, Any] = {
         "stage": stage,
         "output": str(output),
         "model": {"path": str(model_dir)},
-        "data": {"sets": [{"path": str(data)}], "max_x_tokens": 60, "max_y_tokens": 90, "workers": 0},
+        "data": {"sets": [{"path": str(data_dir)}], "max_x_tokens": 60, "max_y_tokens": 90, "workers": 0},
         "bottleneck": {"tokens": 2},
         "batch": {"global_batch": 5} if generative else {"global_batch": 11, "micro_tokens": 160},
         "optim": {"lr": 3e-3, "z_lr": 1e-2},

@@ -1,0 +1,51 @@
+"""A rank that something happens to: `train_all` with one fault put in."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from training_runs import train_all
+
+
+def train_with(rank: int, world: int, fault: str, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Faults: `nan STEP` (one infinite loss on the last rank), `hang STEP` (the last rank), `vanish STEP PATH` (a file
+    goes away before that step), `none`."""
+    kind, *details = fault.split()
+    if kind == "none" or (kind != "vanish" and rank != world - 1):
+        return train_all(rank, world, recipes)
+    if kind == "vanish":
+        return _vanish(rank, world, int(details[0]), Path(details[1]), recipes)
+    from lbr_dist.training import steps
+
+    real, seen = steps.Generative.__call__, [0]
+
+    def faulty(self: Any, plan: Any, batches: Any) -> Any:
+        if plan.step + 1 == int(details[0]):
+            if kind == "hang":
+                time.sleep(3600)
+            seen[0] += 1
+            with mock.patch.object(steps, "poisoned", lambda loss: loss * torch.inf):
+                return real(self, plan, batches)
+        return real(self, plan, batches)
+
+    with mock.patch.object(steps.Generative, "__call__", faulty):
+        return train_all(rank, world, recipes)
+
+
+def _vanish(rank: int, world: int, step: int, path: Path, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from lbr_dist.data import shard_reader
+    from lbr_dist.training.audit import AuditLog
+
+    real = AuditLog.step
+
+    def noticing(self: AuditLog, done: int, *rest: Any) -> None:
+        real(self, done, *rest)
+        if done + 1 == step:
+            path.unlink(missing_ok=True)
+
+    with mock.patch.object(AuditLog, "step", noticing), mock.patch.object(shard_reader, "OPEN_FILES", 1):
+        return train_all(rank, world, recipes)

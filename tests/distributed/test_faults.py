@@ -1,0 +1,242 @@
+"""Whatever happens to a run, it goes on exactly, or ends with the cause: never a wrong run, never a silent wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fault_worker import train_with
+from ranks import run_ranks, start_ranks
+from training_runs import make_set, recipe, train_all
+
+from lbr_dist.errors import EXIT_RUN_AGAIN
+from lbr_dist.recipes import parse_recipe, save_recipe
+from lbr_dist.training.audit import audit
+from lbr_dist.training.checkpoint import iterate_weights, list_checkpoints
+from lbr_dist.training.tracking import read_rows
+
+pytestmark = pytest.mark.timeout(1800)
+KILLS = 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> tuple[Path, Path, Path]:
+    folder, model = tmp_path_factory.mktemp("faults"), tiny_model_dir("llama")
+    return folder, model, make_set(folder / "data", model)
+
+
+@pytest.fixture(scope="module")
+def calm(place: tuple[Path, Path, Path]) -> dict[str, Any]:
+    """The recipe of a run that nothing happened to, on two ranks."""
+    folder, *inputs = place
+    raw = recipe(
+        folder / "calm",
+        *inputs,
+        duration={"epochs": 4},
+        checkpoint={"every_steps": 2, "keep_last": 3},
+        model={"lora": {"r": 4, "dropout": 0.1, "train_modules": ["embed_tokens"]}},
+    )
+    (result,) = ranks(folder, 2, train_all, [raw])
+    assert result["code"] == 0
+    return raw
+
+
+def ranks(folder: Path, world: int, function: Callable[..., Any], *args: Any) -> list[dict[str, Any]]:
+    results = run_ranks(function, world, fresh(folder), *args, timeout=900)
+    return results[0]
+
+
+def fresh(folder: Path) -> Path:
+    here = folder / f"ranks-{len(list(folder.glob('ranks-*')))}"
+    here.mkdir()
+    return here
+
+
+def rows(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    file = Path(raw["output"]) / "metrics.jsonl"
+    return read_rows(file) if file.is_file() else []
+
+
+def assert_same_run(raw: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Bit for bit the run that would have been."""
+    assert [row["loss"] for row in rows(raw)] == [row["loss"] for row in rows(expected)]
+    weights = dict(iterate_weights(expected["output"]))
+    for name, weight in iterate_weights(raw["output"]):
+        assert torch.equal(weight, weights[name]), name
+    assert audit(raw["output"]).problems == []
+
+
+def wait_for(condition: Callable[[], Any], timeout: float = 300) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_all_ranks_killed_at_random_moments(place: tuple[Path, Path, Path], calm: dict[str, Any]) -> None:
+    """Every other time in the middle of a save."""
+    folder, rng = place[0], random.Random(0)
+    raw = {**calm, "output": str(folder / "killed")}
+    temporary = Path(raw["output"]) / "checkpoints"
+    for kill in range(KILLS):
+        before = len(rows(raw))
+        here = fresh(folder)
+        processes = start_ranks(train_all, 2, here, [raw])
+        moment = rng.randint(1, 4)
+        wait_for(lambda: len(rows(raw)) >= before + moment or (here / "error-0").exists())  # noqa: B023
+        assert not (here / "error-0").exists(), (here / "error-0").read_text()
+        if kill % 2:
+            wait_for(lambda: list(temporary.glob(".tmp-*")) or not all(p.is_alive() for p in processes))  # noqa: B023
+        else:
+            time.sleep(rng.random() * 0.2)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+    (result,) = ranks(folder, 2, train_all, [raw])
+    assert result["code"] == 0
+    assert_same_run(raw, calm)
+    assert audit(raw["output"]).attempts >= 2
+
+
+def damage_truncated(checkpoint: Path) -> None:
+    file = next(checkpoint.glob("weights-00001-*"))
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def damage_flipped(checkpoint: Path) -> None:
+    file = next(checkpoint.glob("optimizer-00000-*"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def damage_missing(checkpoint: Path) -> None:
+    next(checkpoint.glob("rank-00001-*")).unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_truncated, damage_flipped, damage_missing])
+def test_damaged_checkpoint_is_passed_over(
+    place: tuple[Path, Path, Path], calm: dict[str, Any], damage: Callable[[Path], None]
+) -> None:
+    folder = place[0]
+    raw = {**calm, "output": str(folder / damage.__name__)}
+    shutil.copytree(calm["output"], raw["output"])
+    newest = list_checkpoints(raw["output"])[0][0]
+    damage(newest)
+    (result,) = ranks(folder, 2, train_all, [raw])
+    assert result["code"] == 0
+    assert f"passed over {newest}/" in (Path(raw["output"]) / "log.txt").read_text()
+    assert_same_run(raw, calm)
+
+
+def test_nan_stops_with_the_samples_or_skips(place: tuple[Path, Path, Path]) -> None:
+    folder, *inputs = place
+    stop = recipe(folder / "stop", *inputs, checkpoint={"every_steps": 2}, deepspeed="zero2")
+    skip = {**stop, "output": str(folder / "skip"), "on_nan": "skip", "deepspeed": "zero3"}
+    never = {**skip, "output": str(folder / "never"), "max_skips": 1, "optim": {"lr": 1e30, "clip": 0}}
+    stopped, skipped, gave_up = ranks(folder, 2, train_with, "nan 4", [stop, skip, never])
+
+    assert "step 4: loss inf" in stopped["error"] or "step 4: loss nan" in stopped["error"]
+    assert "on_nan=skip" in stopped["error"]
+    assert [path.name for path, _ in list_checkpoints(stop["output"])] == ["step-000002"]
+    dumps = [json.loads((folder / "stop" / f"bad-step-4-rank-{rank}.json").read_text()) for rank in (0, 1)]
+    logged = [json.loads(line) for line in (folder / "skip" / "audit" / "rank-1.jsonl").read_text().splitlines()]
+    assert dumps[1]["ids"] == next(row["ids"] for row in logged if row.get("step") == 3)
+    assert dumps[0]["ids"]
+
+    assert skipped["code"] == 0
+    assert [row["step"] for row in rows(skip) if row.get("skipped")] == [4]
+    assert all(row["loss"] < 10 for row in rows(skip) if row["step"] != 4)
+    assert "more than max_skips=1" in gave_up["error"]
+
+
+def test_a_hung_rank_shows_every_stack(place: tuple[Path, Path, Path]) -> None:
+    folder, *inputs = place
+    raw = recipe(folder / "hung", *inputs, step_timeout=8)
+    processes = start_ranks(train_with, 2, fresh(folder), "hang 3", [raw])
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [1, 1]
+    stacks = [(folder / "hung" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("no progress for 8 s, while running step 3" in text for text in stacks)
+    assert "in faulty" in stacks[1]
+    assert "in faulty" not in stacks[0]
+
+
+def test_a_shard_that_vanishes_is_named(place: tuple[Path, Path, Path]) -> None:
+    folder, model, data = place
+    copy = folder / "copy"
+    shutil.copytree(data, copy)
+    raw = recipe(folder / "vanish", model, copy, checkpoint={"every_steps": 2})
+    for shard in sorted((copy / "gl").glob("*.tar"))[1:]:
+        result = ranks(folder, 1, train_with, f"vanish 3 {shard}", [raw])[0]
+        if "error" in result:
+            break
+    assert str(shard) in result["error"]
+    shutil.copytree(data, copy, dirs_exist_ok=True)
+    (result,) = ranks(folder, 1, train_all, [raw])
+    assert result["code"] == 0
+    assert audit(raw["output"]).problems == []
+
+
+def launch(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    file = folder / "launched.yaml"
+    save_recipe(parse_recipe(raw, "test"), file)
+    return subprocess.Popen(
+        [sys.executable, "-c", "from lbr_dist.cli import main; main()", "train", str(file), "--nproc", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Rank to process id of a launcher's children."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            environ = dict(part.split("=", 1) for part in (folder / "environ").read_text().split("\0") if "=" in part)
+        except OSError:
+            continue
+        if parent == launcher and "RANK" in environ:
+            found[int(environ["RANK"])] = int(folder.name)
+    return found
+
+
+def test_launcher_ends_all_stops_on_request_and_goes_on(place: tuple[Path, Path, Path], calm: dict[str, Any]) -> None:
+    folder = place[0]
+    raw = {**calm, "output": str(folder / "launched")}
+
+    process = launch(raw, folder)
+    wait_for(lambda: len(rows(raw)) >= 3 or process.poll() is not None)
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert process.wait(120) == 1
+    assert time.monotonic() - killed < 20
+    assert process.stderr is not None
+    assert "rank 1 failed (killed by SIGKILL)" in process.stderr.read()
+
+    before = len(rows(raw))
+    process = launch(raw, folder)
+    wait_for(lambda: len(rows(raw)) >= before + 1 or process.poll() is not None)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == EXIT_RUN_AGAIN
+    done = len(rows(raw))
+    assert list_checkpoints(raw["output"])[0][0].name == f"step-{done:06d}"
+
+    process = launch(raw, folder)
+    assert process.wait(600) == 0
+    assert_same_run(raw, calm)

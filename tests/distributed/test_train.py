@@ -1,0 +1,192 @@
+"""The training loop end to end: both stages, restarts at the same and at other world sizes, stop signals, the audit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from training_runs import make_set, recipe, train_all
+
+from lbr_dist.training.audit import audit
+from lbr_dist.training.checkpoint import iterate_weights
+from lbr_dist.training.tracking import read_rows
+
+pytestmark = pytest.mark.timeout(1200)
+CUT = 4  # the step after which a run is cut off and goes on elsewhere
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> tuple[Path, Path, Path]:
+    """(folder, model, prepared set)."""
+    folder, model = tmp_path_factory.mktemp("train"), tiny_model_dir("llama")
+    return folder, model, make_set(folder / "data", model)
+
+
+def run(folder: Path, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    here = folder / f"ranks-{len(list(folder.glob('ranks-*')))}"
+    here.mkdir()
+    results = run_ranks(train_all, world, here, recipes, timeout=900)
+    assert all(result == results[0] for result in results), "the ranks disagree"
+    return results[0]
+
+
+def losses(output: str) -> list[float]:
+    return [row["loss"] for row in read_rows(Path(output) / "metrics.jsonl")]
+
+
+def cut_off(finished: str, output: Path, step: int = CUT) -> str:
+    """What a run that was killed after its checkpoint at `step` leaves behind (it had gone on for a while)."""
+    shutil.copytree(finished, output)
+    for checkpoint in (output / "checkpoints").glob("step-*"):
+        if checkpoint.name != f"step-{step:06d}":
+            shutil.rmtree(checkpoint)
+    (output / "checkpoints" / "latest").write_text(f"step-{step:06d}")
+    (output / "recipe.yaml").write_text(
+        (output / "recipe.yaml").read_text().replace(f"output: {finished}", f"output: {output}")
+    )
+    return str(output)
+
+
+@pytest.fixture(scope="module")
+def both(place: tuple[Path, Path, Path]) -> dict[str, dict[str, Any]]:
+    """Each case's recipe, after an uninterrupted run on two ranks, with checkpoints at `CUT` and at the end."""
+    folder, *inputs = place
+    keep = {"every_steps": CUT, "keep_last": 9}
+    lora = {"lora": {"r": 4, "dropout": 0.1}}
+    cases = {
+        "one": recipe(folder / "one", *inputs, checkpoint=keep, duration={"epochs": 3}),
+        "lora": recipe(folder / "lora", *inputs, checkpoint=keep, model=lora, deepspeed="zero2"),
+        "two": recipe(
+            folder / "two",
+            *inputs,
+            stage="contrastive",
+            checkpoint=keep,
+            duration={"epochs": 4},
+            model={"start_from": str(folder / "one")},
+            optim={"lr": 1e-3, "z_lr": 1e-3},
+        ),
+    }
+    for result in run(folder, 2, list(cases.values())):
+        assert result.get("code") == 0, result
+    return cases
+
+
+def test_loss_goes_down(both: dict[str, dict[str, Any]]) -> None:
+    for case in ("one", "two"):
+        found = losses(both[case]["output"])
+        assert sum(found[-3:]) < 0.93 * sum(found[:3]), (case, found)
+
+
+def test_metrics_are_complete(both: dict[str, dict[str, Any]]) -> None:
+    rows = read_rows(Path(both["one"]["output"]) / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    for row in rows:
+        assert row["tokens"] > 0
+        assert 0 < row["packing"] <= 1
+        assert min(row["lr"], row["grad_norm"], row["tokens_per_s"], row["samples_per_s"], row["memory_gib"]) > 0
+        assert min(row["data_wait_s"], row["checkpoint_stall_s"]) >= 0
+    assert rows[-1]["epoch"] == 3
+    assert rows[-1]["samples"] == 3 * 90
+    assert any(row["checkpoint_stall_s"] > 0 for row in rows)
+    contrastive = read_rows(Path(both["two"]["output"]) / "metrics.jsonl")[-1]
+    assert {"accuracy", "positive_score", "effective_negatives"} <= contrastive.keys()
+
+
+def test_stage_two_starts_from_stage_one(both: dict[str, dict[str, Any]]) -> None:
+    log = (Path(both["two"]["output"]) / "log.txt").read_text()
+    assert f"weights from {both['one']['output']}" in log
+
+
+@pytest.mark.parametrize("case", ["one", "lora", "two"])
+def test_audit_proves_the_plan(both: dict[str, dict[str, Any]], case: str) -> None:
+    found = audit(both[case]["output"])
+    assert found.problems == []
+    assert found.steps == len(losses(both[case]["output"]))
+
+
+def test_resumed_equals_uninterrupted(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:
+    """At the same world size: the same losses and weights, bit for bit, dropout included."""
+    folder = place[0]
+    resumed = {
+        case: {**raw, "output": cut_off(raw["output"], folder / f"{case}-resumed")} for case, raw in both.items()
+    }
+    for result in run(folder, 2, list(resumed.values())):
+        assert result.get("code") == 0, result
+    for case, raw in both.items():
+        again = resumed[case]["output"]
+        assert losses(again) == losses(raw["output"]), case
+        expected = dict(iterate_weights(raw["output"]))
+        for name, weight in iterate_weights(again):
+            assert torch.equal(weight, expected[name]), (case, name)
+        found = audit(again)
+        assert found.problems == []
+        assert (found.attempts, found.redone) == (2, len(losses(raw["output"])) - CUT)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_other_world_sizes_continue_the_curve(
+    both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path], world: int
+) -> None:
+    folder = place[0]
+    resumed = {
+        case: {**both[case], "output": cut_off(both[case]["output"], folder / f"{case}-on-{world}")}
+        for case in ("one", "two")
+    }
+    for result in run(folder, world, list(resumed.values())):
+        assert result.get("code") == 0, result
+    for case, raw in resumed.items():
+        expected, found = losses(both[case]["output"]), losses(raw["output"])
+        assert found == pytest.approx(expected, rel=1e-4), case
+        assert audit(raw["output"]).problems == []
+
+
+def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:
+    """Each ends before a step is made, and says what is wrong and what to do."""
+    folder, model, data = place
+    done, inputs = both["one"], (model, data)
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("mine")
+    clip = folder / "clip.json"
+    clip.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}))
+    cases = [
+        ({**done, "optim": {**done["optim"], "lr": 1e-5}}, ["optim.lr", "0.003", "1e-05", "--allow-change optim.lr"]),
+        ({**done, "batch": {"global_batch": 7}}, ["batch.global_batch"]),
+        ({**done, "train.resume": "never"}, ["holds a run already"]),
+        (recipe(folder / "full", *inputs), ["full", "not empty"]),
+        (recipe(folder / "x", *inputs, deepspeed=str(clip)), ["clip.json", "gradient_clipping is 0.5", "optim.clip"]),
+        (recipe(folder / "x", *inputs, deepspeed="zero9"), ["zero9", "zero3"]),
+        (
+            recipe(
+                folder / "x", *inputs, "contrastive", model={"start_from": done["output"]}, bottleneck={"tokens": 3}
+            ),
+            ["bottleneck.tokens is 3 here and 2 there"],
+        ),
+        (recipe(folder / "x", *inputs, data={"max_x_tokens": 400, "bin_tokens": 600}), ["512 positions"]),
+        (recipe(folder / "x", folder / "full", data), ["full", "not a model folder"]),
+        (recipe(folder / "x", *inputs, model={"start_from": str(folder / "full")}), ["neither a checkpoint"]),
+    ]
+    results = run(folder, 1, [raw for raw, _ in cases])
+    for result, (_, expected) in zip(results, cases, strict=True):
+        for part in expected:
+            assert part in result.get("error", f"no error: {result}"), (part, result)
+    assert not (folder / "x").exists()
+
+
+def test_changes_that_are_allowed(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:
+    """A longer run, other logging and another ZeRO stage go on without asking; a rate only when allowed by name."""
+    folder = place[0]
+    output = cut_off(both["one"]["output"], folder / "changed")
+    changed = {**both["one"], "output": output, "duration": {"epochs": 3.5}, "deepspeed": "zero1"}
+    changed |= {"tracking": {"every_steps": 2}, "optim": {**both["one"]["optim"], "lr": 1e-4}}
+    (refused, accepted) = run(folder, 1, [changed, {**changed, "train.allow_change": ["optim.lr"]}])
+    assert "optim.lr" in refused["error"]
+    assert "tracking" not in refused["error"]
+    assert accepted["code"] == 0
+    assert accepted["step"] > len(losses(both["one"]["output"]))
+    assert "optim.lr was 0.003 and is now 0.0001" in (Path(output) / "log.txt").read_text()

@@ -1,0 +1,108 @@
+"""The audit finds what an exact history may not have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.data.plan import Plan, open_data
+from lbr_dist.data.record import Record
+from lbr_dist.data.shards import write_set
+from lbr_dist.errors import UserError
+from lbr_dist.model.tokenizer import Tokenization
+from lbr_dist.recipes import parse_recipe, save_recipe
+from lbr_dist.training.audit import AuditLog, audit
+
+
+class Batch:
+    """What the log reads of a micro-batch."""
+
+    def __init__(self, samples: list[Any], ids: list[str]) -> None:
+        self.samples, self.ids = samples, ids
+
+
+@pytest.fixture
+def planned(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> tuple[Path, Plan, list[str]]:
+    """(run folder, its plan, record ids)."""
+    tokenization = Tokenization.load(str(tiny_model_dir()))
+    records = [Record(id=f"r{i}", question=f"what is {i}", answer=f"it is {i * i}") for i in range(60)]
+    (tmp_path / "set").mkdir()
+    write_set(tmp_path / "set", {"gl": records}, tokenization, name="audit")
+    recipe = parse_recipe(
+        {
+            "stage": "generative",
+            "output": str(tmp_path / "run"),
+            "model": {"path": str(tiny_model_dir())},
+            "data": {"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 128}
+            | {"max_x_tokens": 60, "max_y_tokens": 60},
+            "batch": {"global_batch": 2},
+            "duration": {"epochs": 2},
+        },
+        "test",
+    )
+    (tmp_path / "run").mkdir()
+    save_recipe(recipe, tmp_path / "run" / "recipe.yaml")
+    plan, readers = open_data(recipe, tokenization)
+    return tmp_path / "run", plan, [str(id_) for id_ in readers[0].index.ids]
+
+
+def attempt(
+    planned: tuple[Path, Plan, list[str]], number: int, steps: range, world: int, wrong: dict[int, str] | None = None
+) -> None:
+    run_dir, plan, names = planned
+    for rank in range(world):
+        log = AuditLog(run_dir, rank, start=steps.start, attempt=number, world=world, plan=plan.fingerprint)
+        for step in steps:
+            samples = [s for micro in plan.step(step).micro_batches(rank, world) for s in micro.samples]
+            ids = [names[s.ref.row] for s in samples]
+            if rank == 0 and wrong and step in wrong:
+                ids[0] = wrong[step]
+            log.step(step, plan.step(step).epoch, [Batch(samples, ids)])  # type: ignore[list-item]
+        log.close()
+
+
+def total(plan: Plan) -> int:
+    return plan.steps_per_epoch(0) + plan.steps_per_epoch(1)
+
+
+def test_restarts_at_other_world_sizes_are_one_history(planned: tuple[Path, Plan, list[str]]) -> None:
+    end = total(planned[1])
+    attempt(planned, 1, range(0, 5), 2)
+    attempt(planned, 2, range(3, end - 1), 1)
+    attempt(planned, 3, range(end - 2, end), 3)
+    found = audit(planned[0])
+    assert found.problems == []
+    assert (found.steps, found.samples, found.attempts, found.redone) == (end, 120, 3, 3)
+
+
+def test_a_sample_of_another_step_is_found(planned: tuple[Path, Plan, list[str]]) -> None:
+    attempt(planned, 1, range(0, 4), 1, wrong={2: "stranger"})
+    (problem,) = audit(planned[0]).problems
+    assert "step 2" in problem
+    assert "stranger" in problem
+
+
+def test_a_gap_is_found(planned: tuple[Path, Plan, list[str]]) -> None:
+    attempt(planned, 1, range(0, 2), 1)
+    attempt(planned, 2, range(3, 5), 1)
+    assert audit(planned[0]).problems == ["step 2 to 2: no record"]
+
+
+def test_a_step_that_one_rank_did_not_finish_is_no_step(planned: tuple[Path, Plan, list[str]]) -> None:
+    attempt(planned, 1, range(0, 3), 2)
+    file = planned[0] / "audit" / "rank-1.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:9])
+    assert audit(planned[0]).steps == 2
+    attempt(planned, 2, range(2, 4), 2)
+    found = audit(planned[0])
+    assert found.problems == []
+    assert found.steps == 4
+
+
+def test_no_log_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no audit log"):
+        audit(tmp_path)

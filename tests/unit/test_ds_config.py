@@ -1,0 +1,94 @@
+"""DeepSpeed's JSON against the recipe: what is filled in, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.ds_config import FOLDER, load_regime, resolve
+
+
+def make(**sections: Any) -> Recipe:
+    raw: dict[str, Any] = {
+        "stage": "generative",
+        "output": "run",
+        "model": {"path": "model"},
+        "data": {"sets": [{"path": "set"}]},
+        "batch": {"global_batch": 32},
+        "duration": {"steps": 1},
+    }
+    return parse_recipe(raw | sections, "test")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.json")))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shipped_files_have_no_auto_left(name: str, dtype: str) -> None:
+    recipe = make(deepspeed=name, model={"path": "m", "dtype": dtype}, optim={"clip": 0.7})
+    regime = load_regime(recipe, world=2, cuda=True)
+    assert "auto" not in json.dumps(regime.config)
+    assert regime.config["gradient_clipping"] == 0.7
+    assert regime.config["bf16"]["enabled"] is (dtype == "bfloat16")
+    assert regime.config["train_micro_batch_size_per_gpu"] == regime.config["gradient_accumulation_steps"] == 1
+
+
+def test_auto_chooses_by_machine() -> None:
+    def chosen(world: int, cuda: bool, dtype: str = "float32") -> str:
+        return load_regime(make(model={"path": "m", "dtype": dtype}), world=world, cuda=cuda).name
+
+    assert chosen(8, True) == chosen(1, True) == "zero3"
+    assert chosen(2, False) == "cpu"
+    assert chosen(1, False) == "zero0"
+    assert chosen(1, False, "bfloat16") == "zero1"
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"gradient_clipping": 0.5}, ["gradient_clipping is 0.5", "optim.clip = 1.0"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled is true", "model.dtype = float32"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled", "model.dtype"]),
+        ({"train_batch_size": 64}, ["train_batch_size is 64", "batch.global_batch = 32"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu is 4", "batch.micro_tokens"]),
+        ({"gradient_accumulation_steps": 8}, ["gradient_accumulation_steps is 8", "batch.global_batch"]),
+        ({"optimizer": {"type": "SGD"}}, ["optimizer.type", "optim.name = adamw"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optimizer.params.lr is 0.1", "optim.lr = 0.0001"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler.type", "optim.schedule = cosine"]),
+    ],
+)
+def test_a_contradiction_names_both(given: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        resolve(given, make(), "mine.json", cuda=True)
+    for name in ["mine.json", *names]:
+        assert name in str(error.value)
+
+
+def test_agreement_and_auto_pass() -> None:
+    given = {
+        "train_batch_size": 32,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95]}},
+        "scheduler": {"type": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
+    }
+    config = resolve(given, make(), "mine.json", cuda=True)
+    assert {"optimizer", "scheduler", "train_batch_size"}.isdisjoint(config)
+    assert config["zero_optimization"] == {"stage": 2}
+
+
+def test_no_pinned_memory_without_a_gpu() -> None:
+    regime = load_regime(make(deepspeed="zero3_offload"), world=1, cuda=False)
+    assert regime.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
+
+
+def test_files_that_are_not_there_or_broken(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"zero33.*zero3_offload"):
+        load_regime(make(deepspeed="zero33"), world=1, cuda=False)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(UserError, match=r"broken\.json: not a readable JSON"):
+        load_regime(make(deepspeed=str(tmp_path / "broken.json")), world=1, cuda=False)

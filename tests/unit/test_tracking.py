@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.tracking import Tracker, duration, keep_rows, read_rows
+
+
+def make_tracker(folder: Path, *, done: int = 0, **tracking: Any) -> Tracker:
+    recipe = parse_recipe(
+        {
+            "stage": "generative",
+            "output": str(folder),
+            "model": {"path": "model"},
+            "data": {"sets": [{"path": "set"}]},
+            "batch": {"global_batch": 1},
+            "duration": {"steps": 6},
+            "tracking": tracking,
+        },
+        "test",
+    )
+    return Tracker(recipe, total_steps=6, done=done, wandb_id=None)
+
+
+def row(step: int, loss: float = 1.0) -> dict[str, Any]:
+    return {"step": step, "loss": loss, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_s": 10.0}
+
+
+def test_every_nth_step_and_the_last_are_written(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path, every_steps=4)
+    for step in range(1, 7):
+        tracker.row(row(step))
+    tracker.close()
+    assert [found["step"] for found in read_rows(tmp_path / "metrics.jsonl")] == [4, 6]
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path)
+    tracker.row(row(1, math.nan))
+    tracker.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+
+
+def test_a_resumed_run_takes_back_later_rows_and_a_torn_one(tmp_path: Path) -> None:
+    tracker = make_tracker(tmp_path)
+    for step in range(1, 6):
+        tracker.row(row(step, loss=step))
+    tracker.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    tracker = make_tracker(tmp_path, done=3)
+    tracker.row(row(4, loss=40.0))
+    tracker.close()
+    assert [found["loss"] for found in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 40]
+
+
+def test_keep_rows_without_a_file_makes_none(tmp_path: Path) -> None:
+    keep_rows(tmp_path / "metrics.jsonl", 3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_offline_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    first = make_tracker(tmp_path, wandb_project="lbr")
+    first.row(row(1))
+    first.close()
+    assert first.wandb_id
+    recipe = first._recipe
+    again = Tracker(recipe, total_steps=6, done=1, wandb_id=first.wandb_id)
+    again.close()
+    assert again.wandb_id == first.wandb_id
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.wandb_id}"))) >= 1
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (75, "1 min 15 s"), (3725, "1 h 02 min")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
