@@ -113,6 +113,11 @@ def prepare(
     check_fields(fields or {})
     if not 0.5 <= similarity <= 1:
         raise UserError(f"--similarity {similarity}: must lie between 0.5 and 1")
+    for flag, bound in (("shard-records", shard_records), ("shard-mib", shard_mib), ("max-chars", max_chars)):
+        if bound <= 0:
+            raise UserError(f"--{flag} {bound}: must be more than 0")
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"--max-bad-share {max_bad_share}: must lie between 0 and 1")
     if not sources:
         raise UserError("no sources: name at least one file, folder, glob or data set")
     if entity is not None:
@@ -185,7 +190,5 @@ def _difference(old: Any, new: dict[str, Any]) -> str:
     parts = [name for name in ("sources", "decontaminate", "tokenizer") if old.get(name) != new[name]]
     before = old.get("settings", {})
     after = json.loads(json.dumps(new["settings"])).items()
-    parts += [
-        f"{name} was {before.get(name)}, is {value}" for name, value in after.items() if before.get(name) != value
-    ]
+    parts += [f"{name} was {before.get(name)}, is {value}" for name, value in after if before.get(name) != value]
     return "; ".join(parts) or "an older version of lbr"

@@ -19,7 +19,7 @@ import xxhash
 
 BATCH = 2048
 """Most records that are hashed, tokenized or compared at once,"""
-BATCH_CHARACTERS = 1 << 22
+BATCH_CHARACTERS = 1 << 20
 """and about how many characters: what bounds the memory of a preparation."""
 
 

@@ -247,7 +247,7 @@ def file_xxh128(path: Path) -> str:
     """XXH3-128 of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 

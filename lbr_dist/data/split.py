@@ -49,13 +49,14 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
     """Sizes of the sides as counts (int), shares (float, 0 to 1) or None for "rest".
 
     Args:
-        sizes: side to "5000", "0.2", "rest" or a number; a side that is not named is empty, unless none is named.
+        sizes: side to "5000", "0.2", "rest" or a number. A side that is not named has its default; gl, by default the
+            rest, is empty where another side is the rest.
 
     Raises:
         UserError: not such a value, shares of more than 1 in all, or "rest" twice.
     """
     parsed: dict[str, int | float | None] = {}
-    for side, value in (sizes or DEFAULT_SIZES).items():
+    for side, value in {**DEFAULT_SIZES, **sizes}.items():
         if side not in SIDES:
             raise UserError(f"--{side}: no such side; the sides are {', '.join(SIDES)}")
         text = str(value)
@@ -66,10 +67,13 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
         number = parsed[side]
         if isinstance(number, float) and not 0 <= number <= 1:
             raise UserError(f"--{side} {text}: a share lies between 0 and 1")
+    if parsed["gl"] is None and "gl" not in sizes and None in (parsed["cl"], parsed["eval"]):
+        parsed["gl"] = 0
     if sum(value is None for value in parsed.values()) > 1:
         raise UserError("only one of --gl, --cl and --eval can be rest")
     if sum(value for value in parsed.values() if isinstance(value, float)) > 1 + 1e-9:
-        raise UserError(f"the shares of {', '.join(parsed)} add up to more than 1: lower one of them")
+        shown = ", ".join(f"{side} {value}{'' if side in sizes else ' (default)'}" for side, value in parsed.items())
+        raise UserError(f"the shares add up to more than 1 ({shown}): lower one of them")
     return parsed
 
 

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import gzip
+import json
+import os
+import random
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.data import record as record_module
+from lbr_dist.data import shard_writer
+from lbr_dist.data.isolation import Crossings
+from lbr_dist.data.prepare import PrepareReport, prepare
+from lbr_dist.data.record import normalise
+from lbr_dist.data.shards import ShardReader, open_set, verify
+from lbr_dist.errors import UserError
+
+
+class Bytes:
+    """A tokenizer of one token per byte."""
+
+    fingerprint = "bytes-1"
+    path = "models/bytes"
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+
+WORDS = [f"word{i}" for i in range(3000)]
+
+
+def sentence(rng: random.Random, words: int = 25) -> str:
+    return " ".join(rng.sample(WORDS, words))
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def domain(seed: int = 0) -> list[dict]:
+    """100 entities: two to four questions each for one answer, which is near-duplicated now and then."""
+    rng = random.Random(seed)
+    rows = []
+    for entity in range(100):
+        answer = sentence(rng)
+        for number in range(rng.randint(2, 4)):
+            own = answer if number % 2 == 0 else answer.rsplit(" ", 1)[0] + " changed"
+            rows.append({"id": f"e{entity}:{number}", "question": f"What is t{entity}x{number}?", "answer": own})
+    return rows
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    rng = random.Random(9)
+    rows = domain()
+    write(tmp_path / "qa.jsonl", rows)
+    texts = [sentence(rng) for _ in range(50)]
+    texts += [f"Page {i}: {row['answer']}, as {sentence(rng, 30)}" for i, row in enumerate(rows)]  # quotes
+    texts += [row["answer"].upper() + "." for row in rows]  # the same, normalised
+    with gzip.open(tmp_path / "corpus.txt.gz", "wt") as file:
+        file.write("\n".join(texts))
+    return [str(tmp_path / "qa.jsonl"), str(tmp_path / "corpus.txt.gz")]
+
+
+def run(sources: list[str], out: Path, **settings: Any) -> PrepareReport:
+    return prepare(sources, out, tokenizer=Bytes(), **settings)  # type: ignore[arg-type]
+
+
+def everything(out: Path) -> dict[str, list[dict]]:
+    opened = open_set(out)
+    found = {}
+    for split, info in opened.splits.items():
+        found[split] = ShardReader(opened, split).read(range(info.records)) if info.records else []
+    return found
+
+
+def test_sides_share_nothing(sources: list[str], tmp_path: Path) -> None:
+    report = run(sources, tmp_path / "out", sizes={"gl": 0.6, "cl": 0.25, "eval": 0.15}, shard_records=64)
+    sides = everything(tmp_path / "out")
+    entities = [{row["id"].split(":")[0] for row in sides[split] if "question" in row} for split in sides]
+    assert all(entities)
+    assert len(set.union(*entities)) == sum(map(len, entities)) == 100
+    held = {normalise(row["answer"]) for row in sides["eval"]}
+    texts = [normalise(row["text"]) for row in sides["gl"] if "text" in row]
+    assert len(texts) >= 50
+    assert not [text for text in texts if any(answer in text for answer in held)]
+
+    data = json.loads((tmp_path / "out/report.json").read_text())
+    assert data == report.data
+    kept = sum(len(rows) for rows in sides.values())
+    assert data["isolation"]["compared_records"] == kept
+    assert set(data["isolation"]["shared_texts"].values()) == set(data["isolation"]["near_duplicates"].values()) == {0}
+    assert data["components"]["count"] == 100
+    assert data["components"]["on_two_sides"] == 0
+    assert data["dropped"]["text_like_evaluation"] >= len(sides["eval"]) - 15
+    assert data["dropped"]["text_contains_evaluation"] == len(sides["eval"])
+    assert data["rows"]["read"] == kept + sum(data["dropped"].values())
+    verify(open_set(tmp_path / "out"))
+
+
+def test_the_proof_can_fail(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lbr_dist.data import pipeline
+
+    real = pipeline.assign
+
+    def leaky(*args: Any) -> Any:
+        side = real(*args)
+        side[:2] = [0, 2]  # two questions of one entity
+        return side
+
+    monkeypatch.setattr(pipeline, "assign", leaky)
+    monkeypatch.setattr(pipeline, "crossings", lambda *args, **kwargs: Crossings())  # and nobody looks
+    with pytest.raises(RuntimeError, match=r"the sides of .* are not isolated"):
+        run(sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_same_input_same_bytes_and_second_run_does_nothing(sources: list[str], tmp_path: Path) -> None:
+    first = run(sources, tmp_path / "a", name="n", seed=3, shard_records=50)
+    run(sources[::-1], tmp_path / "b", name="n", seed=3, shard_records=50)  # nor does the order of files matter
+    shards = sorted((tmp_path / "a").rglob("*.tar"))
+    assert len(shards) > 6
+    for path in shards:
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+    again = run(sources, tmp_path / "a", name="n", seed=3, shard_records=50)
+    assert again.unchanged
+    assert again.data == first.data
+    assert "up to date" in again.lines[0]
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+    assert run(sources, tmp_path / "c", name="n", seed=4, shard_records=50).data["set"] != first.data["set"]
+
+
+def test_other_input_is_refused_or_replaced(sources: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(sources, out)
+    with pytest.raises(UserError, match=r"made from other input \(seed was 0, is 5\): choose another .*--overwrite"):
+        run(sources, out, seed=5)
+    with Path(sources[0]).open("a") as file:
+        file.write(json.dumps({"question": "one", "answer": "more"}) + "\n")
+    with pytest.raises(UserError, match=r"made from other input \(sources\)"):
+        run(sources, out)
+    assert not run(sources, out, seed=5, overwrite=True).unchanged
+    assert open_set(out).manifest["seed"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt.gz", "out", "qa.jsonl"]
+
+
+def test_damaged_output_is_not_taken_for_finished(sources: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(sources, out)
+    shard = out / "gl/000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    with pytest.raises(UserError, match="holds a damaged set"):
+        run(sources, out)
+    assert not run(sources, out, overwrite=True).unchanged
+    assert verify(open_set(out))
+
+
+def test_folders_that_are_not_ours_are_left_alone(sources: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not empty and holds no prepared set"):
+        run(sources, tmp_path / "mine", overwrite=True)
+    with pytest.raises(UserError, match="is not a folder"):
+        run(sources, Path(sources[0]), overwrite=True)
+    (tmp_path / "empty").mkdir()
+    assert not run(sources, tmp_path / "empty").unchanged
+
+
+def test_what_a_killed_run_left_is_cleared(sources: list[str], tmp_path: Path) -> None:
+    stale = tmp_path / ".out.preparing"
+    (stale / "set/gl").mkdir(parents=True)
+    (stale / "set/manifest.json").write_text("{}")
+    (stale / "spool").write_text("x")
+    run(sources, tmp_path / "out")
+    assert not stale.exists()
+    (tmp_path / "out").rename(tmp_path / ".out.old")  # killed between the two renames of an overwrite
+    assert run(sources, tmp_path / "out").unchanged
+    assert not (tmp_path / ".out.old").exists()
+
+
+def test_two_runs_for_one_folder(sources: list[str], tmp_path: Path) -> None:
+    (tmp_path / ".out.preparing").mkdir()
+    lock = os.open(tmp_path / ".out.preparing", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another lbr prepare is writing it"):
+        run(sources, tmp_path / "out")
+    os.close(lock)
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_nothing_is_left_when_writing_fails(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    real = shard_writer.ShardWriter._put
+    calls = 0
+
+    def put(self: Any, data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 100:
+            raise failure
+        real(self, data)
+
+    monkeypatch.setattr(shard_writer.ShardWriter, "_put", put)
+    expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        run(sources, tmp_path / "out")
+    if expected is UserError:
+        assert "the disk is full (No space left on device); nothing was left behind: free space" in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt.gz", "qa.jsonl"]
+
+
+def test_bad_rows_are_counted_by_reason_and_the_first_is_named(tmp_path: Path) -> None:
+    lines = [json.dumps(row).encode() for row in domain()]
+    lines[10] = b'{"id": "x1", "question": "q"}'
+    lines[20] = b'{"id": "x2", "question": "q", "answer": 5}'
+    lines[30] = b'{"id": "x3", "question": "q", "answer": "\xff"}'
+    lines[40] = b"{not json"
+    lines[50] = b"{nor this"
+    lines[60] = b'{"id": "e0:0", "question": "other", "answer": "content"}'
+    lines[70] = lines[71]
+    lines[80] = b'{"id": "x4", "question": "q", "answer": " "}'
+    lines[90] = b'{"id": "x5", "question": "q", "answer": "' + b"x" * 501 + b'"}'
+    path = tmp_path / "qa.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        run([str(path)], tmp_path / "out", max_chars=500)
+    message = str(caught.value)
+    assert f"8 of {len(lines)} rows are bad, more than --max-bad-share 0.01 allows: 2 invalid_json (first: " in message
+    assert f"{path} line 41: Expecting property name" in message
+    assert not list(tmp_path.glob("*out*"))
+
+    data = run([str(path)], tmp_path / "out", max_chars=500, max_bad_share=0.05).data
+    bad = data["rows"]["bad"]
+    assert {reason: (entry["count"], entry["first"].split(":")[0]) for reason, entry in bad["by_reason"].items()} == {
+        "missing_field": (1, f"{path} line 11"),
+        "wrong_type": (1, f"{path} line 21"),
+        "invalid_utf8": (1, f"{path} line 31"),
+        "invalid_json": (2, f"{path} line 41"),
+        "duplicate_id": (1, f"{path} line 61"),
+        "empty": (1, f"{path} line 81"),
+        "too_long": (1, f"{path} line 91"),
+    }
+    assert (bad["total"], data["dropped"]["repeated_row"]) == (8, 1)
+    assert sum(info["records"] for info in data["records"].values()) == len(lines) - 9
+
+
+def test_hopeless_source_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbr_dist.data.collect.HOPELESS", 20)
+    path = write(tmp_path / "a.jsonl", [{"frage": "q", "antwort": "a"}] * 500)
+    with pytest.raises(UserError, match=r"20 of 20 rows are bad.*a.jsonl line 1: cannot tell .* fields frage, antwort"):
+        run([str(path)], tmp_path / "out")
+
+
+def test_empty_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"a.jsonl: no records: the sources are empty"):
+        run([str(tmp_path / "a.jsonl")], tmp_path / "out")
+    with pytest.raises(UserError, match="no sources"):
+        run([], tmp_path / "out")
+
+
+def test_entity_groups_rows_that_share_no_text(tmp_path: Path) -> None:
+    rows = [{"id": f"e{i // 4}:{i % 4}", "question": f"q {i}", "answer": f"a {i}"} for i in range(80)]
+    path = write(tmp_path / "qa.jsonl", rows)
+    run([str(path)], tmp_path / "out", entity="id~(.*):", sizes={"gl": 0.5, "cl": 0.25, "eval": 0.25})
+    sides = everything(tmp_path / "out")
+    entities = [{row["id"].split(":")[0] for row in side} for side in sides.values()]
+    assert sum(map(len, entities)) == 20
+    assert [len(side) for side in sides.values()] == [40, 20, 20]
+
+
+def test_decontamination_drops_whole_components(sources: list[str], tmp_path: Path) -> None:
+    rows = domain()
+    outside = [
+        {"query": "unheard of", "document": rows[0]["answer"] + "!"},
+        {"query": rows[-1]["question"].upper(), "document": "unheard of too"},
+        {"text": sentence(random.Random(9))},  # the first of the corpus
+    ]
+    write(tmp_path / "beir.jsonl", outside[:2])
+    write(tmp_path / "texts.jsonl", outside[2:])
+    report = run(sources, tmp_path / "out", decontaminate=[str(tmp_path / "beir.jsonl"), str(tmp_path / "texts.jsonl")])
+    kept = {row["id"] for side in everything(tmp_path / "out").values() for row in side}
+    gone = [row["id"] for row in rows if row["id"] not in kept]
+    assert {name.split(":")[0] for name in gone} == {"e0", "e99"}
+    assert len(gone) == sum(row["id"].startswith(("e0:", "e99:")) for row in rows)
+    assert report.data["dropped"]["connected_to_external_evaluation"] == len(gone)
+    texts = [normalise(row["text"]) for row in everything(tmp_path / "out")["gl"] if "text" in row]
+    assert normalise(outside[2]["text"]) not in texts
+    assert not [text for text in texts if normalise(rows[0]["answer"]) in text]
+
+
+def test_negatives_that_are_evaluation_answers_are_removed(tmp_path: Path) -> None:
+    rows = [
+        {"id": str(i), "question": f"q {i}", "answer": f"a {i}", "negatives": ["x", f"A {i - 1}."]} for i in range(60)
+    ]
+    report = run([str(write(tmp_path / "qa.jsonl", rows))], tmp_path / "out", sizes={"gl": 0.4, "cl": 0.4, "eval": 0.2})
+    sides = everything(tmp_path / "out")
+    held = {normalise(row["answer"]) for row in sides["eval"]}
+    trained = [normalise(text) for side in ("gl", "cl") for row in sides[side] for text in row["negatives"]]
+    assert not held & set(trained)
+    removed = report.data["dropped"]["negative_that_is_evaluation"]
+    assert 0 < removed == 2 * 48 - len(trained)
+
+
+def test_kinds_in_one_set_and_plain_corpus_alone(tmp_path: Path) -> None:
+    qa = write(tmp_path / "qa.jsonl", [{"prompt": f"q {i}", "tell": f"a {i}"} for i in range(40)])
+    choice = write(
+        tmp_path / "mc.jsonl",
+        [{"prompt": f"stem {i}", "options": ["yes", "no"], "tell": "AB"[i % 2]} for i in range(40)],
+    )
+    fields = {"question": "prompt", "answer": "tell"}
+    data = run([str(qa), str(choice)], tmp_path / "out", fields=fields).data
+    assert sum(info["records"] for info in data["records"].values()) == 80
+    assert data["isolation"]["shared_common_texts"] == []  # 20 rows share "yes": not more than the limit
+    (tmp_path / "t.txt").write_text("one\n\ntwo\nthree\n")
+    data = run([str(tmp_path / "t.txt")], tmp_path / "text", paragraphs=True).data
+    assert data["records"]["gl"] == {"records": 2, "texts": 2, "shards": 1}
+    data = run([f"corpus={write(tmp_path / 'c.jsonl', [{'question': 'q', 'text': 't'}])}"], tmp_path / "c").data
+    assert data["records"]["gl"]["texts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sizes": {"gl": "2"}, "fields": {"x": "y"}}, "--field x=y"),
+        ({"similarity": 0.2}, "--similarity 0.2: must lie between"),
+        ({"entity": "id~("}, "--entity"),
+        ({"kind": "poem"}, "--kind poem"),
+        ({"sizes": {"gl": "0.9", "eval": "0.2"}}, "add up to more than 1"),
+        ({"sizes": {"gl": "100000"}}, "the sizes ask for 100089 question-answer records"),
+        ({"shard_records": 0}, "--shard-records 0: must be more than 0"),
+    ],
+)
+def test_wrong_settings(sources: list[str], tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        run(sources, tmp_path / "out", **settings)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_real_tokenizer(tiny_model_dir: Callable[..., Path], sources: list[str], tmp_path: Path) -> None:
+    from lbr_dist.data.shards import check_tokenizer
+    from lbr_dist.model.tokenizer import Tokenization
+
+    model = tiny_model_dir("llama")
+    prepare(sources, tmp_path / "out", tokenizer=str(model))
+    opened = open_set(tmp_path / "out")
+    tokens = Tokenization.load(str(model))
+    check_tokenizer(opened, tokens)
+    index = opened.index("cl")
+    rows = ShardReader(opened, "cl").read(range(len(index)))
+    assert index.question_tokens.tolist() == [len(tokens.encode([row["question"]])[0]) for row in rows]
+    assert index.answer_tokens.tolist() == [len(tokens.encode([row["answer"]])[0]) for row in rows]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_module, "BATCH_CHARACTERS", 20_000)
+    monkeypatch.setattr("lbr_dist.data.minhash._WORD_CHUNK", 1 << 14)
+    rng = random.Random(0)
+    sizes, peaks = [], []
+    for words in (20, 20, 1500):  # the first run also imports and fills tables
+        path = write(tmp_path / "a.jsonl", [{"text": " ".join(rng.choices(WORDS, k=words))} for _ in range(200)])
+        sizes.append(path.stat().st_size)
+        tracemalloc.start()
+        run([str(path)], tmp_path / "out", overwrite=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert sizes[2] > 2_400_000
+    assert peaks[2] < peaks[1] + 1_200_000

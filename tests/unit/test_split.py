@@ -1,0 +1,331 @@
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lbr_dist.data import minhash
+from lbr_dist.data.collect import NO_ENTITY, Numbers, Texts, TextTable
+from lbr_dist.data.isolation import Containment, crossings
+from lbr_dist.data.minhash import MIN_WORDS, Sketches, sketch, word_hashes
+from lbr_dist.data.record import Record, normalise
+from lbr_dist.data.split import (
+    CL,
+    EVAL,
+    EXTERNAL,
+    GL,
+    TEXT,
+    UNUSED,
+    assign,
+    common_texts,
+    components,
+    merge,
+    parse_sizes,
+)
+from lbr_dist.errors import UserError
+
+WORDS = [f"w{i}" for i in range(4000)]
+NOTHING = np.zeros(0, np.uint64)
+
+
+def sentence(rng: random.Random, words: int = 40) -> list[str]:
+    return rng.sample(WORDS, words)
+
+
+def jaccard(a: str, b: str) -> float:
+    def shingles(text: str) -> set[tuple[str, ...]]:
+        words = normalise(text).split()
+        return {tuple(words[i : i + minhash.SHINGLE]) for i in range(len(words) - minhash.SHINGLE + 1)}
+
+    return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
+
+
+def table(folder: Path, records: list[Record]) -> tuple[Texts, Sketches]:
+    made = TextTable(folder)
+    for start in range(0, len(records), 7):  # in batches: they must not matter
+        made.add(start, records[start : start + 7])
+    return made.finish(), made.sketches
+
+
+def numbers(records: list[Record], entity: list[int] | None = None, external: set[int] = frozenset()) -> Numbers:
+    count = len(records)
+    zeros = np.zeros(count, np.uint64)
+    return Numbers(
+        is_text=np.array([record.is_text for record in records]),
+        external=np.array([i in external for i in range(count)]),
+        id_hash=zeros,
+        content_hash=zeros,
+        entity=np.array(entity or [NO_ENTITY] * count, np.uint64),
+        order=np.arange(count, dtype=np.uint64),
+        part=zeros.astype(np.int64),
+        line=zeros.astype(np.int64),
+    )
+
+
+def groups(folder: Path, records: list[Record], entity: list[int] | None = None, common: np.ndarray = NOTHING) -> list:
+    texts, sketches = table(folder, records)
+    alive = np.ones(len(records), bool)
+    return components(texts, numbers(records, entity), sketches, alive=alive, similarity=0.7, common=common).tolist()
+
+
+def qa(question: str, answer: str) -> Record:
+    return Record("", question=question, answer=answer)
+
+
+def test_words_are_the_same_in_any_company() -> None:
+    texts = ["the cat-sat on 2 mats", "", "mats", "naïve “the” mats", "中文字 x", "ไทย"]
+    hashes, offsets = word_hashes(texts)
+    words = [hashes[a:b].tolist() for a, b in pairwise(offsets)]
+    assert [len(part) for part in words] == [6, 0, 1, 3, 4, 3]
+    assert words[0][5] == words[2][0] == words[3][2]
+    assert words[0][0] == words[3][1]
+    alone = [word_hashes([text])[0].tolist() for text in texts]
+    assert alone == words
+
+
+def test_different_words_have_different_hashes() -> None:
+    words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "abcdefghij" for c in "0123456789ab"]
+    hashes, _ = word_hashes([" ".join(words)])
+    assert len(set(hashes.tolist())) == len(words)
+    assert len(set(word_hashes(["ab ba aab aba baa"])[0].tolist())) == 5
+
+
+def test_long_texts_cross_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    texts = [" ".join(sentence(rng)) for _ in range(20)]
+    whole = word_hashes(texts)
+    monkeypatch.setattr(minhash, "_WORD_CHUNK", 300)
+    parts = word_hashes(texts)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_estimated_similarity_is_near_the_true_one() -> None:
+    rng = random.Random(1)
+    errors = []
+    for changed in range(0, 30, 2):
+        words = sentence(rng, 60)
+        other = words.copy()
+        for position in rng.sample(range(60), changed):
+            other[position] = "new" + str(position)
+        a, b = " ".join(words), " ".join(other)
+        _, signatures = sketch([a, b])
+        errors.append(float((signatures[0] == signatures[1]).mean()) - jaccard(a, b))
+    assert max(map(abs, errors)) < 0.15  # 3 standard deviations of 120 hashes are 0.14
+    assert abs(np.mean(errors)) < 0.04
+
+
+def test_short_texts_have_no_sketch() -> None:
+    rows, signatures = sketch([" ".join(WORDS[: MIN_WORDS - 1]), " ".join(WORDS[:MIN_WORDS])])
+    assert rows.tolist() == [1]
+    assert signatures.shape == (1, minhash.HASHES)
+
+
+@pytest.mark.parametrize("large_run", [4096, 3])
+def test_candidates_find_near_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_run: int) -> None:
+    monkeypatch.setattr(minhash, "LARGE_RUN", large_run)
+    rng = random.Random(2)
+    texts = []
+    for _ in range(60):
+        words = sentence(rng)
+        texts.append(" ".join(words))
+        words[rng.randrange(40)] = "changed"
+        texts.append(" ".join(words))  # Jaccard similarity 35/41 = 0.85
+    texts += [" ".join(sentence(rng)) for _ in range(200)]
+    sketches = Sketches(tmp_path)
+    rows = sketches.add(texts)
+    sketches.close()
+    found = set()
+    for a, b in sketches.candidates(rows):
+        near = sketches.similar(rows[a], rows[b], 0.7)
+        found |= {(min(x, y), max(x, y)) for x, y in zip(a[near].tolist(), b[near].tolist(), strict=True)}
+    assert found == {(2 * i, 2 * i + 1) for i in range(60)}
+
+
+def test_a_template_shared_by_very_many_stays_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minhash, "LARGE_RUN", 50)
+    texts = [f"please give the definition of the medical term number w{i} in one short sentence" for i in range(2000)]
+    sketches = Sketches(tmp_path)
+    rows = sketches.add(texts)
+    sketches.close()
+    pairs = sum(len(a) for a, _ in sketches.candidates(rows))
+    assert pairs < 2000 * 50 * minhash.BANDS * 2
+
+
+def test_merge_joins_chains_and_stars() -> None:
+    rng = np.random.default_rng(0)
+    count = 300
+    a, b = rng.integers(0, count, 200), rng.integers(0, count, 200)
+    labels = merge(np.arange(count), a, b)
+    parent = list(range(count))
+
+    def root(x: int) -> int:
+        while parent[x] != x:
+            x = parent[x]
+        return x
+
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        low, high = sorted((root(x), root(y)))
+        parent[high] = low
+    assert labels.tolist() == [root(x) for x in range(count)]
+
+
+def test_components_by_question_answer_near_duplicate_and_entity(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    words = sentence(rng)
+    changed = [*words[:-1], "other"]
+    records = [
+        qa("What is it?", "first"),
+        qa("what is IT", "second"),  # question of 0
+        qa("Q3", "Second."),  # answer of 1
+        qa("Q4", " ".join(words)),
+        qa(" ".join(changed), "fifth"),  # near-duplicate of 3's answer
+        qa("Q6", "sixth"),
+        qa("Q7", "seventh"),  # entity of 5
+        qa("Q8", "eighth"),
+        Record("", text="eighth"),  # plain texts link nothing
+        Record("", question="Q10", answer="tenth", positives=("Q8",)),
+    ]
+    entity = [0, 0, 0, 0, 0, 9, 9, 0, 9, 0]
+    assert groups(tmp_path, records, entity) == [0, 0, 0, 3, 3, 5, 5, 7, 8, 7]
+
+
+def test_negatives_do_not_link(tmp_path: Path) -> None:
+    records = [Record("", question="a", answer="b", negatives=("d",)), qa("c", "d")]
+    assert groups(tmp_path, records) == [0, 1]
+
+
+class Listed(list):
+    """Stands in for the spool."""
+
+
+def test_common_short_answers_do_not_glue_everything(tmp_path: Path) -> None:
+    records = [qa(f"question {i}", ["Yes.", "no"][i % 2]) for i in range(100)]
+    records += [qa(f"long {i}", "this answer of seven words links them") for i in range(50)]
+    texts, sketches = table(tmp_path, records)
+    counted = numbers(records)
+    common = common_texts(texts, counted, Listed(records))  # type: ignore[arg-type]
+    assert [(text.text, text.records) for text in common] == [("Yes.", 50), ("no", 50)]
+    exempt = np.array([text.hash for text in common], np.uint64)
+    alive = np.ones(len(records), bool)
+    labels = components(texts, counted, sketches, alive=alive, similarity=0.7, common=exempt)
+    assert len(set(labels[:100].tolist())) == 100
+    assert set(labels[100:].tolist()) == {100}
+    side = assign(labels, alive, counted.order, parse_sizes({"gl": "rest", "cl": "50", "eval": "30"}))
+    assert np.bincount(side, minlength=6).tolist() == [70, 50, 30, 0, 0, 0]
+    assert not len(crossings(side, texts, sketches, similarity=0.7, common=exempt).losers)
+    shared = crossings(side, texts, sketches, similarity=0.7, common=NOTHING)
+    assert shared.equal["gl - eval"] == 2  # what the exemption lets through, and nothing else
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"gl": 0.7, "cl": 0.2, "eval": 0.1}, (70, 20, 10)),
+        ({"gl": "rest", "eval": "5"}, (70, 25, 5)),
+        ({"gl": 0, "cl": "0.25", "eval": "10"}, (0, 25, 10)),
+        ({"gl": 1.0, "cl": 0, "eval": 0}, (100, 0, 0)),
+        ({"cl": "rest"}, (0, 95, 5)),
+        ({}, (70, 25, 5)),
+        ({"gl": 0.333, "cl": 0.333, "eval": 0.334}, (34, 33, 33)),
+    ],
+)
+def test_sizes(sizes: dict, expected: tuple[int, int, int]) -> None:
+    labels = np.arange(110)
+    usable = labels < 100
+    side = assign(labels, usable, np.random.default_rng(0).permutation(110).astype(np.uint64), parse_sizes(sizes))
+    assert tuple(int((side == which).sum()) for which in (GL, CL, EVAL)) == expected
+    assert (side[100:] == UNUSED).all()
+
+
+def test_components_stay_whole_and_nothing_is_lost() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.sort(rng.integers(0, 60, 500))
+    side = assign(labels, np.ones(500, bool), rng.permutation(500).astype(np.uint64), parse_sizes({}))
+    for label in np.unique(labels):
+        assert len(set(side[labels == label].tolist())) == 1
+    assert not (side == UNUSED).any()
+    assert abs(int((side == EVAL).sum()) - 25) <= 10
+
+
+def test_the_choice_depends_on_the_order_only_through_the_hash() -> None:
+    order = np.random.default_rng(1).permutation(50).astype(np.uint64)
+    labels = np.arange(50) // 2
+    there = np.random.default_rng(2).permutation(50)
+    a = assign(labels, np.ones(50, bool), order, parse_sizes({}))
+    b = assign(labels[there], np.ones(50, bool), order[there], parse_sizes({}))
+    assert np.array_equal(a[there], b)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"gl": "many"}, "--gl many: give a count"),
+        ({"gl": "1.5"}, "--gl 1.5: a share lies between 0 and 1"),
+        ({"gl": "0.9", "cl": "0.2"}, r"add up to more than 1 \(gl 0.9, cl 0.2, eval 0.05 \(default\)\): lower"),
+        ({"gl": "rest", "cl": "rest"}, "only one of"),
+        ({"test": "5"}, "--test: no such side"),
+    ],
+)
+def test_impossible_sizes(sizes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_sizes(sizes)
+
+
+def test_sizes_that_the_records_cannot_meet() -> None:
+    order = np.arange(10, dtype=np.uint64)
+    with pytest.raises(UserError, match="the sizes ask for 12 question-answer records, the sources have 10"):
+        assign(np.arange(10), np.ones(10, bool), order, parse_sizes({"gl": "10", "cl": 0, "eval": "2"}))
+    with pytest.raises(UserError, match=r"--eval: no component fits into 2 records \(the largest has 10 of 10"):
+        assign(np.zeros(10, int), np.ones(10, bool), order, parse_sizes({"cl": 0, "eval": "2"}))
+
+
+def test_crossings_find_each_kind_of_leak(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    base = [sentence(rng) for _ in range(3)]
+    near = [" ".join([*words[:-1], "other"]) for words in base]
+    records = [
+        qa("a", " ".join(base[0])),  # 0 eval
+        qa("b", near[0]),  # 1 gl: near 0
+        qa("c", "A"),  # 2 cl: holds 0's question
+        Record("", text=near[0]),  # 3 text: near 0
+        Record("", text="other text"),  # 4 text, clean
+        qa("d", " ".join(base[1])),  # 5 cl
+        Record("", text=near[1]),  # 6 text near cl: allowed
+        qa("e", " ".join(base[2])),  # 7 external
+        qa("f", near[2]),  # 8 cl: near 7
+        qa("g", near[1]),  # 9 gl: near 5, which is cl
+    ]
+    side = np.array([EVAL, GL, CL, TEXT, TEXT, CL, TEXT, EXTERNAL, CL, GL], np.int8)
+    texts, sketches = table(tmp_path, records)
+    found = crossings(side, texts, sketches, similarity=0.7, common=NOTHING)
+    assert found.losers.tolist() == [1, 2, 3, 8, 9]
+    assert {name: count for name, count in found.equal.items() if count} == {"cl - eval": 1}
+    assert {name: count for name, count in found.near.items() if count} == {
+        "gl - cl": 1,
+        "gl - eval": 1,
+        "gl texts - eval": 1,
+        "cl - external evaluation": 1,
+    }
+    side[found.losers] = UNUSED
+    assert not len(crossings(side, texts, sketches, similarity=0.7, common=NOTHING).losers)
+
+
+def test_containment() -> None:
+    target = "The vessel that carries blood away from the heart."
+    containment = Containment([[target, "too short", "The vessel that carries blood away from the lungs"], [target]])
+    held = containment.holds(
+        [
+            "Lesson 3. The vessel that carries blood, away from the HEART is the aorta.",
+            "The vessel that carries blood away from the liver",
+            "the vessel that carries blood away from the",
+            "heart. The vessel that carries blood away from the",
+            "too short",
+            "",
+            "x the vessel that carries blood away from the lungs",
+        ]
+    )
+    assert held.tolist() == [True, False, False, False, False, False, True]
+    assert Containment([]).holds([target]).tolist() == [False]
