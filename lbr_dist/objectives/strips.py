@@ -128,7 +128,6 @@ class _Work:
         scores = (unit / strips.temperature) @ self.unit_PD.T
         at = (torch.arange(len(scores), device=scores.device), strips.own_Q[rows])
         positive = scores[at]
-        total = scores.sum() if count else torch.zeros(())
         masked = None
         hidden: Tensor | int = 0
         for name, found in _false_negatives(strips, rows, scores, positive):
@@ -137,18 +136,15 @@ class _Work:
             if count:
                 before, hidden = hidden, masked.count_nonzero()
                 strips.add(name, hidden - before)
-        negatives = torch.full((len(scores),), len(self.unit_PD) - 1, device=scores.device)
+        if count:
+            if masked is not None:
+                scores.masked_fill_(masked, 0.0)
+            strips.add("positive", positive.sum() * strips.temperature)
+            strips.add("negative", (scores.sum() - positive.sum()) * strips.temperature)
+            strips.add("negatives", len(scores) * (len(self.unit_PD) - 1) - hidden)
         if masked is not None:
-            if count:
-                total = total - scores[masked].sum()
-                negatives = negatives - masked.sum(1)
             scores.masked_fill_(masked, -torch.inf)
         scores[at] = -torch.inf
-        if count:
-            strips.add("positive", positive.sum() * strips.temperature)
-            strips.add("negative", (total - positive.sum()) * strips.temperature)
-            strips.add("negatives", negatives.sum())
-            strips.add("alone", (negatives == 0).sum())
         return positive, scores
 
     def pull_back(self, d_scores: Tensor, d_positive: Tensor, rows: slice) -> None:
@@ -185,6 +181,7 @@ def _one_way(work: _Work) -> None:
         positive, scores = work.scores(rows)
         highest = scores.amax(1)
         strips.add("correct", (positive > highest).sum())
+        strips.add("alone", highest.isneginf().sum())
         highest.clamp_(min=_LOWEST)
         gap = scores.sub_(highest[:, None]).exp_().sum(1).log_() + highest - positive
         loss = softplus(gap)
@@ -205,6 +202,7 @@ def _two_way(work: _Work) -> None:
         positive, scores = work.scores(rows)
         highest = scores.amax(1)
         strips.add("correct", (positive > highest).sum())
+        strips.add("alone", highest.isneginf().sum())
         highest.clamp_(min=_LOWEST)
         own[rows], row_gap[rows] = positive, (scores - highest[:, None]).exp_().sum(1).log_() + highest - positive
         higher_P = torch.maximum(highest_P, scores.amax(0))

@@ -70,6 +70,7 @@ def local(chosen, first_pair):
         return LocalBatch(packed, [], [], none, none, none, none, none, unknown)
     pairs = torch.tensor([pair for _, pair, _ in chosen])
     sides = torch.tensor([SIDES[side] for side, _, _ in chosen])
+    known = [(pair - first_pair, 2) for side, pair, _ in chosen if side == "query" and pair in (1, 5)]
     return LocalBatch(
         packed=packed,
         samples=[None] * len(chosen),
@@ -79,7 +80,7 @@ def local(chosen, first_pair):
         global_pair_S=pairs,
         answer_hash_S=torch.where(sides == SIDES["negative"], 1000 + torch.arange(len(pairs)), pairs % 6),  # 0 and 6
         id_hash_S=100 + pairs,
-        known_M2=torch.tensor([(p - first_pair, 2) for s, p, _ in chosen if s == "query" and p in (1, 5)]).view(-1, 2),
+        known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),
     )
 
 
