@@ -1,7 +1,7 @@
 """Everything that can be known before a model is loaded, checked before it is: nothing fails first at step 1,000.
 
 Runs on every rank alike and reads only small files (indexes, the model's configuration, JSON); what reads every byte
-(checksums of shards and checkpoints) follows on rank 0 once the ranks have met. Each error names the culprit.
+(checksums of shards and checkpoints) follows once the ranks have met, and is shared. Each error names the culprit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan import Plan, open_data
 from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import file_xxh128
 from lbr_dist.errors import UserError
 from lbr_dist.launch.environment import Environment
 from lbr_dist.model.tokenizer import Tokenization
@@ -119,8 +120,25 @@ def _check_nvme(regime: Regime) -> None:
                 )
 
 
-def deep_check(job: Job) -> int:
-    """Compare every byte of the local sets with its checksum; returns the bytes read. For one rank."""
-    from lbr_dist.data.shards import verify
+def deep_check(job: Job) -> None:
+    """Compare every byte of the shards that the run reads with its checksum; each rank takes its share of the files.
 
-    return sum(verify(reader.opened) for reader in job.readers if not reader.opened.is_remote)
+    Remote shards are compared when they are fetched.
+
+    Raises:
+        UserError: names a damaged file.
+    """
+    files = [
+        (Path(reader.opened.address(name)), expected)
+        for reader in job.readers
+        if not reader.opened.is_remote
+        for shard in reader.opened.splits[reader.split].shards
+        for name, expected in ((shard.name, shard.xxh128), (shard.index, shard.index_xxh128))
+    ]
+    for path, expected in files[job.environment.rank :: job.environment.world]:
+        try:
+            found = file_xxh128(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): copy or prepare the set again") from None
+        if found != expected:
+            raise UserError(f"{path}: its checksum changed: copy or prepare the set again")

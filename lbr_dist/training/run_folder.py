@@ -74,14 +74,25 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
         return []
     if resume == "never":
         raise UserError(f"output {folder}: holds a run already; choose another output, or drop --resume never")
-    known = load_run_recipe(folder)
-    changed = differences(known, recipe)
-    refused = {field: pair for field, pair in changed.items() if not _covered(field, (*HARMLESS, *allow_change))}
+    return check_same(folder, recipe, allow_change)
+
+
+def check_same(folder: Path, recipe: Recipe, allow_change: Sequence[str] = ()) -> list[str]:
+    """Check that a run folder, or a checkpoint, is of this recipe, but for changes that are harmless or allowed.
+
+    Returns:
+        Those changes.
+
+    Raises:
+        UserError: it is another run; the differing fields are named.
+    """
+    changed = differences(load_run_recipe(folder), recipe)
+    refused = {field: pair for field, pair in changed.items() if not covered(field, (*HARMLESS, *allow_change))}
     if refused:
         listed = "; ".join(f"{field} was {old!r} and is {new!r}" for field, (old, new) in refused.items())
         raise UserError(
-            f"output {folder}: holds another run ({listed}): choose another output, set the fields back, or allow "
-            f"each with --allow-change {next(iter(refused))}"
+            f"{folder}: holds another run ({listed}): choose another output, set the fields back, or allow each with "
+            f"--allow-change {next(iter(refused))}"
         )
     return [f"{field} was {old!r} and is now {new!r}" for field, (old, new) in changed.items() if field != "output"]
 
@@ -130,5 +141,6 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _covered(field: str, allowed: Sequence[str]) -> bool:
+def covered(field: str, allowed: Sequence[str]) -> bool:
+    """Whether a dotted field, or a section that it is in, is among `allowed`."""
     return any(field == name or field.startswith(f"{name}.") for name in allowed)

@@ -1,7 +1,8 @@
 """From a checked recipe to a run that is ready to step: engine, weights, position, logs.
 
-The order matters. Ranks meet first; then rank 0 does what reads every byte (checksums of shards and checkpoints) and
-all hear the verdict; only then is the model loaded, so that a damaged file costs seconds and not the minutes of a load.
+The order matters. Ranks meet first; then they read every byte once (checksums of shards, shared out, and of the
+checkpoint, on rank 0) and all hear the verdict; only then is the model loaded, so that a damaged file costs seconds and
+not the minutes of a load.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+import lbr_dist
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder
@@ -83,6 +85,7 @@ def start(job: Job, resume: str) -> Session:
     """
     recipe, environment = job.recipe, job.environment
     device = start_distributed(environment, recipe.step_timeout + 600)
+    on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: _prepare(job, resume))
     log.info(
         "DeepSpeed %s, stage %d%s", job.regime.name, job.regime.stage, f" ({job.regime.note})" * bool(job.regime.note)
@@ -139,10 +142,23 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
     return answer[0]
 
 
+def on_all_ranks(function: Callable[[], None]) -> None:
+    """Run a function on every rank; if it raises a `UserError` on some, the first one is raised on all. Collective."""
+    error = None
+    try:
+        function()
+    except UserError as raised:
+        error = str(raised)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise UserError(found)
+
+
 def _prepare(job: Job, resume: str) -> Path | None:
-    """Rank 0: check bytes, claim the folder, choose the checkpoint to go on from."""
+    """Rank 0: choose the checkpoint to go on from, and claim the folder."""
     recipe = job.recipe
-    deep_check(job)
     for change in job.changed:
         log.info("changed since the last start: %s", change)
     for entry in job.plan.too_long:
@@ -151,6 +167,7 @@ def _prepare(job: Job, resume: str) -> Path | None:
     reasons: list[str] = []
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
+        run_folder.check_same(checkpoint, recipe, job.allow_change)
         problems = verify(checkpoint)
         if problems:
             raise UserError(f"--resume {resume}: cannot be resumed from: {'; '.join(problems)}")
@@ -160,6 +177,7 @@ def _prepare(job: Job, resume: str) -> Path | None:
         log.warning("passed over %s", reason)
     if checkpoint is not None:
         _check_plan(job, checkpoint)
+        _check_versions(checkpoint)
         log.info("resuming from %s", checkpoint)
     run_folder.claim(recipe)
     return checkpoint
@@ -172,7 +190,7 @@ def _check_plan(job: Job, checkpoint: Path) -> None:
         return
     now = {key: str(value) for key, value in job.plan.identity.items()}
     differing = [key for key in sorted({*now, *state["identity"]}) if now.get(key) != state["identity"].get(key)]
-    if all(any(key == allowed or key.startswith(f"{allowed}.") for allowed in job.allow_change) for key in differing):
+    if all(run_folder.covered(key, job.allow_change) for key in differing):
         log.warning("the data order changed (%s), as allowed", ", ".join(differing))
         return
     listed = "; ".join(f"{key} was {state['identity'].get(key)} and is {now.get(key)}" for key in differing)
@@ -180,6 +198,16 @@ def _check_plan(job: Job, checkpoint: Path) -> None:
         f"{checkpoint}: the data changed since ({listed}), so samples would be repeated or left out: restore the "
         f"prepared sets, start a new run, or allow it with --allow-change {differing[0]}"
     )
+
+
+def _check_versions(checkpoint: Path) -> None:
+    """Say what else changed. The data order and the shapes are compared by themselves, so this refuses nothing."""
+    import deepspeed
+
+    now = {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    for name, before in read_manifest(checkpoint).versions.items():
+        if now.get(name) != before:
+            log.warning("%s was %s and is now %s: losses may differ in the last digits", name, before, now.get(name))
 
 
 def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:

@@ -56,7 +56,7 @@ class Tracker:
         self._line.close()
         self._file.close()
         if self._wandb:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _eta(self, step: int) -> float:
         return (time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step)

@@ -17,21 +17,26 @@ from types import TracebackType
 from typing import Self
 
 EXIT_HUNG = 1
+START_S = 3600.0
+"""Time to load a model and compare checksums, before the first step."""
+GRACE_S = 5.0
+"""Between report and end: the other ranks started to wait a little later, and must not see a dead rank first."""
 
 
 class Watchdog:
-    """Context that ends the process when `alive` was not called for `timeout_s` seconds."""
+    """Context that ends the process when `alive`, once called, is not called again for `timeout_s` seconds."""
 
     def __init__(self, run_dir: Path, rank: int, timeout_s: float) -> None:
         self._file = run_dir / "stacks" / f"rank-{rank}.txt"
-        self._rank, self._timeout, self._doing = rank, timeout_s, "starting"
+        self._rank, self._doing = rank, "starting"
+        self._step_timeout, self._timeout = timeout_s, max(timeout_s, START_S)
         self._last = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def alive(self, doing: str) -> None:
         """Progress was made; `doing` says what comes next, for the report."""
-        self._last, self._doing = time.monotonic(), doing
+        self._last, self._doing, self._timeout = time.monotonic(), doing, self._step_timeout
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -43,9 +48,10 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._timeout / 4)):
+        while not self._ended.wait(min(1.0, self._step_timeout / 4)):
             if time.monotonic() - self._last > self._timeout:
                 self._report()
+                time.sleep(GRACE_S)
                 os._exit(EXIT_HUNG)
 
     def _report(self) -> None:

@@ -45,10 +45,10 @@ def calm(place: tuple[Path, Path, Path]) -> dict[str, Any]:
         *inputs,
         duration={"epochs": 4},
         checkpoint={"every_steps": 2, "keep_last": 3},
-        model={"lora": {"r": 4, "dropout": 0.1, "train_modules": ["embed_tokens"]}},
+        model={"lora": {"r": 4, "dropout": 0.1}},
     )
     (result,) = ranks(folder, 2, train_all, [raw])
-    assert result["code"] == 0
+    assert result.get("code") == 0, result
     return raw
 
 
@@ -105,7 +105,7 @@ def test_all_ranks_killed_at_random_moments(place: tuple[Path, Path, Path], calm
         for process in processes:
             process.join()
     (result,) = ranks(folder, 2, train_all, [raw])
-    assert result["code"] == 0
+    assert result.get("code") == 0, result
     assert_same_run(raw, calm)
     assert audit(raw["output"]).attempts >= 2
 
@@ -136,7 +136,7 @@ def test_damaged_checkpoint_is_passed_over(
     newest = list_checkpoints(raw["output"])[0][0]
     damage(newest)
     (result,) = ranks(folder, 2, train_all, [raw])
-    assert result["code"] == 0
+    assert result.get("code") == 0, result
     assert f"passed over {newest}/" in (Path(raw["output"]) / "log.txt").read_text()
     assert_same_run(raw, calm)
 
@@ -146,31 +146,31 @@ def test_nan_stops_with_the_samples_or_skips(place: tuple[Path, Path, Path]) -> 
     stop = recipe(folder / "stop", *inputs, checkpoint={"every_steps": 2}, deepspeed="zero2")
     skip = {**stop, "output": str(folder / "skip"), "on_nan": "skip", "deepspeed": "zero3"}
     never = {**skip, "output": str(folder / "never"), "max_skips": 1, "optim": {"lr": 1e30, "clip": 0}}
-    stopped, skipped, gave_up = ranks(folder, 2, train_with, "nan 4", [stop, skip, never])
+    stopped, skipped, gave_up = ranks(folder, 2, train_with, "nan 3", [stop, skip, never])
 
-    assert "step 4: loss inf" in stopped["error"] or "step 4: loss nan" in stopped["error"]
+    assert "step 3: loss inf" in stopped["error"] or "step 3: loss nan" in stopped["error"]
     assert "on_nan=skip" in stopped["error"]
     assert [path.name for path, _ in list_checkpoints(stop["output"])] == ["step-000002"]
-    dumps = [json.loads((folder / "stop" / f"bad-step-4-rank-{rank}.json").read_text()) for rank in (0, 1)]
+    dumps = [json.loads((folder / "stop" / f"bad-step-3-rank-{rank}.json").read_text()) for rank in (0, 1)]
     logged = [json.loads(line) for line in (folder / "skip" / "audit" / "rank-1.jsonl").read_text().splitlines()]
-    assert dumps[1]["ids"] == next(row["ids"] for row in logged if row.get("step") == 3)
+    assert dumps[1]["ids"] == next(row["ids"] for row in logged if row.get("step") == 2)
     assert dumps[0]["ids"]
 
     assert skipped["code"] == 0
-    assert [row["step"] for row in rows(skip) if row.get("skipped")] == [4]
-    assert all(row["loss"] < 10 for row in rows(skip) if row["step"] != 4)
+    assert [row["step"] for row in rows(skip) if row.get("skipped")] == [3]
+    assert all(row["loss"] < 10 for row in rows(skip) if row["step"] != 3)
     assert "more than max_skips=1" in gave_up["error"]
 
 
 def test_a_hung_rank_shows_every_stack(place: tuple[Path, Path, Path]) -> None:
     folder, *inputs = place
-    raw = recipe(folder / "hung", *inputs, step_timeout=8)
+    raw = recipe(folder / "hung", *inputs, step_timeout=20)
     processes = start_ranks(train_with, 2, fresh(folder), "hang 3", [raw])
     for process in processes:
         process.join(600)
     assert [process.exitcode for process in processes] == [1, 1]
     stacks = [(folder / "hung" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
-    assert all("no progress for 8 s, while running step 3" in text for text in stacks)
+    assert all("no progress for 20 s, while running step 3" in text for text in stacks)
     assert "in faulty" in stacks[1]
     assert "in faulty" not in stacks[0]
 
@@ -187,7 +187,7 @@ def test_a_shard_that_vanishes_is_named(place: tuple[Path, Path, Path]) -> None:
     assert str(shard) in result["error"]
     shutil.copytree(data, copy, dirs_exist_ok=True)
     (result,) = ranks(folder, 1, train_all, [raw])
-    assert result["code"] == 0
+    assert result.get("code") == 0, result
     assert audit(raw["output"]).problems == []
 
 

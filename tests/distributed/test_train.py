@@ -167,7 +167,7 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
             ),
             ["bottleneck.tokens is 3 here and 2 there"],
         ),
-        (recipe(folder / "x", *inputs, data={"max_x_tokens": 400, "bin_tokens": 600}), ["512 positions"]),
+        (recipe(folder / "x", *inputs, data={"max_x_tokens": 500, "bin_tokens": 700}), ["512 positions"]),
         (recipe(folder / "x", folder / "full", data), ["full", "not a model folder"]),
         (recipe(folder / "x", *inputs, model={"start_from": str(folder / "full")}), ["neither a checkpoint"]),
     ]
