@@ -31,6 +31,8 @@ def main() -> None:
     """Entry point: a mistake of the user is one line on stderr and exit code 2."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours look for the terminal themselves
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it found none
     try:
         app()
     except UserError as error:

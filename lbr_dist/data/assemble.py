@@ -5,8 +5,6 @@ from the index is an error, not a truncation: it means another tokenizer or a ch
 be another one.
 """
 
-# ruff: noqa: N815 - tensor names carry shape suffixes
-
 from __future__ import annotations
 
 from collections.abc import Sequence

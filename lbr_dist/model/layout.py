@@ -12,8 +12,6 @@ The two segments are the paper's information cut-off mask, exactly: Y sees Z and
 place; keys and values are gathered once, with only Z in them twice.
 """
 
-# ruff: noqa: N802, N815 - tensor names carry shape suffixes
-
 from __future__ import annotations
 
 from collections.abc import Sequence

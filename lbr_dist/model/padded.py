@@ -9,8 +9,6 @@ Rows go into slots and back by `index_select` in both directions: its own backwa
 all rows except Z's stand in exactly one slot, so the backward is a gather too.
 """
 
-# ruff: noqa: N815 - tensor names carry shape suffixes
-
 from __future__ import annotations
 
 from dataclasses import dataclass

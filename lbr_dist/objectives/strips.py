@@ -8,8 +8,6 @@ last strip of the last rank (an online log-sum-exp). The trade-off: gradients ar
 until the backward (2 x batch x width numbers).
 """
 
-# ruff: noqa: N815 - tensor names carry shape suffixes
-
 from __future__ import annotations
 
 from collections.abc import Iterator
