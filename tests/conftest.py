@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked for on this machine alone, at once
+os.environ["TQDM_DISABLE"] = "1"
 
 TINY_TEXTS = [
     "aspirin is a salicylate drug that relieves pain and fever",
