@@ -173,8 +173,11 @@ class Zero3State(EngineState):
 
     @override
     def loaded(self) -> None:
-        self.zero.checkpoint_event_prologue()  # drop gathered copies of the old weights
-        self.zero.checkpoint_event_epilogue()  # gather the small parameters that stay whole
+        # Drop gathered copies of the old weights. The small parameters that stay whole are not gathered again here, as
+        # DeepSpeed's own epilogue would: the first forward pass does it, and learns from parameters that are not there
+        # which modules read another's weight (peft's LoRA layers do); else its trace breaks at the second pass.
+        self.zero.checkpoint_event_prologue()
+        self.zero.invalidate_secondary_tensor()
 
 
 _CLASSES: dict[str, Callable[[Any, int, int], EngineState]] = {
