@@ -15,7 +15,7 @@ from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.gradcache import cached_step
 
 PAIRS, MICROS = (5, 2), 3
-# float32 through a whole model, in another order of summation: seen up to 1.3e-6. A wrong scale would be off by a third.
+# float32 through a whole model, in another order of summation: up to 1.3e-6 seen. A wrong scale is off by a third.
 ROUNDING = 3e-6
 SETTINGS = {
     "plain": {},
