@@ -23,6 +23,8 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
+STARTED = ("log.txt", "stacks")
+"""What a start that found a mistake leaves in the folder; the next start goes on in it."""
 
 HARMLESS = (
     "output",
@@ -69,7 +71,7 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder}: is a file; choose another output")
     if not has_run(folder):
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name not in STARTED for path in folder.iterdir()):
             raise UserError(f"output {folder}: is not empty and holds no run of lbr; choose another output")
         return []
     if resume == "never":
