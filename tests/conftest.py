@@ -11,6 +11,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked for on this machine alone, at once
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices; tests that start several ranks would fight over the cores
 
 TINY_TEXTS = [
     "aspirin is a salicylate drug that relieves pain and fever",

@@ -133,7 +133,8 @@ def test_x_and_z_do_not_see_y(tiny_lbr, family):
     one = packed([Sample([5, 6, 7], 2, [9, 10])], bottleneck_vectors=2)
     other = packed([Sample([5, 6, 7], 2, [33, 44, 55, 66])], bottleneck_vectors=2)
     rows = slice(0, 5)
-    torch.testing.assert_close(model(one, "hidden")[rows], model(other, "hidden")[rows], rtol=0, atol=1e-6)
+    # float32 rounding, which the shapes of matrix products change; a leak would be seen in the second decimal
+    torch.testing.assert_close(model(one, "hidden")[rows], model(other, "hidden")[rows], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
