@@ -6,8 +6,8 @@ is kept in `logs/`. The arms run on two cores side by side, one thread each: mod
     core A   base -> IB-GL -> LBR
     core B           GL -> GL+CL -> CL
 
-With `--seeds N` the arms are trained N times (base weights, data order) on the same split, and the table shows mean and
-spread: that is how the numbers in the README were made.
+With `--seeds N` the arms are trained N times (base weights, data order) on the same split, the baselines with
+last-token pooling too, and the table shows mean and spread: that is the table in the README.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ ARMS = (
     ("bm25", "BM25"),
 )
 CHAINS = (("ib_gl", "lbr"), ("gl", "gl_cl", "cl"))
+LAST_TOKEN = (("cl_last", "LM + CL, last token"), ("gl_cl_last", "LM + GL + CL, last token"))
+"""With several seeds the baselines are trained with the other pooling too, at the end of the chains."""
 SEARCHES = 3
 
 
@@ -120,17 +123,20 @@ def make_data(out: Path, lbr: Lbr) -> None:
         )  # fmt: skip
 
 
-def train(lbr: Lbr, seed: int, faster: list[str]) -> None:
+def train(lbr: Lbr, seed: int, faster: list[str], thorough: bool) -> None:
     """All arms of one seed."""
 
     def run(*names: str) -> None:
         for name in names:
-            lbr(f"train-{name}-{seed}", "train", str(RECIPES / f"{name}.yaml"), f"seed={seed}", *faster)
+            recipe = RECIPES / f"{name.removesuffix('_last')}.yaml"
+            change = [f"output=runs/{name}", "contrastive.pooling=last"] if name.endswith("_last") else []
+            lbr(f"train-{name}-{seed}", "train", str(recipe), f"seed={seed}", *change, *faster)
 
     with Step("train the base: next-token prediction on raw text"):
         run("base")
     with Step("train the arms, two at a time: stage 1 with and without bottleneck, then stage 2"):
-        side_by_side(*(partial(run, *chain) for chain in CHAINS))
+        last = [(name,) for name, _ in LAST_TOKEN] if thorough else [(), ()]
+        side_by_side(*(partial(run, *chain, *more) for chain, more in zip(CHAINS, last, strict=True)))
 
 
 def side_by_side(*jobs: Any) -> None:
@@ -140,12 +146,12 @@ def side_by_side(*jobs: Any) -> None:
             future.result()
 
 
-def evaluate(out: Path, lbr: Lbr, name: str = "eval") -> dict[str, Any]:
-    """Evaluate all arms; returns the results, with the arms' names for tables."""
-    models = [name if name == "bm25" else f"runs/{name}" for name, _ in ARMS]
+def evaluate(out: Path, lbr: Lbr, arms: Sequence[tuple[str, str]], name: str) -> dict[str, Any]:
+    """Evaluate arms; returns the results, with the arms' names for tables."""
+    models = [arm if arm == "bm25" else f"runs/{arm}" for arm, _ in arms]
     lbr(name, "eval", *models, "--data", "data/eval", "--generate", "50", "--out", name)
     results: dict[str, Any] = json.loads((out / name / "eval.json").read_text(encoding="utf-8"))
-    for model, (_, title) in zip(results["models"], ARMS, strict=True):
+    for model, (_, title) in zip(results["models"], arms, strict=True):
         model["name"] = title
     return results
 
@@ -159,11 +165,11 @@ def show_searches(out: Path, lbr: Lbr) -> None:
         print(f"    expected for {row['question']!r}: {row['answer'][:90]}")
 
 
-def spread(seeds: list[dict[str, Any]]) -> str:
+def spread(seeds: list[dict[str, Any]], arms: Sequence[tuple[str, str]]) -> str:
     """Mean and spread over seeds as a Markdown table."""
     count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation"
     lines = [f"| model ({count}) | nDCG@10 | Recall@10 | SR |", "| --- | ---: | ---: | ---: |"]
-    for index, (_, title) in enumerate(ARMS):
+    for index, (_, title) in enumerate(arms):
         models = [results["models"][index] for results in seeds]
         cells = [
             figure([model["retrieval"]["ndcg_at_10"] for model in models], 3),
@@ -196,6 +202,8 @@ def main() -> None:
     lbr = Lbr(out)
     make_data(out, lbr)
     faster = ["duration.steps=3"] if arguments.toy else []
+    thorough = arguments.seeds > 1
+    arms = ARMS + LAST_TOKEN * thorough
     seeds = []
     for seed in range(arguments.seeds):
         if seed:
@@ -204,9 +212,9 @@ def main() -> None:
             shutil.rmtree(out / "runs")
             shutil.rmtree(out / "base")
             make_base_model([out / "qa.jsonl", out / "corpus.jsonl"], out / "base", seed=seed)
-        train(lbr, seed, faster)
+        train(lbr, seed, faster, thorough)
         with Step("evaluate: mteb retrieval on the held-out questions, answers generated through the bottleneck"):
-            seeds.append(evaluate(out, lbr, f"eval-{seed}" if seed else "eval"))
+            seeds.append(evaluate(out, lbr, arms, f"eval-{seed}" if seed else "eval"))
     from lbr_dist.evaluate import write_results
     from lbr_dist.evaluation.report import print_table
 
@@ -215,11 +223,11 @@ def main() -> None:
         lbr("export", "export", "runs/lbr", "model", "--scores", "eval/eval.json")
         lbr("report", "report", *(f"runs/{name}" for name, _ in ARMS if name != "bm25"), "eval", "--out", "report")
     print_table(seeds[0])
-    if arguments.seeds > 1:
-        print(spread(seeds))
+    if thorough:
+        print(spread(seeds, arms))
     if arguments.results:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.with_suffix(".md").write_text(spread(seeds) + "\n", encoding="utf-8")
+        arguments.results.with_suffix(".md").write_text(spread(seeds, arms) + "\n", encoding="utf-8")
         arguments.results.with_suffix(".json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
     show_searches(out, lbr)
     print(f"\nDone in {(time.monotonic() - Step.began) / 60:.1f} minutes. Look at:")
