@@ -29,15 +29,20 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 def main() -> None:
     """Entry point: a mistake of the user is one line on stderr and exit code 2."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours look for the terminal themselves
-    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it found none
+    quiet()
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+
+
+def quiet() -> None:
+    """Keep other libraries from talking; to be called before they are imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # their bars; ours look for the terminal themselves
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it found none
 
 
 def _version(value: bool) -> None:
@@ -129,6 +134,20 @@ def train(
     from lbr_dist.training.run import train as run
 
     sys.exit(run(loaded, resume=resume, allow_change=allow_change or ()).exit_code)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (`lbr recipes`).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-4.")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or cpu.")] = "h100",
+) -> None:
+    """Check a recipe without starting it: steps, tokens, memory per rank, time."""
+    from lbr_dist.recipes import load_recipe
+    from lbr_dist.training.estimate import estimate
+
+    print("\n".join(estimate(load_recipe(recipe, overrides), world=world_size, gpu=gpu).lines))
 
 
 @app.command("eval")

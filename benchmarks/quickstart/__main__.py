@@ -26,6 +26,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.cli import quiet
+
 RECIPES = Path(__file__).parent / "recipes"
 ENTITY = r"id~^(.*):[^:]*$"
 ARMS = (
@@ -199,6 +201,7 @@ def main() -> None:
         if any(out.iterdir()) and not (out / "logs").is_dir():
             raise SystemExit(f"quickstart: {out} exists and holds something else; choose another --out")
         shutil.rmtree(out)
+    quiet()
     lbr = Lbr(out)
     make_data(out, lbr)
     faster = ["duration.steps=3"] if arguments.toy else []
