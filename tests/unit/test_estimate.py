@@ -1,0 +1,129 @@
+"""`lbr plan`: counts against real models, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lbr_dist.data.plan_base import PlannedSample, SampleRef
+from lbr_dist.data.record import Record
+from lbr_dist.data.shards import write_set
+from lbr_dist.errors import UserError
+from lbr_dist.model.layout import Sample, pack
+from lbr_dist.model.tokenizer import Tokenization
+from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.estimate import MACHINES, Shape, communication, estimate, memory, trained_elements
+from lbr_dist.training.flops import FlopCounter
+
+ZERO3 = {"stage": 3}
+SEVEN = Shape(layers=28, width=3584, query=3584, key=512, inner=18944, vocabulary=152064, tied=False)  # Qwen2.5-7B
+
+
+def make(**sections: Any) -> Any:
+    raw: dict[str, Any] = {
+        "stage": "generative",
+        "output": "run-that-is-not-there",
+        "model": {"path": "model", "dtype": "bfloat16"},
+        "data": {"sets": [{"path": "set"}], "bin_tokens": 512, "max_x_tokens": 100, "max_y_tokens": 100},
+        "bottleneck": {"tokens": 2},
+        "batch": {"global_batch": 2},
+        "duration": {"epochs": 2},
+    }
+    for name, value in sections.items():
+        raw[name] = {**raw[name], **value} if isinstance(raw.get(name), dict) else value
+    return parse_recipe(raw, "test")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_counts_are_those_of_the_model(tiny_lbr: Callable[..., Any], family: str, lora: dict[str, Any] | None) -> None:
+    model = tiny_lbr(family, tied=False, model={"lora": lora})
+    shape = Shape.of(model.causal_lm.config)
+    recipe = make(model={"path": "model", "lora": lora})
+    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "lora_" not in name and name != "z"]
+    assert shape.total == sum(p.numel() for p in matrices)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
+    assert trained_elements(shape, recipe) == trained
+
+
+def test_seven_billion() -> None:
+    assert SEVEN.total == pytest.approx(7.61e9, rel=0.005)
+
+
+def test_flops_are_those_that_torch_counts(tiny_lbr: Callable[..., Any]) -> None:
+    """Without attention, whose kernels count whole squares."""
+    model, lengths = tiny_lbr("llama", tokens=2), [(9, 2, 7), (3, 2, 1), (12, 2, 4)]
+    batch = pack([Sample([5] * x, z, [6] * y) for x, z, y in lengths], bottleneck_vectors=2, hide_x=True)
+    with FlopCounterMode(display=False) as counter:
+        model(batch, "generate").backward()
+    counts = counter.get_flop_counts()["Global"]
+    settings, targets = model.causal_lm.config, sum(y for _, _, y in lengths)
+    unseen = 2 * settings.vocab_size * settings.hidden_size * targets  # the head's `mm(..., out=)`
+    products = unseen + sum(n for op, n in counts.items() if "attention" not in str(op))
+    flops = FlopCounter.of(settings, make())
+    planned = [PlannedSample(SampleRef(0, i), *sizes) for i, sizes in enumerate(lengths)]
+    cells = sum((x + z) * (x + z + 1) / 2 + y * z + y * (y + 1) / 2 for x, z, y in lengths)
+    assert flops.of_samples(planned) - flops.per_cell * cells == pytest.approx(products)
+
+
+def test_more_ranks_need_less_and_send_no_more_than_the_whole() -> None:
+    recipe, machine = make(), MACHINES["h100"]
+    needs = [memory(SEVEN, recipe, machine, world=n, zero=ZERO3, micro=4096).total for n in (1, 2, 8, 64, 1024)]
+    assert needs == sorted(needs, reverse=True)
+    assert communication(SEVEN, recipe, stage=3, world=1, micros=1, zero=ZERO3) == 0
+    sent = communication(SEVEN, recipe, stage=3, world=1024, micros=1, zero=ZERO3)
+    assert sent == pytest.approx(3 * 2 * SEVEN.total, rel=0.01)
+
+
+def test_recomputation_and_offload_save_memory() -> None:
+    machine = MACHINES["h100"]
+    plain = memory(SEVEN, make(), machine, world=8, zero=ZERO3, micro=16384)
+    recomputed = make(model={"path": "model", "dtype": "bfloat16", "activation_checkpointing": True})
+    assert memory(SEVEN, recomputed, machine, world=8, zero=ZERO3, micro=16384).activations < plain.activations / 4
+    offload = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert memory(SEVEN, make(), machine, world=8, zero=offload, micro=16384).optimizer == 0
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> dict[str, Any]:
+    tokenization = Tokenization.load(str(tiny_model_dir()))
+    records = [Record(id=f"r{i}", question=f"what is {i}", answer=f"it is {i * i}") for i in range(50)]
+    (tmp_path / "set").mkdir()
+    write_set(tmp_path / "set", {"gl": records}, tokenization, name="plan")
+    return {
+        "model": {"path": str(tiny_model_dir())},
+        "data": {"sets": [{"path": str(tmp_path / "set")}]},
+        "output": str(tmp_path / "run"),
+    }
+
+
+def test_plan_of_a_recipe(prepared: dict[str, Any], tmp_path: Path) -> None:
+    found = estimate(make(**prepared), world=4, gpu="a100")
+    text = "\n".join(found.lines)
+    assert "50 samples" in text
+    assert "4 x A100" in text
+    assert found.step_s > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_work_is_refused(prepared: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"--gpu b9: expected one of h100"):
+        estimate(make(**prepared), gpu="b9")
+    with pytest.raises(UserError, match="no such file"):
+        estimate(make(**{**prepared, "deepspeed": "zero9"}))
+    huge = {**prepared, "batch": {"global_batch": 2, "micro_tokens": 10**9}}
+    with pytest.raises(UserError, match=r"does not fit 80 GiB: try .*batch\.micro_tokens"):
+        estimate(make(**huge))
+
+
+def test_the_tiny_model_needs_what_torch_says(tiny_lbr: Callable[..., Any]) -> None:
+    model = tiny_lbr("llama", tied=True)
+    shape = Shape.of(model.causal_lm.config)
+    found = memory(shape, make(model={"path": "m"}), MACHINES["cpu"], world=1, zero={"stage": 0}, micro=10)
+    weights = sum(p.numel() * torch.finfo(torch.bfloat16).bits // 8 for p in model.causal_lm.parameters())
+    assert found.weights == pytest.approx(weights, rel=0.03)
