@@ -27,8 +27,8 @@ PRELOAD = [
 def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any, timeout: float = 120) -> list[Any]:
     """`function(rank, world, *args)` on every rank, as a default group; results in rank order.
 
-    `function` must be importable (module level). A failing rank ends the others and its traceback is raised; so is
-    a rank that outlives `timeout` seconds.
+    `function` must be importable (module level). A failing rank ends the others and every traceback there is, oldest
+    first, is raised; so is a rank that outlives `timeout` seconds.
     """
     processes = start_ranks(function, world, folder, *args)
     end = datetime.datetime.now() + datetime.timedelta(seconds=timeout)
@@ -45,9 +45,9 @@ def run_ranks(function: Callable[..., Any], world: int, folder: Path, *args: Any
             if process.is_alive() and (late or failed):
                 process.kill()
             process.join()
-    errors = [(folder / f"error-{rank}").read_text() for rank in range(world) if (folder / f"error-{rank}").exists()]
+    errors = sorted(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns)  # the cause before its echoes
     if errors:
-        raise RuntimeError(errors[0])
+        raise RuntimeError("\n".join(f"{error.name}: {error.read_text()}" for error in errors))
     if any(process.exitcode for process in processes):
         raise TimeoutError(f"ranks ended with {[process.exitcode for process in processes]} after {timeout} s")
     return [torch.load(folder / f"result-{rank}", weights_only=False) for rank in range(world)]
