@@ -1,0 +1,70 @@
+"""The `lbr` command: parse, call, print. Nothing else happens here.
+
+One file holds the commands of one concern. Every command imports its part of the package when it is called, so that
+`lbr --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbr_dist import __version__
+from lbr_dist.cli import checkpoint, data, models, training
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
+
+app = typer.Typer(
+    help="Learn Before Represent: train, evaluate and export domain-specific embedding models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(data.prepare)
+app.command()(training.train)
+app.command()(training.plan)
+app.command("eval")(models.evaluate)
+app.command()(models.export)
+app.command()(models.encode)
+app.command()(models.search)
+app.command()(models.report)
+app.command()(training.audit)
+app.command()(training.recipes)
+app.add_typer(checkpoint.app, name="checkpoint")
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one line on stderr and exit code 2."""
+    quiet()
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def quiet() -> None:
+    """Keep other libraries from talking; to be called before they are imported."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # their bars; ours look for the terminal themselves
+    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it found none
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"lbr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass

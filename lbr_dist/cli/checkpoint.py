@@ -1,0 +1,63 @@
+"""`lbr checkpoint list`, `verify` and `consolidate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lbr_dist.cli.options import dtype_option
+from lbr_dist.errors import UserError
+
+app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_checkpoints(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """The checkpoints of a run, newest first."""
+    from lbr_dist.training.checkpoint_format import list_checkpoints as found
+
+    for path, manifest in found(run):
+        print(f"{path.name}  {_describe(manifest)}")
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="Checkpoint, or run folder: all of its checkpoints.")]) -> None:
+    """Read every byte and compare it with the checksums; exit code 1 if anything is wrong."""
+    from lbr_dist.training.checkpoint_format import checkpoints_folder
+    from lbr_dist.training.checkpoint_format import list_checkpoints as found
+    from lbr_dist.training.checkpoint_format import verify as problems_of
+
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run or one of its checkpoints")
+    folders = [folder for folder, _ in found(path)] if checkpoints_folder(path).is_dir() else [path]
+    if not folders:
+        raise UserError(f"{path}: has no checkpoint")
+    bad = False
+    for folder in folders:
+        problems = problems_of(folder)
+        bad = bad or bool(problems)
+        print(f"{folder}: {'; '.join(problems) or 'verified'}")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def consolidate(
+    path: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    max_shard_gib: Annotated[float, typer.Option(help="Largest file, in GiB.")] = 4,
+) -> None:
+    """Write the weights as plain safetensors shards."""
+    from lbr_dist.training.weights import consolidate as write
+
+    for shard in write(path, out, dtype_option(dtype), max_shard_gib):
+        print(f"written: {shard}")
+
+
+def _describe(manifest: Any) -> str:
+    if manifest is None:
+        return "incomplete: cannot be resumed from"
+    return f"step {manifest.step}, {manifest.world_size} ranks, {len(manifest.files)} files"

@@ -1,0 +1,69 @@
+"""`lbr prepare`: raw files to shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbr_dist.errors import UserError
+
+
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Files, folders, globs, addresses or data sets; KIND=PATH gives one a kind of its own."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    tokenizer: Annotated[str, typer.Option(help="Model folder or name whose tokenizer the token counts are for.")],
+    kind: Annotated[
+        str | None,
+        typer.Option(help="question-answer, query-document, multiple-choice or corpus; default: recognised by fields."),
+    ] = None,
+    field: Annotated[
+        list[str] | None, typer.Option(help="ROLE=NAME for a field of another name, as question=prompt. Repeatable.")
+    ] = None,
+    gl: Annotated[str | None, typer.Option(help="Size of the GL side: a count, a share, or 'rest'.")] = None,
+    cl: Annotated[str | None, typer.Option(help="Size of the CL side.")] = None,
+    eval_: Annotated[str | None, typer.Option("--eval", help="Size of the evaluation side.")] = None,
+    entity: Annotated[
+        str | None, typer.Option(help="FIELD or FIELD~REGEX: rows with the same value stay on one side.")
+    ] = None,
+    decontaminate: Annotated[
+        list[str] | None, typer.Option(help="Evaluation set from elsewhere; connected training rows are dropped.")
+    ] = None,
+    paragraphs: Annotated[
+        bool, typer.Option(help="Plain text holds documents separated by blank lines, not one per line.")
+    ] = False,
+    similarity: Annotated[
+        float, typer.Option(help="Jaccard similarity from which two texts are near-duplicates.")
+    ] = 0.7,
+    max_chars: Annotated[int, typer.Option(help="Longest field, in characters; longer ones are bad rows.")] = 100_000,
+    max_bad_share: Annotated[float, typer.Option(help="A larger share of bad rows stops the run.")] = 0.01,
+    domain: Annotated[str, typer.Option(help="Domain of records that name none.")] = "",
+    name: Annotated[str | None, typer.Option(help="Name of the set in tables; default: the folder's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order and of the choice of sides.")] = 0,
+    shard_records: Annotated[int, typer.Option(help="Most records in a shard.")] = 8192,
+    shard_mib: Annotated[float, typer.Option(help="Largest shard, in MiB.")] = 256,
+    overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input.")] = False,
+) -> None:
+    """Turn raw files into isolated GL / CL / eval shards."""
+    from lbr_dist.data.prepare import prepare as run
+
+    fields = dict(_pair(item, "--field") for item in field or [])
+    sizes = {side: size for side, size in (("gl", gl), ("cl", cl), ("eval", eval_)) if size is not None}
+    report = run(
+        sources, out, tokenizer=tokenizer, kind=kind, fields=fields, sizes=sizes or None, entity=entity,
+        decontaminate=decontaminate or (), paragraphs=paragraphs, similarity=similarity, max_chars=max_chars,
+        max_bad_share=max_bad_share, domain=domain, name=name, seed=seed, shard_records=shard_records,
+        shard_mib=shard_mib, overwrite=overwrite,
+    )  # fmt: skip
+    print("\n".join(report.lines))
+
+
+def _pair(text: str, flag: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise UserError(f"{flag} {text}: expected NAME=VALUE")
+    return key, value

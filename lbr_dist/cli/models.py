@@ -1,0 +1,98 @@
+"""`lbr eval`, `export`, `encode`, `search` and `report`: what is done with a trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbr_dist.cli.options import dtype_option
+from lbr_dist.errors import UserError
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="Runs, checkpoints, exports, sentence-transformers models, hf:PATH?pooling=mean, bm25."),
+    ],
+    data: Annotated[str, typer.Option(help="Prepared set; its eval side is used.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results; default: MODEL/eval of the first run.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Further mteb task, by name. Repeatable.")] = None,
+    distractors: Annotated[int, typer.Option(help="Passages from the training sides added to the corpus.")] = 0,
+    generate: Annotated[int, typer.Option(help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
+    hardest: Annotated[int, typer.Option(help="Non-positives per query in the separation ratio.")] = 10,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+) -> None:
+    """Measure models: retrieval (mteb), generation, separation ratio."""
+    from lbr_dist.evaluate import default_out
+    from lbr_dist.evaluate import evaluate as run
+    from lbr_dist.evaluation.report import print_table
+
+    folder = out or default_out(models)
+    results = run(
+        models, data, folder, tasks=task or (), distractors=distractors, generate=generate, hardest=hardest,
+        device=device,
+    )  # fmt: skip
+    print_table(results)
+    print(f"written: {folder}/eval.json, eval.md, eval.png")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Model folder to make.")],
+    tokens: Annotated[
+        int | None, typer.Option(help="Bottleneck tokens that every text gets, for a run in ratio mode.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    scores: Annotated[Path | None, typer.Option(help="eval.json for the model card; default: the run's own.")] = None,
+) -> None:
+    """Write a model folder for sentence-transformers and plain transformers."""
+    from lbr_dist.export import export as write
+
+    print(f"written: {write(run, out, tokens=tokens, dtype=dtype_option(dtype), scores=scores)}")
+
+
+def encode(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, export or sentence-transformers model.")],
+    source: Annotated[Path, typer.Argument(help="JSONL (also .gz, .zst), Parquet, or text with a text per line.")],
+    out: Annotated[Path, typer.Argument(help="Parquet file to make: id and embedding.")],
+    side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
+    field: Annotated[str | None, typer.Option(help="Field that holds the text; default: by side.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+) -> None:
+    """Embed a file; continues where a killed run stopped."""
+    from lbr_dist.encode import encode_file
+
+    if side not in ("query", "passage"):
+        raise UserError(f"--side {side}: expected query or passage")
+    done = encode_file(model, source, out, side=side, field=field, device=device)  # type: ignore[arg-type]
+    notes = [f"{done.resumed} from the earlier attempt"] * bool(done.resumed) + [f"{done.cut} cut"] * bool(done.cut)
+    note = ", ".join(notes)
+    print(f"written: {out}: {done.texts} embeddings of {done.width} numbers{f' ({note})' if note else ''}")
+
+
+def search(
+    model: Annotated[str, typer.Argument(help="Run, checkpoint, export, sentence-transformers model, or bm25.")],
+    corpus: Annotated[Path, typer.Argument(help="Prepared set, or a JSONL, Parquet or text file.")],
+    queries: Annotated[list[str], typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,
+    field: Annotated[str | None, typer.Option(help="Field of the file that holds the text.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+) -> None:
+    """Look at a model's results by eye."""
+    from lbr_dist.search import print_hits
+    from lbr_dist.search import search as run
+
+    print_hits(queries, run(model, corpus, queries, k=k, field=field, device=device))
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run folders and evaluations (eval.json or its folder).")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and report.png.")] = Path("report"),
+) -> None:
+    """Compare runs: a Markdown table and a plot."""
+    from lbr_dist.report import report as write
+
+    print(write(runs, out))
+    print(f"written: {out}/report.md, report.png")

@@ -1,0 +1,82 @@
+"""`lbr train`, `plan`, `audit` and `recipes`: runs and what they are made from."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lbr_dist.errors import UserError
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (`lbr recipes`).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-4.")] = None,
+    nproc: Annotated[int | None, typer.Option(help="Start this many ranks on this machine.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
+    allow_change: Annotated[
+        list[str] | None, typer.Option(help="Recipe field that may differ from the run that is resumed. Repeatable.")
+    ] = None,
+) -> None:
+    """Train stage 1 or stage 2 from a recipe."""
+    from lbr_dist.recipes import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if nproc is not None:
+        from lbr_dist.launch.local import launch
+
+        sys.exit(launch(loaded, nproc, resume=resume, allow_change=allow_change or ()))
+    from lbr_dist.training.run import train as run
+
+    sys.exit(run(loaded, resume=resume, allow_change=allow_change or ()).exit_code)
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (`lbr recipes`).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-4.")] = None,
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or cpu.")] = "h100",
+) -> None:
+    """Check a recipe without starting it: steps, tokens, memory per rank, time."""
+    from lbr_dist.recipes import load_recipe
+    from lbr_dist.training.estimate import estimate
+
+    print("\n".join(estimate(load_recipe(recipe, overrides), world=world_size, gpu=gpu).lines))
+
+
+def audit(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+    """Prove from a run's logs that every sample was used exactly once per epoch, in plan order."""
+    from lbr_dist.training.audit import audit as check
+
+    found = check(run)
+    print(f"{run}: {found}")
+    for problem in found.problems:
+        print(f"  {problem}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to copy.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="Where to; default: NAME.yaml here.")] = None,
+) -> None:
+    """List the recipes that ship, or copy one to start from."""
+    from lbr_dist.recipes import FOLDER, shipped
+
+    known = shipped()
+    if name is None:
+        width = max(map(len, known))
+        print("\n".join(f"{recipe:<{width}}  {line}" for recipe, line in known.items()))
+        return
+    if name not in known:
+        raise UserError(f"recipe {name}: not one that ships; they are {', '.join(known)}")
+    target = out or Path(f"{name}.yaml")
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    if target.exists():
+        raise UserError(f"{target}: exists; name another file")
+    shutil.copyfile(FOLDER / f"{name}.yaml", target)
+    print(f"written: {target}")

@@ -1,0 +1,93 @@
+"""Typed recipes: every setting of a run, its default, and what it means.
+
+The schema alone: values are checked one by one in their sections and against each other in `Recipe`; `recipes` reads
+the files.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lbr_dist.config.base import Positive, PositiveFloat, Section
+from lbr_dist.config.data import Data, DataSet
+from lbr_dist.config.model import Bottleneck, Lora, Model
+from lbr_dist.config.objectives import Contrastive, Generative
+from lbr_dist.config.training import Batch, Checkpoint, Duration, Optim, Tracking
+
+__all__ = [
+    "Batch",
+    "Bottleneck",
+    "Checkpoint",
+    "Contrastive",
+    "Data",
+    "DataSet",
+    "Duration",
+    "Generative",
+    "Lora",
+    "Model",
+    "Optim",
+    "Recipe",
+    "Section",
+    "Tracking",
+]
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    stage: Literal["generative", "contrastive"]
+    """Stage 1 (generative) or stage 2 (contrastive)."""
+    output: str
+    """Run folder: recipe, metrics and checkpoints."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the data order, of dropout and of newly made parameters."""
+    model: Model
+    data: Data
+    bottleneck: Bottleneck = Bottleneck()
+    generative: Generative = Generative()
+    contrastive: Contrastive = Contrastive()
+    batch: Batch
+    optim: Optim = Optim()
+    duration: Duration
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+    deepspeed: str = "auto"
+    """A name in ds_configs/ (zero3, zero2, zero3_offload, cpu ...) or the path of a DeepSpeed JSON file. `auto`: zero3
+    on GPUs, cpu (also stage 3) on several CPU processes, and on one, where there is nothing to partition, zero0 (with
+    bfloat16: zero1)."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop and dump the step's sample ids, or skip the step."""
+    max_skips: Positive = 10
+    """Skipped steps after which the run stops all the same."""
+    step_timeout: PositiveFloat = 1800.0
+    """Seconds without a finished step after which every rank writes its Python stacks and ends (a hung rank)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.stage == "contrastive" and self.contrastive.pooling == "bottleneck" and not self.bottleneck.enabled:
+            raise ValueError(
+                "contrastive.pooling is 'bottleneck' but bottleneck.enabled is false: "
+                "set contrastive.pooling=last or mean, or enable the bottleneck"
+            )
+        if self.stage == "generative" and self.data.max_x_tokens + self.data.max_y_tokens > self.data.bin_tokens:
+            raise ValueError(
+                f"data.bin_tokens ({self.data.bin_tokens}) cannot hold a sample of data.max_x_tokens + "
+                f"data.max_y_tokens ({self.data.max_x_tokens + self.data.max_y_tokens}) tokens: "
+                "raise bin_tokens or lower the two"
+            )
+        if self.stage == "contrastive":
+            for field in ("query_instruction", "passage_instruction"):
+                text = getattr(self.contrastive, field)
+                if text and not text.endswith("\n"):
+                    raise ValueError(f"contrastive.{field} must end in a line break (\\n)")
+        return self
+
+    def split_of(self, data_set: DataSet) -> str:
+        """Split that this run reads from `data_set`."""
+        return data_set.split or ("gl" if self.stage == "generative" else "cl")
+
+    def target_of(self, data_set: DataSet) -> str:
+        """Stage 1 target of `data_set`."""
+        return data_set.target or self.generative.target
