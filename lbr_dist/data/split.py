@@ -210,7 +210,11 @@ def _targets(sizes: Mapping[str, int | float | None], total: int) -> dict[str, i
     if asked > total and shares_only:  # rounding
         room[max(room, key=lambda name: room[name])] -= asked - total
     elif asked > total:
-        raise UserError(f"the sizes ask for {asked} question-answer records, the sources have {total}: lower one")
+        listed = ", ".join(f"--{name} {count}" for name, count in room.items())
+        raise UserError(
+            f"the sizes ask for {asked} question-answer records ({listed}), the sources have {total}: lower one; a side "
+            "that is not given has its default"
+        )
     if shares_only and abs(sum(size for size in sizes.values() if size is not None) - 1) < 1e-9:
         room[max(room, key=lambda name: room[name])] += total - sum(room.values())
     for name, size in sizes.items():

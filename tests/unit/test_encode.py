@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from runs import make_run
 
-from lbr_dist import encode as module
+from lbr_dist import blocks as module
 from lbr_dist.encode import encode_file
 from lbr_dist.errors import UserError
 from lbr_dist.loading import load_encoder
@@ -82,10 +82,10 @@ def test_side_and_field(tmp_path, run):
         assert read(tmp_path / name)[1] == pytest.approx(expected, abs=1e-6)
 
 
-def test_blocks_are_bounded_in_characters_too(monkeypatch):
+def test_blocks_are_bounded_in_characters_too(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BLOCK_CHARACTERS", 10)
     rows = [(str(i), text) for i, text in enumerate(["aaaa", "bbbb", "cccc", "d" * 30, "e"])]
-    blocks = [texts for _, texts in module._blocks(iter(rows), 100)]
+    blocks = [block.texts for block in module.text_blocks(rows, tmp_path, 100)]
     assert blocks == [["aaaa", "bbbb"], ["cccc"], ["d" * 30], ["e"]]
 
 
