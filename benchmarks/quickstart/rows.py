@@ -11,11 +11,10 @@ together whichever side is asked.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
+from benchmarks.jsonl import Row
 from benchmarks.quickstart.domain import content_words
 
 QUESTIONS = 1000
@@ -24,28 +23,10 @@ OVERLAP = 0.5
 NAMES = 6
 """Most names of one entity that are paired: the number of pairs grows with its square."""
 
-Row = dict[str, str]
-
 
 def entity(row: Row) -> str:
     """The entity of a row: its id without the last part."""
     return row["id"].rpartition(":")[0]
-
-
-def read(path: Path) -> list[Row]:
-    """Rows of a JSONL file."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def write(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows as JSONL; returns how many."""
-    count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
 
 
 def is_hard(row: Row) -> bool:

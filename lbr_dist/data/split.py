@@ -212,8 +212,8 @@ def _targets(sizes: Mapping[str, int | float | None], total: int) -> dict[str, i
     elif asked > total:
         listed = ", ".join(f"--{name} {count}" for name, count in room.items())
         raise UserError(
-            f"the sizes ask for {asked} question-answer records ({listed}), the sources have {total}: lower one; a side "
-            "that is not given has its default"
+            f"the sizes ask for {asked} question-answer records ({listed}), the sources have {total}: lower one; "
+            "a side that is not given has its default"
         )
     if shares_only and abs(sum(size for size in sizes.values() if size is not None) - 1) < 1e-9:
         room[max(room, key=lambda name: room[name])] += total - sum(room.values())

@@ -1,4 +1,4 @@
-"""What is loaded by its hub name: a data set to prepare, an mteb task, a model to train; then again without a network."""
+"""What is loaded by its hub name: a data set to prepare, an mteb task, a model to train; and again offline."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import jsonl
 from benchmarks.quickstart import rows
 from benchmarks.quickstart.domain import asks_for_knowledge, content_words, derive
 
@@ -56,4 +57,4 @@ def test_the_domain_derives_from_the_packages_alike_twice(tmp_path: Path) -> Non
     assert counts["corpus"] > 40_000
     for name in ("qa.jsonl", "corpus.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert len(rows.choose_evaluation(rows.read(tmp_path / "a" / "qa.jsonl"))) == rows.QUESTIONS
+    assert len(rows.choose_evaluation(jsonl.read(tmp_path / "a" / "qa.jsonl"))) == rows.QUESTIONS
