@@ -1,0 +1,252 @@
+"""What a Slurm job decides at its start and at its end: may it start, which ports, and is it to run again.
+
+The scripts in `slurm/` only trap, start and wait; they ask here. Each start and end of a job is one row in
+`RUN/slurm.jsonl`, which is how a requeued job knows what happened before, whoever requeued it: the script, or Slurm
+after a lost node or a preemption. Only the standard library and the recipe are imported, since this runs several times
+in every job: the steps of checkpoints are read from their manifests without torch.
+
+    python -m lbr_dist.launch.slurm begin --stage generative --ports 1 RECIPE [key=value ...]    prints free ports
+    python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue or stop
+    python -m lbr_dist.launch.slurm output RECIPE [key=value ...]                                prints the run folder
+    python -m lbr_dist.launch.slurm evaluated RECIPE [key=value ...]                             prints its first set
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.recipes import load_recipe
+
+HISTORY = "slurm.jsonl"
+MAX_RESTARTS = 3
+"""Restarts without a new checkpoint after which a job is not started again."""
+PORTS, BLOCK = range(20_000, 32_000), 16
+"""Below Linux's ephemeral ports, in blocks: each job and each of its attempts begins at a block of its own."""
+_SCRIPTS = {"generative": "slurm/stage1.sh", "contrastive": "slurm/stage2.sh"}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """This start of this job."""
+
+    job: int
+    restart: int
+    nodes: str
+    limit: int
+    """Restarts without progress that are allowed."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Attempt:
+        """Read Slurm's variables.
+
+        Raises:
+            UserError: not in a job, or `LBR_MAX_RESTARTS` is not a number.
+        """
+        if "SLURM_JOB_ID" not in environ:
+            raise UserError("SLURM_JOB_ID is not set: this is for the scripts in slurm/, started by sbatch")
+        limit = environ.get("LBR_MAX_RESTARTS") or str(MAX_RESTARTS)
+        if not limit.isdigit():
+            raise UserError(f"LBR_MAX_RESTARTS={limit}: expected a number of restarts")
+        return cls(
+            int(environ["SLURM_JOB_ID"]),
+            int(environ.get("SLURM_RESTART_COUNT", 0)),
+            environ.get("SLURM_JOB_NODELIST", ""),
+            int(limit),
+        )
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a job whose run has ended."""
+
+    requeue: bool
+    reason: str
+
+
+def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
+    """Requeue a job or not.
+
+    Args:
+        code: exit code of the run; 128 + n for signal n.
+        asked: whether the job was asked to stop (the time limit is near).
+        idle: starts of this job that began with the newest checkpoint that there is, this one included.
+        limit: restarts without progress that are allowed.
+    """
+    if code == 0:
+        return Decision(False, "the run is complete")
+    if code == EXIT_USER_ERROR:
+        return Decision(False, "running again would end the same way: the message above says what to change")
+    what = "stopped on request" if code == EXIT_RUN_AGAIN or asked else f"ended with code {code}"
+    if idle > limit:
+        return Decision(False, f"{what}; {idle} starts without a new checkpoint are as many as LBR_MAX_RESTARTS allows")
+    return Decision(True, f"{what}; it goes on from its newest checkpoint")
+
+
+def begin(recipe: Recipe, attempt: Attempt) -> None:
+    """Write down that the job starts.
+
+    Raises:
+        UserError: it made no progress in too many starts, or the run folder cannot be written.
+    """
+    folder = Path(recipe.output)
+    step = newest_step(folder)
+    idle = idle_starts(read_history(folder), attempt.job, step)
+    if idle > attempt.limit:
+        raise UserError(
+            f"job {attempt.job}: {idle} starts without a new checkpoint (newest: step {step}): not started again; "
+            f"look for the cause in this log, then submit a new job, which goes on from there"
+        )
+    _append(folder, {"event": "start", **_identity(attempt), "nodes": attempt.nodes, "step": step})
+
+
+def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision:
+    """Decide what becomes of the job and write it down.
+
+    Raises:
+        UserError: the run folder cannot be written, so that restarts could not be counted.
+    """
+    folder = Path(recipe.output)
+    step = newest_step(folder)
+    idle = idle_starts(read_history(folder), attempt.job, step)
+    decision = decide(code, asked=asked, idle=idle, limit=attempt.limit)
+    row = {"code": code, "asked": asked, "step": step, "requeue": decision.requeue, "reason": decision.reason}
+    _append(folder, {"event": "end", **_identity(attempt), **row})
+    return decision
+
+
+def idle_starts(history: Sequence[Mapping[str, Any]], job: int, step: int) -> int:
+    """Starts of a job that already had as much as there is now."""
+    return sum(row["event"] == "start" and row["job"] == job and row["step"] >= step for row in history)
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the run's newest committed checkpoint, whether it verifies or not; 0 where there is none."""
+    newest = (0, 0)
+    for file in folder.glob("checkpoints/step-*/manifest.json"):
+        try:
+            manifest = json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            continue  # damaged: the run will say so and pass over it
+        newest = max(newest, (int(manifest["sequence"]), int(manifest["step"])))
+    return newest[1]
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Rows of `slurm.jsonl`, without those torn by a crash."""
+    rows: list[dict[str, Any]] = []
+    file = folder / HISTORY
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def free_ports(count: int, attempt: Attempt, wanted: str | None = None) -> list[int]:
+    """TCP ports that nothing listens on, on this machine, at this moment.
+
+    Args:
+        count: how many.
+        attempt: two jobs on one machine, or two attempts of one job, start to look at different places.
+        wanted: `MASTER_PORT`, where the user chose one: the first of the list.
+
+    Raises:
+        UserError: the wanted port is taken.
+    """
+    blocks = len(PORTS) // BLOCK
+    start = (7 * attempt.job + attempt.restart) % blocks * BLOCK
+    candidates = [PORTS[(start + offset) % len(PORTS)] for offset in range(len(PORTS))]
+    found: list[int] = []
+    if wanted:
+        if not wanted.isdigit() or not is_free(int(wanted)):
+            raise UserError(f"MASTER_PORT={wanted}: taken on {socket.gethostname()}: unset it, or choose another")
+        found.append(int(wanted))
+    for port in candidates:
+        if len(found) == count:
+            return found
+        if port not in found and is_free(port):
+            found.append(port)
+    raise UserError(f"{socket.gethostname()}: no {count} free ports between {PORTS[0]} and {PORTS[-1]}")
+
+
+def is_free(port: int) -> bool:
+    """Whether a TCP port can be listened on, on every address of this machine."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def _identity(attempt: Attempt) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"job": attempt.job, "restart": attempt.restart, "time": now}
+
+
+def _append(folder: Path, row: dict[str, Any]) -> None:
+    file = folder / HISTORY
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torn = file.is_file() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+        with file.open("a", encoding="utf-8") as rows:
+            rows.write("\n" * torn + json.dumps(row) + "\n")
+            rows.flush()
+            os.fsync(rows.fileno())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written on {socket.gethostname()}: {error.strerror}") from error
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The scripts' side of this module."""
+    parser = argparse.ArgumentParser(prog="python -m lbr_dist.launch.slurm")
+    parser.add_argument("command", choices=("begin", "end", "output", "evaluated"))
+    parser.add_argument("--stage", choices=tuple(_SCRIPTS))
+    parser.add_argument("--ports", type=int, default=1)
+    parser.add_argument("--code", type=int, default=1)
+    parser.add_argument("--asked", action="store_true")
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    given = parser.parse_args(arguments)
+    try:
+        return _run(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _run(given: argparse.Namespace) -> int:
+    recipe = load_recipe(given.recipe, given.overrides)
+    if given.command == "output":
+        print(recipe.output)
+    elif given.command == "evaluated":
+        print(recipe.data.sets[0].path)
+    elif given.command == "begin":
+        if given.stage and recipe.stage != given.stage:
+            raise UserError(f"recipe {given.recipe}: stage is {recipe.stage}: submit {_SCRIPTS[recipe.stage]}")
+        attempt = Attempt.from_environment(os.environ)
+        ports = free_ports(given.ports, attempt, os.environ.get("MASTER_PORT"))
+        begin(recipe, attempt)
+        print(*ports)
+    else:
+        decision = end(recipe, Attempt.from_environment(os.environ), given.code, asked=given.asked)
+        print(f"lbr: {decision.reason}", file=sys.stderr)
+        print("requeue" if decision.requeue else "stop")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
