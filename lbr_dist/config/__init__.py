@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lbr_dist.config.base import Positive, PositiveFloat, Section
 from lbr_dist.config.data import Data, DataSet
 from lbr_dist.config.model import Bottleneck, Lora, Model
-from lbr_dist.config.objectives import Contrastive, Generative
+from lbr_dist.config.objectives import Contrastive, Generative, Joint
 from lbr_dist.config.training import Batch, Checkpoint, Duration, Optim, Tracking
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "DataSet",
     "Duration",
     "Generative",
+    "Joint",
     "Lora",
     "Model",
     "Optim",
@@ -37,8 +38,8 @@ __all__ = [
 class Recipe(Section):
     """A whole run."""
 
-    stage: Literal["generative", "contrastive"]
-    """Stage 1 (generative) or stage 2 (contrastive)."""
+    stage: Literal["generative", "contrastive", "joint"]
+    """Stage 1 (generative), stage 2 (contrastive), or both losses in every step (joint)."""
     output: str
     """Run folder: recipe, metrics and checkpoints."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -48,6 +49,7 @@ class Recipe(Section):
     bottleneck: Bottleneck = Bottleneck()
     generative: Generative = Generative()
     contrastive: Contrastive = Contrastive()
+    joint: Joint = Joint()
     batch: Batch
     optim: Optim = Optim()
     duration: Duration
@@ -66,27 +68,49 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.stage == "contrastive" and self.contrastive.pooling == "bottleneck" and not self.bottleneck.enabled:
+        if self.stage != "generative" and self.contrastive.pooling == "bottleneck" and not self.bottleneck.enabled:
             raise ValueError(
                 "contrastive.pooling is 'bottleneck' but bottleneck.enabled is false: "
                 "set contrastive.pooling=last or mean, or enable the bottleneck"
             )
-        if self.stage == "generative" and self.data.max_x_tokens + self.data.max_y_tokens > self.data.bin_tokens:
+        if self.stage != "contrastive" and self.data.max_x_tokens + self.data.max_y_tokens > self.data.bin_tokens:
             raise ValueError(
                 f"data.bin_tokens ({self.data.bin_tokens}) cannot hold a sample of data.max_x_tokens + "
                 f"data.max_y_tokens ({self.data.max_x_tokens + self.data.max_y_tokens}) tokens: "
                 "raise bin_tokens or lower the two"
             )
-        if self.stage == "contrastive":
+        if self.stage != "generative":
             for field in ("query_instruction", "passage_instruction"):
                 text = getattr(self.contrastive, field)
                 if text and not text.endswith("\n"):
                     raise ValueError(f"contrastive.{field} must end in a line break (\\n)")
+        for task in self.tasks:
+            if not self.part(task).data.sets:
+                raise ValueError(f"no set of data.sets serves the {task} loss: leave out split, or add a set")
         return self
 
     def split_of(self, data_set: DataSet) -> str:
-        """Split that this run reads from `data_set`."""
+        """Split that this run reads from `data_set`; a joint run is read as its two `part`s."""
         return data_set.split or ("gl" if self.stage == "generative" else "cl")
+
+    @property
+    def tasks(self) -> tuple[Literal["generative", "contrastive"], ...]:
+        """The losses of each step."""
+        return ("generative", "contrastive") if self.stage == "joint" else (self.stage,)
+
+    def part(self, task: Literal["generative", "contrastive"]) -> Recipe:
+        """The recipe of one of this run's losses by itself: stage, batch, and the sets that it reads.
+
+        In a joint run a set without `split` serves both losses (`gl` the one, `cl` the other), one with `split: gl` the
+        generative, with `split: cl` the contrastive.
+        """
+        if self.stage == task:
+            return self
+        other = "cl" if task == "generative" else "gl"
+        sets = [data_set for data_set in self.data.sets if data_set.split != other]
+        bins = {"global_batch": self.joint.bins} if task == "generative" else {}
+        changes = {"stage": task, "batch": self.batch.model_copy(update=bins)}
+        return self.model_copy(update=changes | {"data": self.data.model_copy(update={"sets": sets})})
 
     def target_of(self, data_set: DataSet) -> str:
         """Stage 1 target of `data_set`."""

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.plan_base import PlannedSample, Source
+from lbr_dist.data.plan_base import PlannedSample, Source, Task
 from lbr_dist.data.record import normalised_hash, signed
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.errors import UserError
@@ -42,6 +42,7 @@ class LocalBatch:
         id_hash_S: hash of the record id.
         known_M2: stage 2: (pair as in `pair_S`, hash as in `answer_hash_S`) of each further text that is known to
             answer the micro-batch's queries (the records' `positives`).
+        task: which loss it is for.
     """
 
     packed: PackedBatch
@@ -53,6 +54,7 @@ class LocalBatch:
     answer_hash_S: Tensor
     id_hash_S: Tensor
     known_M2: Tensor
+    task: Task = "contrastive"
 
     @property
     def is_dummy(self) -> bool:
@@ -80,6 +82,7 @@ class Job(NamedTuple):
     samples: list[PlannedSample]
     first_pair: int
     """Stage 2: the rank's first pair in the step."""
+    task: Task
 
 
 class _Text(NamedTuple):
@@ -103,7 +106,6 @@ class Assembler:
         bos = list(tokenization.bos)
         self._before = {"x": bos, "query": bos + query, "passage": bos + passage, "negative": bos + passage}
         self._eos = [] if tokenization.eos_id is None else [tokenization.eos_id]
-        self._generative = recipe.stage == "generative"
 
     def batch(self, job: Job) -> LocalBatch:
         """Make one micro-batch.
@@ -112,7 +114,7 @@ class Assembler:
             UserError: a shard is damaged or gone, or a text has not the number of tokens that the index says.
         """
         if not job.samples:
-            return self._dummy()
+            return self._dummy(job.task)
         records = self._records(job.samples)
         texts = [self._texts(sample, record) for sample, record in zip(job.samples, records, strict=True)]
         samples = [
@@ -127,7 +129,7 @@ class Assembler:
             for text in record.get("positives", [])
         ]
         return LocalBatch(
-            packed=self._pack(samples),
+            packed=self._pack(samples, job.task),
             samples=job.samples,
             ids=ids,
             side_S=torch.tensor([SIDES[s.side] for s in job.samples]),
@@ -136,6 +138,7 @@ class Assembler:
             answer_hash_S=torch.tensor(answers),
             id_hash_S=torch.tensor([signed(xxhash.xxh64_intdigest(i.encode())) for i in ids]),
             known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),
+            task=job.task,
         )
 
     def check(self, samples: Sequence[PlannedSample]) -> None:
@@ -221,16 +224,18 @@ class Assembler:
             return normalised_hash(record["negatives"][planned.choice])
         return int(self._readers[planned.ref.set].index.answer_hash[planned.ref.row])
 
-    def _pack(self, samples: Sequence[Sample]) -> PackedBatch:
+    def _pack(self, samples: Sequence[Sample], task: Task) -> PackedBatch:
+        generative = task == "generative"
         return pack(
             samples,
             bottleneck_vectors=self._recipe.bottleneck.count,
-            hide_x=self._generative and self._recipe.bottleneck.enabled,
-            causal=self._generative or self._recipe.contrastive.attention == "causal",
+            hide_x=generative and self._recipe.bottleneck.enabled,
+            causal=generative or self._recipe.contrastive.attention == "causal",
         )
 
-    def _dummy(self) -> LocalBatch:
+    def _dummy(self, task: Task) -> LocalBatch:
         """One token, no target."""
         none = torch.tensor([-1])
-        packed = self._pack([Sample([0], self._recipe.bottleneck.length(1))])
-        return LocalBatch(packed, [], [], none, none, none, none, none, torch.empty((0, 2), dtype=torch.int64))
+        packed = self._pack([Sample([0], self._recipe.bottleneck.length(1))], task)
+        known = torch.empty((0, 2), dtype=torch.int64)
+        return LocalBatch(packed, [], [], none, none, none, none, none, known, task)

@@ -68,9 +68,10 @@ class Loader:
         self._steps = range(start_step, plan.total_steps(recipe.duration))
         self._assembler = Assembler(recipe, readers, plan.sources, tokenization)
         if self._steps:
-            first = [s for micro in plan.step(start_step).micro_batches(rank, world) for s in micro.samples]
-            self._assembler.check(first[:PROBES])
-            self._assembler.batch(Job(first[:1], 0))
+            first = plan.step(start_step).micro_batches(rank, world)
+            probes = [s for micro in first for s in micro.samples if s.side != "x"]
+            self._assembler.check(probes[:PROBES])
+            self._assembler.batch(Job(first[0].samples[:1], 0, first[0].task))
 
     def __len__(self) -> int:
         """Steps."""
@@ -123,7 +124,7 @@ class _Jobs(Sampler[Job]):
             self.planned.append((step, len(micros)))
             first_pair = step.pairs(self._rank, self._world).start
             for micro in micros:
-                yield Job(micro.samples, first_pair)
+                yield Job(micro.samples, first_pair, micro.task)
 
 
 class _Batches(Dataset[bytes]):

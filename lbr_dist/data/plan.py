@@ -23,6 +23,7 @@ from lbr_dist.data.plan_base import (
 )
 from lbr_dist.data.plan_contrastive import ContrastivePlan
 from lbr_dist.data.plan_generative import GenerativePlan
+from lbr_dist.data.plan_joint import JointPlan
 from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "ContrastivePlan",
     "EpochSummary",
     "GenerativePlan",
+    "JointPlan",
     "MicroPlan",
     "Plan",
     "PlannedSample",
@@ -48,25 +50,33 @@ def open_data(recipe: Recipe, tokenization: Tokenization) -> tuple[Plan, list[Sh
     """Open the recipe's sets and plan the run.
 
     Returns:
-        The plan, and a reader for each set of the mixture, in the recipe's order.
+        The plan, and a reader for each of its sources: the sets of the mixture in the recipe's order (in a joint run,
+        those of the generative loss and then those of the contrastive one).
 
     Raises:
         UserError: a set is missing, damaged, empty, of another tokenizer, or does not suit the settings.
     """
     readers = []
-    for data_set in recipe.data.sets:
-        opened = open_set(data_set.path)
-        check_tokenizer(opened, tokenization)
-        readers.append(ShardReader(opened, recipe.split_of(data_set), recipe.data.cache_dir, recipe.data.cache_gib))
+    for task in recipe.tasks:
+        part = recipe.part(task)
+        for data_set in part.data.sets:
+            opened = open_set(data_set.path)
+            check_tokenizer(opened, tokenization)
+            readers.append(ShardReader(opened, part.split_of(data_set), recipe.data.cache_dir, recipe.data.cache_gib))
     return make_plan(recipe, readers, tokenization), readers
 
 
 def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Tokenization) -> Plan:
-    """Plan a run over opened sets, one for each of `recipe.data.sets`.
+    """Plan a run over opened sets, one for each of `recipe.data.sets`; of a joint run, of its two parts.
 
     Raises:
         UserError: a set does not suit its target or the limits, or has no usable sample.
     """
+    if recipe.stage == "joint":
+        generative, contrastive = recipe.part("generative"), recipe.part("contrastive")
+        count = len(generative.data.sets)
+        first = make_plan(generative, readers[:count], tokenization)
+        return JointPlan(first, make_plan(contrastive, readers[count:], tokenization))
     sources = [
         Source(
             name=f"{data_set.path} ({reader.split})",

@@ -66,11 +66,16 @@ class PlannedSample(NamedTuple):
         return self.x_len + self.z_len + self.y_len
 
 
+Task = Literal["generative", "contrastive"]
+"""Which loss a micro-batch is for."""
+
+
 @dataclass(frozen=True)
 class MicroPlan:
     """What one rank runs in one forward pass. No samples: a dummy pass that keeps the ranks in step."""
 
     samples: list[PlannedSample]
+    task: Task
 
     @property
     def tokens(self) -> int:
@@ -111,6 +116,10 @@ class StepPlan(ABC):
     @abstractmethod
     def refs(self) -> list[SampleRef]:
         """The record of every sample, in plan order: what the audit compares a run's log with."""
+
+    def uses(self) -> list[tuple[int, SampleRef]]:
+        """`refs`, each with the epoch that its use counts in."""
+        return [(self.epoch, ref) for ref in self.refs()]
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,8 @@ class Plan(ABC):
         """All that changes the order or content of the data: compare two to name the setting that differs."""
         self.too_long: list[TooLong] = []
         """Samples cut or dropped in one pass over each set: for the log."""
+        self.notes: list[str] = []
+        """What else the log should say about the data."""
         self._ends: list[int] = []  # global step at which each known epoch ends
 
     @property

@@ -62,7 +62,7 @@ class ContrastiveStep(StepPlan):
     def micro_batches(self, rank: int, world: int) -> list[MicroPlan]:
         """The texts of the rank's pairs, best fit into micro-batches; every rank gets as many as the fullest one."""
         most = max(self._pack(other, world)[2] for other in range(world))
-        micros = [MicroPlan([]) for _ in range(most)]
+        micros = [MicroPlan([], "contrastive") for _ in range(most)]
         texts, bin_N, _ = self._pack(rank, world)
         for text, number in zip(texts, bin_N.tolist(), strict=True):
             micros[number].samples.append(text)

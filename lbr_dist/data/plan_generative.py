@@ -74,7 +74,8 @@ class GenerativeStep(StepPlan):
         for low in range(0, most, self.bins_per_micro):
             part = mine[low : low + self.bins_per_micro]
             columns = self.packed.columns[:, starts[part.start] : starts[part.stop]].T.tolist() if part else []
-            micros.append(MicroPlan([PlannedSample(SampleRef(s, row), x, z, y) for s, row, x, z, y in columns]))
+            samples = [PlannedSample(SampleRef(s, row), x, z, y) for s, row, x, z, y in columns]
+            micros.append(MicroPlan(samples, "generative"))
         return micros
 
     def pairs(self, rank: int, world: int) -> range:

@@ -25,22 +25,31 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-Task = Literal["generate", "embed", "hidden"]
+Task = Literal["generate", "embed", "embed_with_temperature", "hidden"]
 Pooling = Literal["bottleneck", "last", "mean"]
 
 
 class LbrModel(nn.Module):
-    """Backbone and bottleneck vectors. State names: `z` (where K > 0) and `backbone.*`.
+    """Backbone and bottleneck vectors. State names: `z` (where K > 0), `temperature` (if learned) and `backbone.*`.
 
     Attributes:
         backbone: transformers model of a supported family, or a peft model around one.
         z: K learned vectors [K, D], or None.
+        temperature: [1], offset of the contrastive temperature's logarithm from the recipe's, or None. It is here and
+            not in the objective so that it is sharded, saved and reduced as every other parameter.
     """
 
-    def __init__(self, backbone: PreTrainedModel | PeftModel, z_KD: Tensor | None, attention_setting: str = "auto"):
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel,
+        z_KD: Tensor | None,
+        attention_setting: str = "auto",
+        temperature_1: Tensor | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
         self.z = None if z_KD is None else nn.Parameter(z_KD)
+        self.temperature = None if temperature_1 is None else nn.Parameter(temperature_1)
         self._attention = attention_setting
 
     @classmethod
@@ -64,7 +73,7 @@ class LbrModel(nn.Module):
             )
         count = recipe.bottleneck.count
         z_KD = initial_vectors(embedding.weight, count, recipe.seed) if count else None
-        return cls(backbone, z_KD, recipe.model.attention)
+        return cls(backbone, z_KD, recipe.model.attention, initial_temperature(recipe))
 
     @classmethod
     def restore(cls, recipe: Recipe, folder: str, weights: Iterable[tuple[str, Tensor]]) -> Self:
@@ -86,7 +95,7 @@ class LbrModel(nn.Module):
         plain = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attention.NAME)
         count = recipe.bottleneck.count
         z_KD = torch.zeros(count, settings.hidden_size, dtype=dtype) if count else None
-        model = cls(equip(plain, recipe.model, recipe.seed), z_KD, recipe.model.attention)
+        model = cls(equip(plain, recipe.model, recipe.seed), z_KD, recipe.model.attention, initial_temperature(recipe))
         model.load_weights(weights)
         return model
 
@@ -131,16 +140,21 @@ class LbrModel(nn.Module):
         Args:
             batch: on the model's device; S samples, T tokens, L targets.
             task: `generate`: the sum over the L targets of -log P(Y_t | Z, Y_<t) (paper equation 2), a float32 scalar;
-                `embed`: one vector per sample, float32 [S, D], not normalised; `hidden`: the last hidden states [T, D].
+                `embed`: one vector per sample, float32 [S, D], not normalised; `embed_with_temperature`: [S, D + 1],
+                with `temperature` as one more column; `hidden`: the last hidden states [T, D].
             pooling: of `embed`. bottleneck and last: the last Z, or the last X of a sample without Z; mean: over X (a
                 sample without X gives zeros).
         """
         hidden_TD = self.decode(batch)
         if task == "generate":
             return self.causal_lm.lm_head(hidden_TD[batch.loss_positions_L], batch.targets_L)
+        if task == "hidden":
+            return hidden_TD
+        rows_SD = _mean(hidden_TD, batch) if pooling == "mean" else precise(hidden_TD[batch.pool_S])
         if task == "embed":
-            return _mean(hidden_TD, batch) if pooling == "mean" else hidden_TD[batch.pool_S].float()
-        return hidden_TD
+            return rows_SD
+        assert self.temperature is not None
+        return torch.cat([rows_SD, self.temperature.to(rows_SD.dtype).expand(len(rows_SD), 1)], dim=1)
 
     def decode(self, batch: PackedBatch, **options: Any) -> Tensor:
         """Last hidden states [T, D] of a batch; `options` go to the transformers decoder (a cache, say)."""
@@ -159,9 +173,21 @@ class LbrModel(nn.Module):
         return output.last_hidden_state[0]
 
 
+def precise(rows: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already."""
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def initial_temperature(recipe: Recipe) -> Tensor | None:
+    """The parameter [1] of a learned temperature, at 0; None where it is not learned."""
+    if recipe.stage == "generative" or recipe.contrastive.learn_temperature is None:
+        return None
+    return torch.zeros(1, dtype=DTYPES[recipe.model.dtype])
+
+
 def longest_sequence(recipe: Recipe) -> int:
     """Most positions that one sample of this recipe takes."""
-    answer = recipe.data.max_y_tokens if recipe.stage == "generative" else 0
+    answer = recipe.data.max_y_tokens if recipe.stage != "contrastive" else 0
     return recipe.data.max_x_tokens + recipe.bottleneck.count + answer
 
 
@@ -192,9 +218,9 @@ def _gathered(parameter: Tensor) -> Any:
 
 
 def _mean(hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
-    """Mean of the hidden states over each sample's X, in float32 [S, D]."""
+    """Mean of the hidden states over each sample's X, in float32 (or float64) [S, D]."""
     lengths_S = batch.x_len_S + batch.z_len_S + batch.y_len_S
     x_len_T = batch.x_len_S.repeat_interleave(lengths_S, output_size=len(hidden_TD))
-    in_x_TD = hidden_TD.float() * (batch.positions_T < x_len_T)[:, None]
+    in_x_TD = precise(hidden_TD) * (batch.positions_T < x_len_T)[:, None]
     sums_SD = torch.segment_reduce(in_x_TD, "sum", lengths=lengths_S, axis=0, unsafe=True)
     return sums_SD / batch.x_len_S.clamp(min=1)[:, None]

@@ -143,15 +143,14 @@ def _compare(run_dir: Path, history: dict[int, list[str]], fingerprint: str, res
             strange = sorted((Counter(history[step]) - Counter(names)).keys())[:3]
             lacking = sorted((Counter(names) - Counter(history[step])).keys())[:3]
             result.problems.append(f"step {step}: not the planned samples (extra {strange}, missing {lacking})")
-        used.setdefault(planned.epoch, Counter()).update((ref.set, ref.row) for ref in refs)
+        for epoch, ref in planned.uses():
+            used.setdefault(epoch, Counter()).update([(ref.set, ref.row)])
     for epoch, counts in used.items():
-        for number, data_set in enumerate(recipe.data.sets):
-            most = -(-data_set.weight // 1)
+        for number, source in enumerate(plan.sources):
+            most = -(-source.weight // 1)
             twice = [row for (set_, row), count in counts.items() if set_ == number and count > most]
             if twice:
-                result.problems.append(
-                    f"epoch {epoch}: {len(twice)} samples of {data_set.path} more than {most:g} times"
-                )
+                result.problems.append(f"epoch {epoch}: {len(twice)} samples of {source.name} more than {most:g} times")
 
 
 def _attempts(run_dir: Path) -> list[_Attempt]:

@@ -45,7 +45,9 @@ class FlopCounter:
     per_target: float
     per_cell: float
     hide_x: bool
+    """Of generative samples (side "x")."""
     causal: bool
+    """Of the texts of pairs."""
 
     @classmethod
     def of(cls, settings: Any, recipe: Recipe) -> FlopCounter:
@@ -58,19 +60,19 @@ class FlopCounter:
             6.0 * matrices,
             6.0 * settings.vocab_size * width,
             12.0 * layers * query,
-            recipe.stage == "generative" and recipe.bottleneck.enabled,
-            recipe.stage == "generative" or recipe.contrastive.attention == "causal",
+            recipe.bottleneck.enabled,
+            recipe.contrastive.attention == "causal",
         )
 
     def of_samples(self, samples: Sequence[PlannedSample]) -> float:
         """Forward and backward operations for these samples."""
         total = 0.0
         for s in samples:
-            if self.hide_x:
+            if s.side == "x" and self.hide_x:
                 n = s.x_len + s.z_len
                 cells = n * (n + 1) / 2 + s.y_len * s.z_len + s.y_len * (s.y_len + 1) / 2
             else:
-                cells = s.tokens * (s.tokens + 1) / 2 if self.causal else float(s.tokens) ** 2
+                cells = s.tokens * (s.tokens + 1) / 2 if self.causal or s.side == "x" else float(s.tokens) ** 2
             total += self.per_token * s.tokens + self.per_target * s.y_len + self.per_cell * cells
         return total
 

@@ -7,8 +7,9 @@ The loss needs all embeddings of the global batch, but their activations need no
     pass 2  every micro-batch again, now with gradient, of the surrogate sum(embedding * d loss / d embedding)
 
 By the chain rule the parameter gradient is that of the whole batch at once. Dropout must repeat itself in pass 2, so
-the random state before each micro-batch is recorded and restored. The price is one more forward pass; where a step is
-a single micro-batch it is not paid.
+the random state before each micro-batch is recorded and restored. The price is one more forward pass, but for the last
+micro-batch: its activations fit while nothing else is there, so pass 1 runs it with gradient and pass 2 begins with its
+backward. Of M micro-batches M - 1 are run twice, and with one nothing is.
 """
 
 from __future__ import annotations
@@ -54,49 +55,72 @@ def cached_step(
     Returns:
         The loss, detached, and what else `loss_of` returned.
     """
-    if cache is None:
-        cache = len(micro_batches) > 1
-    if not cache:
-        return _direct(engine, micro_batches, embed, loss_of)
-    states, embeddings = [], []
-    with torch.no_grad():
-        for micro in micro_batches:
-            states.append(RandomState.now())
-            embeddings.append(embed(micro).requires_grad_())
-    with torch.enable_grad():
-        loss, stats = loss_of(embeddings)
-        gradients = torch.autograd.grad(loss, embeddings, materialize_grads=True)
-    closures = [
-        _surrogate(micro, embed, state, gradient)
-        for micro, state, gradient in zip(micro_batches, states, gradients, strict=True)
-    ]
+    closures, result = prepare(micro_batches, embed, loss_of, cache=cache)
     accumulate(engine, closures, reduce=reduce)
-    return loss.detach(), stats
+    return result()
 
 
-def _direct(
-    engine: DeepSpeedEngine,
+def prepare(
     micro_batches: Sequence[Micro],
     embed: Callable[[Micro], Tensor],
     loss_of: Callable[[Sequence[Tensor]], tuple[Tensor, Stats]],
-) -> tuple[Tensor, Stats]:
-    kept: list[Stats] = []
+    *,
+    cache: bool | None = None,
+) -> tuple[list[Callable[[], Tensor]], Callable[[], tuple[Tensor, Stats]]]:
+    """Pass 1 and the loss of `cached_step`: what is left is to `accumulate`, alone or beside other losses' closures.
+
+    Returns:
+        The closures of pass 2, and what gives the loss and the rest once they have run.
+    """
+    if cache is None:
+        cache = len(micro_batches) > 1
+    if not cache:
+        return _direct(micro_batches, embed, loss_of)
+    states, leaves = [], []
+    with torch.no_grad():
+        for micro in micro_batches[:-1]:
+            states.append(RandomState.now())
+            leaves.append(embed(micro).requires_grad_())
+    with torch.enable_grad():
+        last = embed(micro_batches[-1])
+        leaves.append(last.detach().requires_grad_())
+        after = RandomState.now()
+        loss, stats = loss_of(leaves)
+        *gradients, of_last = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    kept = [last]
+    closures: list[Callable[[], Tensor]] = [lambda: (kept.pop() * of_last).sum()]
+    for micro, state, gradient in zip(micro_batches, states, gradients, strict=False):
+        final = after if len(closures) == len(micro_batches) - 1 else None
+        closures.append(_surrogate(micro, embed, state, gradient, final))
+    return closures, lambda: (loss.detach(), stats)
+
+
+def _direct(
+    micro_batches: Sequence[Micro],
+    embed: Callable[[Micro], Tensor],
+    loss_of: Callable[[Sequence[Tensor]], tuple[Tensor, Stats]],
+) -> tuple[list[Callable[[], Tensor]], Callable[[], tuple[Tensor, Stats]]]:
+    kept: list[tuple[Tensor, Stats]] = []
 
     def closure() -> Tensor:
         loss, stats = loss_of([embed(micro) for micro in micro_batches])
-        kept.append(stats)
+        kept.append((loss.detach(), stats))
         return loss
 
-    (loss,) = accumulate(engine, [closure])
-    return loss, kept[0]
+    return [closure], lambda: kept[0]
 
 
 def _surrogate(
-    micro: Micro, embed: Callable[[Micro], Tensor], state: RandomState, gradient: Tensor
+    micro: Micro, embed: Callable[[Micro], Tensor], state: RandomState, gradient: Tensor, final: RandomState | None
 ) -> Callable[[], Tensor]:
+    """Pass 2 of one micro-batch; `final`: where it leaves the generators, after the last one."""
+
     def closure() -> Tensor:
         state.restore()
-        return (embed(micro) * gradient).sum()
+        embedding = embed(micro)
+        if final is not None:
+            final.restore()
+        return (embedding * gradient).sum()
 
     return closure
 

@@ -66,6 +66,12 @@ def _check_model(recipe: Recipe) -> Tokenization:
     from lbr_dist.model.bottleneck import longest_sequence
 
     settings = load_config(recipe.model.path, longest_sequence(recipe))
+    nested = recipe.contrastive.matryoshka if recipe.stage != "generative" else None
+    if nested is not None and max(nested.dims) > settings.hidden_size:
+        raise UserError(
+            f"contrastive.matryoshka.dims has {max(nested.dims)}, but the embeddings of model {recipe.model.path} have "
+            f"{settings.hidden_size} dimensions: leave it out"
+        )
     tokenization = Tokenization.load(recipe.model.path)
     if tokenization.vocabulary > settings.vocab_size:
         raise UserError(
@@ -89,7 +95,7 @@ def check_start(recipe: Recipe) -> None:
     if not before.bottleneck.enabled:
         return  # a plain run: Z, if this one has it, is new
     if not recipe.bottleneck.enabled:
-        if recipe.contrastive.pooling == "bottleneck" or recipe.stage == "generative":
+        if recipe.contrastive.pooling == "bottleneck" or recipe.stage != "contrastive":
             raise UserError(
                 f"bottleneck.enabled is false, but {start} was trained with {before.bottleneck.count} bottleneck "
                 "tokens: set the bottleneck as there"

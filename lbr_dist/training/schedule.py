@@ -1,6 +1,6 @@
-"""Learning rate as a pure function of how far the run is, in samples.
+"""Learning rate, temperature and joint weight as pure functions of how far the run is, in samples.
 
-Stated in samples and not in steps, and without state: the rate of a step is the same at any world size, after any
+Stated in samples and not in steps, and without state: the value of a step is the same at any world size, after any
 restart, and for a last step that is only partly full.
 """
 
@@ -31,3 +31,19 @@ def factor(optim: Optim, seen: float, total: float) -> float:
     decay = (progress - optim.warmup) / (1 - optim.warmup)
     shape = 1 - decay if optim.schedule == "linear" else (1 + math.cos(math.pi * decay)) / 2
     return optim.final_lr + (1 - optim.final_lr) * shape
+
+
+def moved(shape: str, start: float, end: float | None, step: int, total_steps: int) -> float:
+    """A value that moves from `start`, in step 0, to `end`, in the last step.
+
+    Args:
+        shape: constant (`start` all the way), linear, or cosine (slow at both ends).
+        start: first value.
+        end: last value; None with a constant.
+        step: from 0.
+        total_steps: of the run.
+    """
+    if shape == "constant" or end is None:
+        return start
+    share = min(1.0, step / max(1, total_steps - 1))
+    return start + (end - start) * (share if shape == "linear" else (1 - math.cos(math.pi * share)) / 2)

@@ -109,7 +109,7 @@ def start(job: Job, resume: str) -> Session:
     return Session(
         job=job,
         engine=engine,
-        objective=make_objective(engine, recipe, environment.world),
+        objective=make_objective(engine, recipe, environment.world, job.total_steps),
         checkpointer=checkpointer,
         device=device,
         done=state["step"],
@@ -213,7 +213,8 @@ def _check_versions(checkpoint: Path) -> None:
 def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:
     assert recipe.model.start_from is not None
     missing, unexpected = start_from(engine, recipe.model.start_from)
-    left, added = [n for n in unexpected if n != "z"], [n for n in missing if n != "z"]
+    own = ("z", "temperature")
+    left, added = [n for n in unexpected if n not in own], [n for n in missing if n not in own]
     if left or added:
         raise UserError(
             f"model.start_from {recipe.model.start_from}: another model ({len(added)} weights are not there, such as "
@@ -225,6 +226,8 @@ def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:
         log.info("it has no bottleneck tokens: Z starts from the mean embedding")
     if "z" in unexpected:
         log.info("its bottleneck tokens are not used")
+    if "temperature" in unexpected:
+        log.info("its learned temperature is not used: contrastive.learn_temperature is not set")
 
 
 def _describe(engine: DeepSpeedEngine, job: Job) -> None:

@@ -1,6 +1,6 @@
 """What differs between the stages inside the one loop: how a step's micro-batches become a gradient and a loss.
 
-Both leave in the engine the gradient of the mean over the *global* batch, whatever the number of ranks and
+All leave in the engine the gradient of the mean over the *global* batch, whatever the number of ranks and
 micro-batches; the loop then clips, updates and logs alike.
 """
 
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.loader import LocalBatch
@@ -19,7 +20,8 @@ from lbr_dist.data.plan import StepPlan
 from lbr_dist.objectives.contrastive import contrastive_loss
 from lbr_dist.objectives.generative import generative_loss
 from lbr_dist.training.accumulate import Reduce, accumulate
-from lbr_dist.training.gradcache import cached_step
+from lbr_dist.training.gradcache import prepare
+from lbr_dist.training.schedule import moved
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -58,23 +60,85 @@ class Generative:
 class Contrastive:
     """Stage 2: InfoNCE over the pairs of the global batch."""
 
-    def __init__(self, engine: DeepSpeedEngine, recipe: Recipe, world: int, reduce: Reduce) -> None:
+    def __init__(self, engine: DeepSpeedEngine, recipe: Recipe, world: int, reduce: Reduce, total_steps: int) -> None:
         self._engine, self._settings, self._world, self._reduce = engine, recipe.contrastive, world, reduce
+        self._total_steps = total_steps
+        self._task = "embed" if recipe.contrastive.learn_temperature is None else "embed_with_temperature"
 
     def __call__(self, plan: StepPlan, batches: Sequence[LocalBatch]) -> tuple[Tensor, dict[str, float]]:
         """See `Objective`."""
-        loss, figures = cached_step(
-            self._engine,
-            batches,
-            lambda batch: self._engine(batch.packed, "embed", self._settings.pooling),
-            partial(self._loss, batches=batches),
-            reduce=self._reduce,
-        )
+        closures, result = self.closures(plan, batches)
+        accumulate(self._engine, closures, reduce=self._reduce)
+        loss, figures = result()
         return loss.double() / self._world, figures
 
-    def _loss(self, embeddings: Sequence[Tensor], batches: Sequence[LocalBatch]) -> tuple[Tensor, dict[str, float]]:
-        loss, figures = contrastive_loss(embeddings, batches, self._settings)
-        return poisoned(loss), figures
+    def closures(self, plan: StepPlan, batches: Sequence[LocalBatch], weight: float = 1.0) -> Any:
+        """What `gradcache.prepare` gives for the step's pairs, their loss times `weight`."""
+        return prepare(
+            batches,
+            lambda batch: self._engine(batch.packed, self._task, self._settings.pooling),
+            partial(self._loss, batches=batches, temperature=self._temperature(plan.step), weight=weight),
+        )
+
+    def _loss(
+        self, embeddings: Sequence[Tensor], batches: Sequence[LocalBatch], temperature: float | None, weight: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        loss, figures = contrastive_loss(embeddings, batches, self._settings, temperature=temperature)
+        return poisoned(loss) * weight, figures
+
+    def _temperature(self, step: int) -> float | None:
+        """Scheduled temperature of a step; None where there is no schedule."""
+        settings = self._settings
+        if settings.final_temperature is None:
+            return None
+        ends = settings.temperature, settings.final_temperature
+        return moved(settings.temperature_schedule, *ends, step, self._total_steps)
+
+
+class Joint:
+    """Both losses in every step: (1 - w) generative + w contrastive, reduced together."""
+
+    def __init__(self, engine: DeepSpeedEngine, recipe: Recipe, world: int, reduce: Reduce, total_steps: int) -> None:
+        self._engine, self._settings, self._world, self._reduce = engine, recipe.joint, world, reduce
+        self._total_steps = total_steps
+        self._contrastive = Contrastive(engine, recipe, world, reduce, total_steps)
+        self._squares: list[Tensor] = []
+        engine.module.causal_lm.lm_head.register_forward_pre_hook(self._watch)
+
+    def __call__(self, plan: StepPlan, batches: Sequence[LocalBatch]) -> tuple[Tensor, dict[str, float]]:
+        """See `Objective`."""
+        joint = self._settings
+        weight = moved(joint.schedule, joint.weight, joint.final_weight, plan.step, self._total_steps)
+        pairs = [batch for batch in batches if batch.task == "contrastive"]
+        self._squares.clear()
+        closures, result = self._contrastive.closures(plan, pairs, weight)
+        totals: list[Tensor] = []
+        for batch in batches:
+            if batch.task == "generative":
+                closures.append(partial(self._generative, batch, plan.target_tokens, 1 - weight, totals))
+        values = accumulate(self._engine, closures, reduce=self._reduce)
+        loss, figures = result()
+        generative = torch.stack(values[-len(totals) :]).double().sum()
+        ours = torch.stack([torch.stack(totals).double().sum(), torch.stack(self._squares).double().sum()])
+        if self._world > 1:
+            dist.all_reduce(ours)
+        norms = {name: value * weight if name.startswith("gradient_norm") else value for name, value in figures.items()}
+        return (loss.double() + generative) / self._world, norms | {
+            "loss_contrastive": figures["loss"],
+            "loss_generative": float(ours[0]) / max(1, plan.target_tokens),
+            "gradient_norm_generative": float(ours[1]) ** 0.5 / self._world,
+            "joint_weight": weight,
+        }
+
+    def _generative(self, batch: LocalBatch, target_tokens: int, weight: float, totals: list[Tensor]) -> Tensor:
+        loss = generative_loss(self._engine, batch.packed, target_tokens=target_tokens, world_size=self._world)
+        totals.append(loss.total)
+        return poisoned(loss.backward) * weight
+
+    def _watch(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Keep the squared gradient at the hidden states that predict, for the log."""
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda grad: self._squares.append(grad.float().square().sum()))
 
 
 def poisoned(loss: Tensor) -> Tensor:
@@ -82,10 +146,10 @@ def poisoned(loss: Tensor) -> Tensor:
     return loss + (loss.detach() - loss.detach())
 
 
-def make_objective(engine: DeepSpeedEngine, recipe: Recipe, world: int) -> Objective:
-    """The objective of the recipe's stage."""
+def make_objective(engine: DeepSpeedEngine, recipe: Recipe, world: int, total_steps: int) -> Objective:
+    """The objective of the recipe's stage, for a run of `total_steps`."""
     each = engine.zero_optimization_stage() == 3 and torch.cuda.is_available()
     reduce: Reduce = "each" if each else "auto"  # reduced once, a whole gradient would lie on every GPU
     if recipe.stage == "generative":
         return Generative(engine, recipe, world, reduce)
-    return Contrastive(engine, recipe, world, reduce)
+    return (Joint if recipe.stage == "joint" else Contrastive)(engine, recipe, world, reduce, total_steps)
