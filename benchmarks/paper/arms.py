@@ -1,0 +1,89 @@
+"""The arms of the experiments: what each is trained on, where it starts, and what it changes in its stage's recipe.
+
+All arms of a stage share data, steps, batch and schedule; an arm says only what makes it that arm. Baselines pool by
+the mean over tokens, which was better for them than the last token wherever both were measured; the last token is an
+arm of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PLAIN = ("bottleneck.enabled=false", "contrastive.pooling=mean")
+LAST = ("bottleneck.enabled=false", "contrastive.pooling=last")
+TEXT = ("data.sets=[{path: data/text}]",)
+HALVES = ("data.sets=[{path: data/halves}]",)
+NEXT_TOKEN = ("generative.target=prefix", "generative.prefix_min=0", "generative.prefix_max=0")
+RATIOS = (10, 20, 100, 200, 500, 1000)
+SHARES = (0, 20, 40, 60, 80, 100)
+PASSES = 2
+"""How often figure 3 goes over its budget of samples."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One trained model."""
+
+    title: str
+    stage: Literal["generative", "contrastive"]
+    start: str | None = "base"
+    """The arm whose weights it starts from; None: the backbone as it is."""
+    settings: tuple[str, ...] = ()
+    rate: str = ""
+    """Arm whose searched learning rate it uses; default: its own."""
+
+
+ARMS: dict[str, Arm] = {
+    "gl": Arm("LLM + GL", "generative", settings=PLAIN),
+    "ib_gl": Arm("LLM + IB-GL", "generative"),
+    "cl": Arm("LLM + CL", "contrastive", settings=PLAIN),
+    "cl_last": Arm("LLM + CL, last token", "contrastive", settings=LAST, rate="cl"),
+    "gl_cl": Arm("LLM + GL + CL", "contrastive", "gl", PLAIN),
+    "gl_cl_last": Arm("LLM + GL + CL, last token", "contrastive", "gl", LAST, "gl_cl"),
+    "lbr": Arm("LLM + IB-GL + CL (LBR)", "contrastive", "ib_gl"),
+    "lbr_bidirectional": Arm(
+        "LLM + IB-GL + bidirectional CL", "contrastive", "ib_gl", ("contrastive.attention=bidirectional",), "lbr"
+    ),
+    "pt": Arm("PT", "generative", settings=(*PLAIN, *TEXT, *NEXT_TOKEN), rate="gl"),
+    "ib_gl_reconstruct": Arm(
+        "IB-GL (PT, reconstruction)", "generative", settings=(*TEXT, "generative.target=reconstruct"), rate="ib_gl"
+    ),
+    "ib_gl_prefix": Arm("IB-GL (PT, prefix)", "generative", settings=(*TEXT, "generative.target=prefix"), rate="ib_gl"),
+    "pt_cl": Arm("PT + CL", "contrastive", "pt", PLAIN, "gl_cl"),
+    "ib_gl_reconstruct_cl": Arm("IB-GL (PT, reconstruction) + CL", "contrastive", "ib_gl_reconstruct", rate="lbr"),
+    "ib_gl_prefix_cl": Arm("IB-GL (PT, prefix) + CL", "contrastive", "ib_gl_prefix", rate="lbr"),
+}
+for _ratio in RATIOS:
+    ARMS[f"ratio_{_ratio}"] = Arm(
+        f"R = {_ratio}",
+        "generative",
+        settings=("bottleneck.tokens=null", f"bottleneck.ratio={_ratio}", f"bottleneck.max_tokens={-(-256 // _ratio)}"),
+        rate="ib_gl",
+    )
+for _share in SHARES:
+    for _name, _kind, _settings, _rates in (
+        ("gl", "GL", PLAIN, ("gl", "gl_cl")),
+        ("ib", "IB-GL", (), ("ib_gl", "lbr")),
+    ):
+        _stage_1 = f"share_{_name}_{_share}_learn"
+        if _share:
+            ARMS[_stage_1] = Arm(
+                f"{_kind}, {_share}% of the samples",
+                "generative",
+                settings=(*_settings, *HALVES, "duration.steps=null", f"duration.epochs={PASSES * _share / 100}"),
+                rate=_rates[0],
+            )
+        if _share < 100:
+            ARMS[f"share_{_name}_{_share}"] = Arm(
+                f"{_kind} {_share}% + CL {100 - _share}%",
+                "contrastive",
+                _stage_1 if _share else "base",
+                (*_settings, *HALVES, "duration.steps=null", f"duration.epochs={PASSES * (100 - _share) / 100}"),
+                _rates[1],
+            )
+
+
+def rate_name(name: str) -> str:
+    """The arm whose learning rate `name` uses."""
+    return ARMS[name].rate or name

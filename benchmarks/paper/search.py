@@ -1,0 +1,51 @@
+"""The search for learning rates: the same effort for every arm, on questions that no table uses.
+
+Stage 1's rate is chosen by what it is for: the dev score after a stage 2 with the middle rate. Then each stage 2 arm
+gets its own rate from the same grid. Seed 0; everything tried is written down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.paper.workplace import Workplace
+
+LEARN = {"gl": "gl_cl", "ib_gl": "lbr"}
+"""Stage 1 arms and the stage 2 arms that they are judged by."""
+
+
+def search(place: Workplace) -> dict[str, Any]:
+    """`rates` by arm, and all `trials` (arm, rate, dev nDCG@10)."""
+    trials: list[dict[str, Any]] = []
+    rates: dict[str, float] = {}
+    seed, scale = 0, place.scale
+    place.train(["base"] if scale.language_model else [], seed, {})
+    middle = scale.contrastive_rates[len(scale.contrastive_rates) // 2]
+
+    def score(arm: str, rate: float, start: str | None, label: str) -> float:
+        run = place.train_arm(arm, seed, rate, start=start, label=f"search/{label}")
+        return place.dev_score(run)
+
+    for learn, align in LEARN.items():
+        found = {}
+        for rate in scale.generative_rates:
+            run = place.train_arm(learn, seed, rate, label=f"search/{learn}-{rate:g}")
+            found[rate] = score(align, middle, run, f"{learn}-{rate:g}-{align}-{middle:g}")
+            trials.append({"arm": learn, "rate": rate, "judged_by": f"{align} at {middle:g}", "dev": found[rate]})
+        rates[learn] = max(found, key=lambda rate: found[rate])
+    for arm, first in (("cl", None), *((align, learn) for learn, align in LEARN.items())):
+        start = f"seed-{seed}/runs/search/{first}-{rates[first]:g}" if first else None
+        prefix = f"{first}-{rates[first]:g}-" if first else ""
+        found = {rate: score(arm, rate, start, f"{prefix}{arm}-{rate:g}") for rate in scale.contrastive_rates}
+        trials += [{"arm": arm, "rate": rate, "judged_by": arm, "dev": value} for rate, value in found.items()]
+        rates[arm] = max(found, key=lambda rate: found[rate])
+    return {"domain": place.domain, "rates": rates, "trials": trials}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """What was tried."""
+    lines = ["| arm | learning rate | judged by | dev nDCG@10 | chosen |", "| --- | ---: | --- | ---: | --- |"]
+    for trial in result["trials"]:
+        chosen = "yes" if result["rates"][trial["arm"]] == trial["rate"] else ""
+        lines.append(f"| {trial['arm']} | {trial['rate']:g} | {trial['judged_by']} | {trial['dev']:.3f} | {chosen} |")
+    return "\n".join(lines)

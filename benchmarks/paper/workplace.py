@@ -1,0 +1,184 @@
+"""The folder of one domain at one scale: data, runs and scores, each made once and kept.
+
+    WORK/small/medicine/
+      data/, base-SEED/          prepared sets, backbone
+      seed-0/runs/ARM/           a run folder; `ARM.finished.json` says with which arguments it was made
+      seed-0/eval-test/ARM.json  its scores
+
+A command that was killed goes on where it stopped; an arm whose arguments changed is trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.commands import Lbr
+from benchmarks.paper.arms import ARMS, Arm, rate_name
+from benchmarks.paper.domains import make_data
+from benchmarks.paper.scales import LANGUAGE_MODEL, SCALES, Scale
+
+RECIPES = Path(__file__).parent / "recipes"
+OTHERS = {"bm25": "BM25"}
+
+
+class Workplace:
+    """Trains and evaluates arms of one domain at one scale."""
+
+    def __init__(self, work: Path, scale: str, domain: str, source: Path, jobs: int) -> None:
+        self.scale, self.domain, self.jobs = SCALES[scale], domain, jobs
+        self.folder = (work / scale / domain).resolve()
+        self.lbr = Lbr(self.folder, threads=self.scale.threads, echo=False)
+        finished = self.folder / "data" / "finished"
+        if not finished.exists():
+            self._say("prepare the data")
+            make_data(self.lbr, source, domain, self.scale)
+            finished.touch()
+
+    def train(self, names: Sequence[str], seed: int, rates: Mapping[str, float]) -> None:
+        """Train arms and what they start from, as many at a time as there are jobs.
+
+        Args:
+            names: of arms.
+            seed: of the weights of a random backbone and of the order of the data.
+            rates: learning rate by arm.
+        """
+        self._backbone(seed)
+        todo = list(dict.fromkeys(step for name in names for step in self._chain(name)))
+        while todo:
+            ready = [name for name in todo if self._start(name) not in todo]
+            with ThreadPoolExecutor(self.jobs) as pool:
+                jobs = [
+                    pool.submit(self.train_arm, name, seed, rates.get(rate_name(name) if name in ARMS else name))
+                    for name in ready
+                ]
+                for job in jobs:
+                    job.result()
+            todo = [name for name in todo if name not in ready]
+
+    def train_arm(self, name: str, seed: int, rate: float | None, *, start: str | None = None, label: str = "") -> str:
+        """Train one arm unless it has been; returns its run folder, relative to the workplace.
+
+        Args:
+            name: of the arm, or `base`.
+            seed: as in `train`.
+            rate: peak learning rate; None: the recipe's.
+            start: run folder to start from; default: that of the arm it starts from.
+            label: name of the run folder; default: the arm's.
+        """
+        run = f"seed-{seed}/runs/{label or name}"
+        arguments = train_arguments(self.scale, name, seed, rate, run, start)
+        text = json.dumps(arguments[1:])
+        finished, begun = (self.folder / f"{run}.{state}.json" for state in ("finished", "begun"))
+        if finished.exists() and finished.read_text() == text:
+            return run
+        if not begun.exists() or begun.read_text() != text:
+            shutil.rmtree(self.folder / run, ignore_errors=True)
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(text)
+        began = time.monotonic()
+        self.lbr(f"train-{seed}-{_file(label or name)}", "train", *arguments)
+        finished.write_text(text)
+        self._say(f"seed {seed}: trained {label or name} in {time.monotonic() - began:.0f} s")
+        return run
+
+    def evaluate(self, names: Sequence[str], seed: int, *, generate: bool = False) -> list[dict[str, Any]]:
+        """Scores of arms (and of `bm25`, or any model that `lbr eval` takes) on the test questions, in order."""
+        specs = {name: self._spec(name, seed) for name in names}
+        folder = self.folder / f"seed-{seed}" / ("eval-generate" if generate else "eval-test")
+        missing = {name: spec for name, spec in specs.items() if not self._fresh(folder / f"{_file(name)}.json", spec)}
+        if missing:
+            self._say(f"seed {seed}: evaluate {', '.join(missing)}")
+            count = self.scale.generate if generate else 0
+            results = self._eval(list(missing.values()), "test", folder / "last", count)
+            for name, model in zip(missing, results, strict=True):
+                title = ARMS[name].title if name in ARMS else OTHERS.get(name, model["name"])
+                scores = {**model, "name": "LLM" if name == "base" else title, **self._training(missing[name])}
+                (folder / f"{_file(name)}.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        return [json.loads((folder / f"{_file(name)}.json").read_text(encoding="utf-8")) for name in names]
+
+    def dev_score(self, run: str) -> float:
+        """nDCG@10 of a run on the dev questions."""
+        file = self.folder / run / "dev.json"
+        if not file.exists():
+            model = self._eval([run], "dev", self.folder / run / "eval-dev", 0)[0]
+            file.write_text(json.dumps(model["retrieval"]["ndcg_at_10"]))
+        return float(json.loads(file.read_text()))
+
+    def _eval(self, specs: list[str], data: str, out: Path, generate: int) -> list[dict[str, Any]]:
+        self.lbr(
+            f"eval-{data}-{_file(specs[-1])}"[:120], "eval", *specs, "--data", f"data/{data}", "--out", str(out),
+            "--generate", str(generate),
+        )  # fmt: skip
+        models: list[dict[str, Any]] = json.loads((out / "eval.json").read_text(encoding="utf-8"))["models"]
+        return models
+
+    def _training(self, spec: str) -> dict[str, Any]:
+        """What the training of a run cost: seconds of its steps, tokens, steps."""
+        file = self.folder / spec / "metrics.jsonl"
+        if not file.exists():
+            return {}
+        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        steps = [row for row in rows if "step_s" in row]
+        return {
+            "training": {
+                "steps": len(steps),
+                "seconds": sum(row["step_s"] for row in steps),
+                "tokens": sum(row["tokens"] for row in steps),
+            }
+        }
+
+    def _backbone(self, seed: int) -> None:
+        out = self.folder / f"base-{seed}"
+        if not (out / "tokenizer.json").exists():
+            self.scale.backbone(out, [self.folder / "qa.jsonl"], seed)
+
+    def _chain(self, name: str) -> list[str]:
+        """`name` after everything that it starts from."""
+        start = self._start(name)
+        return [*(self._chain(start) if start else []), name]
+
+    def _start(self, name: str) -> str | None:
+        if name == "base":
+            return None
+        start = ARMS[name].start
+        return None if start == "base" and not self.scale.language_model else start
+
+    def _spec(self, name: str, seed: int) -> str:
+        if name == "base" and not self.scale.language_model:
+            return f"hf:base-{seed}?pooling=mean"
+        return f"seed-{seed}/runs/{name}" if name in ARMS or name == "base" else name
+
+    def _fresh(self, file: Path, spec: str) -> bool:
+        """Whether a score is there and not older than its run."""
+        finished = self.folder / f"{spec}.finished.json"
+        return file.exists() and not (finished.exists() and finished.stat().st_mtime > file.stat().st_mtime)
+
+    def _say(self, text: str) -> None:
+        print(f"[{self.domain}] {text}", flush=True)
+
+
+def train_arguments(
+    scale: Scale, name: str, seed: int, rate: float | None, run: str, start: str | None = None
+) -> list[str]:
+    """Recipe and overrides of an arm (or of `base`), as `lbr train` takes them."""
+    arm = ARMS.get(name) or Arm("LLM", "generative", None, LANGUAGE_MODEL)
+    common = getattr(scale, arm.stage) if name in ARMS else scale.language_model or ()
+    arguments = [
+        str(RECIPES / f"{arm.stage}.yaml"), f"output={run}", f"seed={seed}", f"model.path=base-{seed}", *common,
+        *arm.settings,
+    ]  # fmt: skip
+    if arm.start and (scale.language_model or arm.start != "base"):
+        arguments.append(f"model.start_from={start or f'seed-{seed}/runs/{arm.start}'}")
+    if rate is not None:
+        arguments.append(f"optim.lr={rate:g}")
+    return arguments
+
+
+def _file(name: str) -> str:
+    return name.replace("/", "_").replace("?", "_").replace(":", "_")

@@ -1,0 +1,100 @@
+"""The paper's experiments: every arm at every scale is a valid recipe, and held-out entities stay out."""
+
+import json
+
+import pytest
+
+from benchmarks.paper import prediction, tables
+from benchmarks.paper.__main__ import curves
+from benchmarks.paper.arms import ARMS, SHARES, rate_name
+from benchmarks.paper.domains import ENTITY, entity, hold_out
+from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.scales import SCALES
+from benchmarks.paper.search import LEARN
+from benchmarks.paper.workplace import train_arguments
+from lbr_dist.recipes import load_recipe
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["base", *ARMS])
+def test_every_arm_is_a_recipe(name, scale):
+    sizes = SCALES[scale]
+    if name == "base" and not sizes.language_model:
+        return
+    recipe, *overrides = train_arguments(sizes, name, 1, 1e-3, f"runs/{name}")
+    loaded = load_recipe(recipe, overrides)
+    arm = ARMS.get(name)
+    assert loaded.stage == (arm.stage if arm else "generative")
+    answer = loaded.data.max_y_tokens if loaded.stage == "generative" else 0
+    longest = loaded.data.max_x_tokens + loaded.bottleneck.count + answer
+    assert longest <= 512, "the small backbone has 512 positions"
+    starts = arm is not None and (arm.start != "base" or sizes.language_model)
+    assert (loaded.model.start_from is not None) == bool(starts)
+
+
+def test_arms_start_from_arms_and_use_searched_rates():
+    searched = {*LEARN, *LEARN.values(), "cl"}
+    for name, arm in ARMS.items():
+        assert arm.start == "base" or ARMS[arm.start].stage == "generative"
+        assert rate_name(name) in searched
+    for experiment in EXPERIMENTS.values():
+        assert {*experiment.arms} <= {"base", *ARMS}
+
+
+def test_shares_of_figure_3_add_up():
+    for kind in ("gl", "ib"):
+        for share in SHARES:
+            epochs = [
+                float(setting.partition("=")[2])
+                for name in (f"share_{kind}_{share}_learn", f"share_{kind}_{share}")
+                if name in ARMS
+                for setting in ARMS[name].settings
+                if setting.startswith("duration.epochs")
+            ]
+            assert sum(epochs) == pytest.approx(2.0)
+
+
+def test_held_out_entities_leave_training():
+    rows = [{"id": f"m:{i // 3}:{i % 3}", "question": f"q{i}", "answer": f"a{i}"} for i in range(300)]
+    dev, test, rest = hold_out(rows, 10, 20)
+    assert (len(dev), len(test)) == (10, 20)
+    held = {entity(row) for row in (*dev, *test)}
+    assert len(held) == 30
+    assert not held & {entity(row) for row in rest}
+    assert len(rest) == 300 - 3 * 30
+    assert hold_out(rows, 10, 20) == (dev, test, rest)
+    assert ENTITY.startswith("id~")
+
+
+def scores(name, ndcg, sr=0.0):
+    return {
+        "name": name,
+        "retrieval": {"ndcg_at_10": ndcg, "recall_at_10": ndcg},
+        "separation": {"sr": sr, "auc": 0.5 + sr / 10, "alignment": 1.0, "uniformity": -1.0},
+    }
+
+
+def test_table_has_mean_and_deviation_over_seeds():
+    text = tables.markdown([[scores("LBR", 0.4)], [scores("LBR", 0.6)]])
+    assert "| LBR | 0.500 ± 0.141 | 0.500 ± 0.141 |" in text
+
+
+def test_figure_3_reads_kind_and_share_from_the_arm():
+    arms = ("share_gl_0", "share_ib_100_learn")
+    found = curves([[scores("a", 0.1), scores("b", 0.2)]], arms)
+    assert found["GL"][0] == [0.1]
+    assert found["IB-GL"][100] == [0.2]
+
+
+def test_prediction_ranks_domains(tmp_path):
+    files = []
+    for domain, sr, gain in (("code", 0.1, 0.3), ("medicine", 0.5, 0.2), ("chemistry", 0.9, 0.1)):
+        models = [scores("LLM", 0.1, sr), scores("LLM + IB-GL", 0.2, sr + 1), scores("LLM + CL", 0.3)]
+        models.append(scores("LLM + IB-GL + CL (LBR)", 0.3 + gain))
+        files.append(tmp_path / f"table3-{domain}.json")
+        files[-1].write_text(json.dumps({"seeds": [models]}))
+    text, data = prediction.correlate(files)
+    assert data["spearman"]["SR"]["rho"] == pytest.approx(-1.0)
+    assert "| SR | -1.00 |" in text
+    with pytest.raises(SystemExit, match="two domains"):
+        prediction.correlate(files[:1])
