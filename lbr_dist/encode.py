@@ -1,9 +1,7 @@
 """`lbr encode`: a file of texts to a Parquet file of vectors, in bounded memory, and resumable.
 
-The input is read in blocks; a block is sorted by length inside the encoder, so the larger it is, the less is wasted
-and the more memory it takes. Each finished block is one Parquet part in a folder beside the output, renamed into place
-when complete; a run that was killed therefore starts again at the first missing part. At the end the parts become one
-file, which again appears by a rename: an output that exists is complete.
+The input is embedded in blocks (see blocks.py), each of which becomes a part in a folder beside the output. At the end
+the parts become one file, which appears by a rename: an output that exists is complete.
 """
 
 from __future__ import annotations
@@ -12,24 +10,20 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from lbr_dist.blocks import BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
+from lbr_dist.data.execute import Executor, Here
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Side
-
-BLOCK_TEXTS = 16_384
-"""Texts in a block at most."""
-BLOCK_CHARACTERS = 32 << 20
-"""Characters in a block at most, unless a single text has more."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,7 @@ def encode_file(
     device: str | None = None,
     block: int = BLOCK_TEXTS,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> EncodeReport:
     """Embed every row of a file.
 
@@ -66,18 +61,19 @@ def encode_file(
         device: default: CUDA where there is one.
         block: texts in a part.
         progress: a bar on a terminal.
+        executor: where blocks are embedded; default: here.
 
     Raises:
         UserError: no such file or field, a row without a text (its line is named), `out` exists, or the parts beside it
             belong to another input, model or setting.
     """
-    from lbr_dist.loading import load_encoder, model_fingerprint
+    from lbr_dist.loading import model_fingerprint
 
     source, out = Path(source), Path(out)
     if out.exists():
         raise UserError(f"encode: {out} exists already; remove it, or name another file")
-    rows = read_texts(source, side, field)
-    parts = out.with_name(f"{out.name}.parts")
+    read_texts(source, side, field)
+    parts = out.absolute().with_name(f"{out.name}.parts")
     job = {
         "model": model_fingerprint(model),
         "input": _fingerprint(source),
@@ -85,26 +81,26 @@ def encode_file(
         "field": field,
         "block": block,
     }
-    done = _open_parts(parts, job, out)
-    encoder = load_encoder(model, device)
-    resumed = total = number = 0
+    _open_parts(parts, job, out)
+    read = partial(_blocks, side=side, field=field, parts=parts, most=block)
+    resumed = total = count = cut = 0
     with _Bar(progress, source) as advance:
-        for number, (ids, texts) in enumerate(_blocks(rows, block), start=1):
-            if number in done:
-                resumed += len(ids)
-            else:
-                _write_part(parts / _name(number), ids, encoder.encode(texts, side))
-            total += len(ids)
-            advance(len(ids))
-    if number == 0:
-        raise UserError(f"encode: {source} has no rows")
-    width = _join([parts / _name(n) for n in range(1, number + 1)], out)
+        work = EncodeBlock(model, side, parts, device)
+        for done in (executor or Here()).stream([source.absolute()], read, work):
+            resumed += done.texts * done.resumed
+            total, count, cut = total + done.texts, count + 1, cut + done.cut
+            advance(done.texts)
+    width = _join([part_file(parts, number) for number in range(1, count + 1)], out)
     shutil.rmtree(parts)
-    return EncodeReport(total, resumed, encoder.cut, width)
+    return EncodeReport(total, resumed, cut, width)
 
 
-def _open_parts(parts: Path, job: dict[str, Any], out: Path) -> set[int]:
-    """Make the folder of parts, or find the numbers of those that are finished."""
+def _blocks(source: Path, *, side: Side, field: str | None, parts: Path, most: int) -> Iterator[TextBlock]:
+    return text_blocks(read_texts(source, side, field), parts, most)
+
+
+def _open_parts(parts: Path, job: dict[str, Any], out: Path) -> None:
+    """Make the folder of parts, or check that the one that is there is of the same job."""
     description = parts / "job.json"
     if description.is_file():
         known = json.loads(description.read_text(encoding="utf-8"))
@@ -114,40 +110,11 @@ def _open_parts(parts: Path, job: dict[str, Any], out: Path) -> set[int]:
                 f"encode: {parts} holds an unfinished run with another {' and '.join(changed)}; remove that folder to "
                 f"start {out.name} anew, or repeat the earlier command to finish it"
             )
-        return {int(file.stem) for file in parts.glob("[0-9]*.parquet")}
+        return
     parts.mkdir(parents=True, exist_ok=True)
     temporary = parts / "job.tmp"
     temporary.write_text(json.dumps(job), encoding="utf-8")
     temporary.replace(description)
-    return set()
-
-
-def _blocks(rows: Iterator[tuple[str, str]], most: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Ids and texts in blocks, bounded in texts and in characters; the same every time for the same input."""
-    ids: list[str] = []
-    texts: list[str] = []
-    characters = 0
-    for name, text in rows:
-        if ids and (len(ids) == most or characters + len(text) > BLOCK_CHARACTERS):
-            yield ids, texts
-            ids, texts, characters = [], [], 0
-        ids.append(name)
-        texts.append(text)
-        characters += len(text)
-    if ids:
-        yield ids, texts
-
-
-def _name(number: int) -> str:
-    return f"{number:08d}.parquet"
-
-
-def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray) -> None:
-    flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
-    column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
-    temporary = file.with_suffix(".tmp")
-    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": column}), temporary)
-    temporary.replace(file)
 
 
 def _join(parts: list[Path], out: Path) -> int:

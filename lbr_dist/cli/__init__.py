@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(data.prepare)
+app.command()(data.mine)
 app.command()(training.train)
 app.command()(training.plan)
 app.command("eval")(models.evaluate)

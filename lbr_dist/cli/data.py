@@ -1,4 +1,4 @@
-"""`lbr prepare`: raw files to shards."""
+"""`lbr prepare` and `lbr mine`: raw files to shards, and shards to shards with hard negatives."""
 
 from __future__ import annotations
 
@@ -58,6 +58,39 @@ def prepare(
         decontaminate=decontaminate or (), paragraphs=paragraphs, similarity=similarity, max_chars=max_chars,
         max_bad_share=max_bad_share, domain=domain, name=name, seed=seed, shard_records=shard_records,
         shard_mib=shard_mib, overwrite=overwrite,
+    )  # fmt: skip
+    print("\n".join(report.lines))
+
+
+def mine(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Run, checkpoint, export, sentence-transformers model, hf:PATH, bm25, or a mined JSONL file."
+        ),
+    ],
+    data: Annotated[str, typer.Argument(help="Prepared set; its cl side gets negatives.")],
+    out: Annotated[Path, typer.Option(help="Folder of the set to make.")],
+    negatives: Annotated[int, typer.Option("--negatives", "-n", help="Negatives per query.")] = 8,
+    skip: Annotated[int, typer.Option(help="First ranks that are passed over.")] = 0,
+    depth: Annotated[int, typer.Option(help="Last rank that is looked at.")] = 100,
+    share: Annotated[
+        float | None,
+        typer.Option(help="Keep negatives that score below this share of the positive's score; default 0.95."),
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(help="Keep negatives that score below the positive's score minus this.")
+    ] = None,
+    index: Annotated[str, typer.Option(help="exact, ivf, or auto: by the size of the set.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input.")] = False,
+) -> None:
+    """Mine hard negatives with a model; continues where a killed run stopped."""
+    from lbr_dist.mine import mine as run
+
+    report = run(
+        model, data, out, count=negatives, skip=skip, depth=depth, share=share, margin=margin, index=index,
+        device=device, overwrite=overwrite,
     )  # fmt: skip
     print("\n".join(report.lines))
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.data.fields import Entity, check_fields
 from lbr_dist.data.pipeline import Pipeline, Settings
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.publish import publish, workspace
-from lbr_dist.data.shards import open_set
+from lbr_dist.data.publish import check_target, finished, publish, workspace
 from lbr_dist.data.sources import Part, Source, expand
 from lbr_dist.data.split import SIDES, parse_sizes
 from lbr_dist.errors import UserError
@@ -54,10 +54,6 @@ class PrepareReport:
 
     def _bad(self) -> list[tuple[str, dict[str, Any]]]:
         return list(self.data["rows"]["bad"]["by_reason"].items())
-
-
-VERSION = 1
-"""Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 
 
 def prepare(
@@ -126,7 +122,7 @@ def prepare(
         parse_sizes(sizes or {}), entity, paragraphs, similarity, max_chars, max_bad_share, domain,
         name or out.resolve().name, seed, shard_records, shard_mib,
     )  # fmt: skip
-    _check_target(out)
+    check_target(out)
     tokens = Tokenization.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
     with workspace(out) as work, Progress() as progress:
         parts, outside = (_parts(named, kind, fields or {}, work) for named in (sources, decontaminate))
@@ -137,7 +133,7 @@ def prepare(
                 for part in group:
                     origin[name_of].append(part.fingerprint())
                     advance(1)
-        done = _finished(out, origin, overwrite)
+        done = finished(out, origin, overwrite, partial(_difference, new=origin))
         if done is not None:
             return PrepareReport(out, done, unchanged=True)
         report = Pipeline(work, settings, tokens, origin, progress).run(parts, outside)
@@ -152,35 +148,6 @@ def _parts(sources: Sequence[str | Source], kind: str | None, fields: Mapping[st
     for source in sources:
         parts += expand(source if isinstance(source, Source) else Source.parse(source, kind, fields), downloads)
     return parts
-
-
-def _check_target(out: Path) -> None:
-    """Refuse an `out` that is not ours to replace, before anything is read."""
-    if out.is_dir():
-        if any(out.iterdir()) and not (out / "manifest.json").is_file():
-            raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
-    elif out.exists() or out.is_symlink():
-        raise UserError(f"--out {out}: is not a folder: choose another")
-
-
-def _finished(out: Path, origin: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
-    """Report of the set in `out` if it was made from the same input; None: there is none, or it may be replaced.
-
-    Raises:
-        UserError: there is another set, or a damaged one, and `overwrite` is off.
-    """
-    if not (out / "manifest.json").is_file():
-        return None
-    try:
-        made_from = open_set(out).manifest["input"]
-        if made_from == json.loads(json.dumps(origin)):
-            return json.loads((out / "report.json").read_text(encoding="utf-8"))
-        problem = f"holds a set made from other input ({_difference(made_from, origin)})"
-    except (UserError, OSError, ValueError) as error:
-        problem = f"holds a damaged set ({error})"
-    if overwrite:
-        return None
-    raise UserError(f"--out {out}: {problem}: choose another folder, or replace it with --overwrite")
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:

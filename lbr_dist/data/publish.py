@@ -1,7 +1,8 @@
 """Make a folder appear whole or not at all.
 
 Everything is written to a hidden folder beside the target, flushed to disk, and renamed in one step. What a killed run
-leaves behind is hidden, can never be taken for a finished set, and is removed by the next run.
+leaves behind is hidden and can never be taken for a finished set. The next run removes it, except for the committed
+blocks of the very same job (`resumable`), from which it goes on.
 """
 
 from __future__ import annotations
@@ -9,20 +10,69 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
+
+RESUME = "resume"
+"""Folder of the workspace that outlives a killed run."""
+
+
+def check_target(out: Path) -> None:
+    """Refuse an `out` that is not ours to replace, before anything is read.
+
+    Raises:
+        UserError: it is no folder, or one that holds something else than a prepared set.
+    """
+    if out.is_dir():
+        if any(out.iterdir()) and not (out / "manifest.json").is_file():
+            raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
+    elif out.exists() or out.is_symlink():
+        raise UserError(f"--out {out}: is not a folder: choose another")
+
+
+def finished(
+    out: Path, origin: dict[str, Any], overwrite: bool, difference: Callable[[Any], str]
+) -> dict[str, Any] | None:
+    """Report of the set in `out` if it was made from the same input; None: there is none, or it may be replaced.
+
+    Args:
+        origin: what the set is to be made from, as its manifest will say.
+        overwrite: whether another set may be replaced.
+        difference: says what differs from the `input` of another set's manifest.
+
+    Raises:
+        UserError: there is another set, or a damaged one, and `overwrite` is off.
+    """
+    if not (out / "manifest.json").is_file():
+        return None
+    try:
+        made_from = open_set(out).manifest["input"]
+        if made_from == json.loads(json.dumps(origin)):
+            return json.loads((out / "report.json").read_text(encoding="utf-8"))
+        problem = f"holds a set made from other input ({difference(made_from)})"
+    except (UserError, OSError, ValueError) as error:
+        problem = f"holds a damaged set ({error})"
+    if overwrite:
+        return None
+    raise UserError(f"--out {out}: {problem}: choose another folder, or replace it with --overwrite")
 
 
 @contextlib.contextmanager
 def workspace(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` to work in, removed at the end.
+    """A folder beside `out` to work in, removed at the end; empty but for what `resumable` may use.
+
+    Committed blocks stay for the next run if this one is killed, interrupted, or fails for a reason that lies neither
+    in its input nor on the disk (a lost worker, memory).
 
     Raises:
-        UserError: another process prepares the same `out`, the folder cannot be made, or the disk is full.
+        UserError: another process writes the same `out`, the folder cannot be made, or the disk is full.
     """
     folder = out.parent / f".{out.name}.preparing"
     try:
@@ -36,22 +86,46 @@ def workspace(out: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--out {out}: another lbr prepare is writing it: wait for it, or choose another") from None
+            raise UserError(f"--out {out}: another lbr process is writing it: wait for it, or choose another") from None
         try:
-            for entry in folder.iterdir():  # what a killed run left
-                _remove(entry)
+            _clear(folder)
             yield folder
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UserError(
                     f"--out {out}: the disk is full ({error.strerror}); nothing was left behind: "
                     "free space or choose a folder on another disk"
                 ) from error
             raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            _clear(folder)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def resumable(work: Path, job: Any) -> Path:
+    """The folder in the workspace `work` for committed blocks: with those of an earlier run if it had the same `job`.
+
+    Args:
+        job: everything that decides the blocks; JSON-able.
+    """
+    folder = work / RESUME
+    description, wanted = folder / "job.json", json.dumps(job, sort_keys=True)
+    if not (description.is_file() and description.read_text(encoding="utf-8") == wanted):
+        _remove(folder)
+        folder.mkdir()
+        temporary = folder / "job.tmp"
+        temporary.write_text(wanted, encoding="utf-8")
+        temporary.replace(description)
+    return folder
 
 
 def publish(folder: Path, out: Path) -> None:
@@ -75,6 +149,13 @@ def _restore(out: Path) -> None:
             _remove(old)
         else:
             old.rename(out)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run left, except for committed blocks."""
+    for entry in folder.iterdir():
+        if entry.name != RESUME:
+            _remove(entry)
 
 
 def _old(out: Path) -> Path:

@@ -86,8 +86,9 @@ class ShardWriter:
     `shard_bytes` gets a shard of its own.
     """
 
-    def __init__(self, root: Path, split: str, counter: TokenCounter, *, shard_records: int, shard_bytes: int) -> None:
-        self.root, self.split, self.counter = root, split, counter
+    def __init__(self, root: Path, split: str, tokenizer: str, *, shard_records: int, shard_bytes: int) -> None:
+        """`tokenizer`: fingerprint of the one that the token counts are of."""
+        self.root, self.split, self.tokenizer = root, split, tokenizer
         self.shard_records, self.shard_bytes = shard_records, shard_bytes
         self.info = SplitInfo()
         self._tar: IO[bytes] | None = None
@@ -96,10 +97,10 @@ class ShardWriter:
         self._bytes = 0
         (root / split).mkdir(parents=True, exist_ok=True)
 
-    def write(self, records: Sequence[Record]) -> None:
-        """Append a batch: one call of the tokenizer for all its texts, then one tar member for each record."""
-        for record, tokens in zip(records, self.counter.columns(records), strict=True):
-            self._append(record, tokens)
+    def write(self, records: Sequence[Record], tokens: Sequence[dict[str, Any]]) -> None:
+        """Append a batch of records with the token columns of each, as `TokenCounter.columns` gives them."""
+        for record, columns in zip(records, tokens, strict=True):
+            self._append(record, columns)
 
     def close(self) -> SplitInfo:
         """Close the last shard; returns the split's part of the manifest."""
@@ -153,7 +154,7 @@ class ShardWriter:
         self._tar = None
         digest = self._hash.hexdigest()
         table = pa.table(self._rows, schema=INDEX_SCHEMA)
-        table = table.replace_schema_metadata({"tokenizer": self.counter.tokens.fingerprint, "tar_xxh128": digest})
+        table = table.replace_schema_metadata({"tokenizer": self.tokenizer, "tar_xxh128": digest})
         index = self.root / f"{self._name}.parquet"
         pq.write_table(table, index, compression="zstd")
         index_data = index.read_bytes()
@@ -190,19 +191,27 @@ def write_set(
     counter = TokenCounter(tokens)
     infos: dict[str, SplitInfo] = {}
     for split in SPLITS:
-        writer = ShardWriter(root, split, counter, shard_records=shard_records, shard_bytes=shard_bytes)
+        writer = ShardWriter(root, split, tokens.fingerprint, shard_records=shard_records, shard_bytes=shard_bytes)
         try:
             for batch in batches(splits.get(split, ())):
-                writer.write(batch)
+                writer.write(batch, counter.columns(batch))
             infos[split] = writer.close()
         finally:
             writer.abandon()
+    tokenizer = {"fingerprint": tokens.fingerprint, "path": tokenizer_path}
+    return write_manifest(root, infos, name=name, seed=seed, source=source, tokenizer=tokenizer)
+
+
+def write_manifest(
+    root: Path, infos: dict[str, SplitInfo], *, name: str, seed: int, source: Any, tokenizer: dict[str, str]
+) -> dict[str, Any]:
+    """Write the manifest of a set whose shards are in place; returns it."""
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "name": name,
         "seed": seed,
         "input": source,
-        "tokenizer": {"fingerprint": tokens.fingerprint, "path": tokenizer_path},
+        "tokenizer": tokenizer,
         "splits": {split: asdict(info) for split, info in infos.items()},
     }
     manifest["fingerprint"] = manifest_fingerprint(manifest)

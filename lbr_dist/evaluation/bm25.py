@@ -41,10 +41,12 @@ class BM25:
         rows_QK = np.zeros((len(queries), k), dtype=np.int64)
         scores_QK = np.zeros((len(queries), k), dtype=np.float32)
         for number, query in enumerate(queries):
-            known = [] if self._empty else self._index.get_tokens_ids(words(query))
-            scores_P = (
-                self._index.get_scores_from_ids(known) if len(known) else np.zeros(self._passages, dtype=np.float32)
-            )
+            scores_P = self.scores(query)
             rows_QK[number] = np.argsort(-scores_P, kind="stable")[:k]
             scores_QK[number] = scores_P[rows_QK[number]]
         return rows_QK, scores_QK
+
+    def scores(self, query: str) -> np.ndarray:
+        """Score of every passage, float32 [passages]; 0 for one that shares no word with the query."""
+        known = [] if self._empty else self._index.get_tokens_ids(words(query))
+        return self._index.get_scores_from_ids(known) if len(known) else np.zeros(self._passages, dtype=np.float32)

@@ -190,7 +190,7 @@ def test_two_runs_for_one_folder(sources: list[str], tmp_path: Path) -> None:
     (tmp_path / ".out.preparing").mkdir()
     lock = os.open(tmp_path / ".out.preparing", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another lbr prepare is writing it"):
+    with pytest.raises(UserError, match="another lbr process is writing it"):
         run(sources, tmp_path / "out")
     os.close(lock)
 

@@ -1,0 +1,122 @@
+"""Texts to vectors in blocks that are committed one by one: what `lbr encode` and `lbr mine` share.
+
+A block is sorted by length inside the encoder, so the larger it is, the less is wasted and the more memory it takes.
+Its vectors are one Parquet part, renamed into place when complete; whoever was killed starts again at the first missing
+part. Blocks depend on the input alone, so it does not matter which process embeds which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lbr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lbr_dist.evaluation.encoder import Encoder, Side
+
+BLOCK_TEXTS = 16_384
+"""Texts in a block at most."""
+BLOCK_CHARACTERS = 32 << 20
+"""Characters in a block at most, unless a single text has more."""
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """Some texts to embed; `texts` is empty where the block's part exists already."""
+
+    number: int
+    """From 1, in the order of the input."""
+    ids: list[str]
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """What was done to a block: texts in its part, whether that was there before, texts that were cut."""
+
+    number: int
+    texts: int
+    resumed: bool
+    cut: int
+
+
+def text_blocks(rows: Iterable[tuple[str, str]], parts: Path, most: int) -> Iterator[TextBlock]:
+    """Rows (id, text) in blocks, bounded in texts and in characters; the same every time for the same rows.
+
+    Args:
+        parts: folder in which finished parts are looked for.
+        most: texts in a block.
+    """
+    ids: list[str] = []
+    texts: list[str] = []
+    characters = number = 0
+    for name, text in rows:
+        if ids and (len(ids) == most or characters + len(text) > BLOCK_CHARACTERS):
+            number += 1
+            yield TextBlock(number, ids, [] if part_file(parts, number).exists() else texts)
+            ids, texts, characters = [], [], 0
+        ids.append(name)
+        texts.append(text)
+        characters += len(text)
+    if ids:
+        number += 1
+        yield TextBlock(number, ids, [] if part_file(parts, number).exists() else texts)
+
+
+class EncodeBlock:
+    """Embeds blocks and writes their parts; picklable: every process loads the model at its first block."""
+
+    def __init__(self, model: str, side: Side, parts: Path, device: str | None = None) -> None:
+        """`model` and `device` as in `lbr_dist.loading.load_encoder`; `parts` must be seen by every process."""
+        self._model, self._side, self._parts, self._device = model, side, parts, device
+        self._encoder: Encoder | None = None
+
+    def __call__(self, block: TextBlock) -> EncodedBlock:
+        """Embed one block.
+
+        Raises:
+            UserError: the model cannot be loaded, or gives a vector that is not finite (the text's id is named).
+        """
+        if not block.texts:
+            return EncodedBlock(block.number, len(block.ids), True, 0)
+        if self._encoder is None:
+            from lbr_dist.loading import load_encoder
+
+            self._encoder = load_encoder(self._model, self._device)
+        before = self._encoder.cut
+        vectors_ND = self._encoder.encode(block.texts, self._side)
+        finite_N = np.isfinite(vectors_ND).all(1)
+        if not finite_N.all():
+            first = block.ids[int(np.argmin(finite_N))]
+            raise UserError(f"model {self._model}: its embedding of {first} is not finite: the model is damaged")
+        _write_part(part_file(self._parts, block.number), block.ids, vectors_ND)
+        return EncodedBlock(block.number, len(block.ids), False, self._encoder.cut - before)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encoder": None}
+
+
+def part_file(parts: Path, number: int) -> Path:
+    """The part of a block."""
+    return parts / f"{number:08d}.parquet"
+
+
+def part_vectors(part: pa.Table) -> np.ndarray:
+    """Vectors of a part, float32 [texts, D]."""
+    column = part["embedding"].combine_chunks()
+    return column.flatten().to_numpy().reshape(-1, column.type.list_size)
+
+
+def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray) -> None:
+    flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
+    temporary = file.with_suffix(".tmp")
+    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": column}), temporary)
+    temporary.replace(file)

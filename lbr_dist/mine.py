@@ -1,0 +1,240 @@
+"""`lbr mine`: hard negatives for a prepared set, found with the model at hand.
+
+Questions and answers of the cl side are embedded in blocks, each committed by itself; the nearest passages of each
+question are searched, again block by block; what the rule leaves becomes `negatives` in a new prepared set, which
+`lbr train` reads like any other. Vectors lie on disk, so memory grows by some hundred bytes a record; a run that was
+killed goes on at the first missing block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lbr_dist.blocks import BLOCK_TEXTS
+from lbr_dist.data.execute import Executor, Here
+from lbr_dist.data.progress import Progress
+from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
+from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
+from lbr_dist.errors import UserError
+from lbr_dist.mining.candidates import SIDE, Candidates, survey
+from lbr_dist.mining.choose import Chosen, Rule, choose
+from lbr_dist.mining.given import GivenNegatives
+from lbr_dist.mining.nearest import Exact, Inverted, Lexical, Nearest, kind_for
+from lbr_dist.mining.notes import Notes
+from lbr_dist.mining.report import example_queries, markdown
+from lbr_dist.mining.vectors import embed, texts
+from lbr_dist.mining.write import write_mined
+
+VERSION = 1
+"""Raised when the same input and settings give other output."""
+QUERIES = 2048
+"""Queries searched at a time."""
+SHARE = 0.95
+"""Share of the positive's score below which a negative lies, where the user sets neither share nor margin."""
+
+
+@dataclass(frozen=True)
+class MineReport:
+    """What was done; `data` is report.json."""
+
+    out: Path
+    data: dict[str, Any]
+    unchanged: bool
+
+    @property
+    def lines(self) -> list[str]:
+        """A few lines for people."""
+        if self.unchanged:
+            return [f"{self.out}: up to date (same model, set and settings); nothing to do"]
+        counts = self.data["mined"]["counts"]
+        return [
+            f"{self.out}: {counts['negatives']} negatives for {counts['queries']} queries",
+            f"with fewer than asked for: {counts['without_enough']}, with none: {counts['without_any']}",
+            f"too near to the positive: {counts['too_near']} passages; known answers met: {counts['known_answers']}",
+            f"read the examples: {self.out}/report.md",
+        ]
+
+
+def mine(
+    model: str,
+    data: str | Path,
+    out: str | Path,
+    *,
+    count: int = 8,
+    skip: int = 0,
+    depth: int = 100,
+    share: float | None = None,
+    margin: float | None = None,
+    index: str = "auto",
+    device: str | None = None,
+    overwrite: bool = False,
+    block: int = BLOCK_TEXTS,
+    executor: Executor | None = None,
+) -> MineReport:
+    """Mine hard negatives for the cl side of a prepared set.
+
+    Args:
+        model: as in `lbr_dist.loading.load_encoder`, or `bm25`, or a JSONL file of negatives by id (mining/given.py).
+        data: prepared set, local or remote.
+        out: folder of the set to make: `data`'s sides, the cl records with their mined negatives after those that they
+            have, and report.json, report.md and mined.jsonl (ids and scores).
+        count, skip, depth, share, margin: see `lbr_dist.mining.choose.Rule`; with neither `share` nor `margin` the
+            share is `SHARE`.
+        index: exact, ivf, or auto (by size).
+        device: default: CUDA where there is one.
+        overwrite: replace a set made from other input.
+        block: texts embedded and committed at a time.
+        executor: where texts are embedded; default: here.
+
+    Raises:
+        UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else.
+    """
+    from lbr_dist.loading import model_fingerprint
+
+    out = Path(out)
+    rule = _rule(count, skip, depth, share, margin)
+    if index not in ("auto", "exact", "ivf"):
+        raise UserError(f"--index {index}: expected auto, exact or ivf")
+    check_target(out)
+    if out.resolve() == Path(data).resolve():
+        raise UserError(f"--out {out}: is the set itself, which mining does not change: name another folder")
+    opened = open_set(data)
+    given = Path(model).is_file()
+    identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
+    settings = {**asdict(rule), "index": index, "block": block}
+    origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}
+    done = finished(out, origin, overwrite, partial(_difference, new=origin))
+    if done is not None:
+        return MineReport(out, done, unchanged=True)
+    with workspace(out) as work, Progress() as progress:
+        job = _Job(model, opened, rule, resumable(work.absolute(), origin), progress, executor or Here())
+        job.mine("given" if given else index, device, block)
+        target = work / "set"
+        target.mkdir()
+        report = job.write(target, name=out.resolve().name, origin=origin)
+        publish(target, out)
+    return MineReport(out, report, unchanged=False)
+
+
+class _Job:
+    """One mining; committed blocks lie in `folder`."""
+
+    def __init__(
+        self, model: str, opened: PreparedSet, rule: Rule, folder: Path, progress: Progress, executor: Executor
+    ) -> None:
+        self.model, self.opened, self.rule = model, opened, rule
+        self.folder, self.progress, self.executor = folder, progress, executor
+        with progress.phase("reading records", opened.splits[SIDE].records) as advance:
+            self.candidates: Candidates = survey(opened, advance)
+        self.queries, self.passages = len(self.candidates.own_Q), len(self.candidates.passage_rows_P)
+        self.search = ""
+
+    def mine(self, index: str, device: str | None, block: int) -> None:
+        """Choose the negatives of every query, in files of `QUERIES` queries."""
+        chosen = self.folder / "chosen"
+        chosen.mkdir(exist_ok=True)
+        take = self._taker(index, device, block)
+        with self.progress.phase("searching", self.queries) as advance:
+            for start in range(0, self.queries, QUERIES):
+                query_B = np.arange(start, min(start + QUERIES, self.queries))
+                file = chosen / f"{start:010d}.npz"
+                if not file.exists():
+                    temporary = chosen / "chosen.tmp.npz"
+                    np.savez(temporary, **vars(take(query_B)))
+                    temporary.replace(file)
+                advance(len(query_B))
+
+    def _taker(self, index: str, device: str | None, block: int) -> Callable[[np.ndarray], Chosen]:
+        """The function from query numbers to their negatives."""
+        if index == "given":
+            self.search = "given by file"
+            given = GivenNegatives(Path(self.model), ShardReader(self.opened, SIDE).index.ids, self.candidates)
+            return lambda query_B: given.chosen(query_B, self.rule.count)
+        nearest = self._nearest(index, device, block)
+
+        def take(query_B: np.ndarray) -> Chosen:
+            own_B = self.candidates.own_Q[query_B]
+            excluded = self.candidates.excluded(query_B)
+            most = int(np.bincount(excluded[0]).max())
+            found = nearest.search(query_B, own_B, min(self.passages, self.rule.depth + most))
+            return choose(*found, excluded, self.passages, self.rule)
+
+        return take
+
+    def _nearest(self, index: str, device: str | None, block: int) -> Nearest:
+        if self.model == "bm25":
+            from lbr_dist.evaluation.bm25 import BM25
+
+            self.search = "bm25"
+            answers = [text for _, text in texts(self.opened, "answer", self.candidates.passage_rows_P)]
+            reader = ShardReader(self.opened, SIDE)
+            return Lexical(BM25(answers), lambda query: reader.read([query])[0]["question"])
+        vectors = partial(
+            embed, self.opened, model=self.model, device=device, folder=self.folder, block=block,
+            executor=self.executor, progress=self.progress,
+        )  # fmt: skip
+        queries_QD = vectors("query", np.arange(self.queries))
+        passages_PD = vectors("passage", self.candidates.passage_rows_P)
+        self.search = kind_for(index, self.queries, self.passages)
+        if self.search == "exact":
+            return Exact(queries_QD, passages_PD)
+        with self.progress.phase("building the index"):
+            return Inverted(queries_QD, passages_PD, self.folder / "ivf")
+
+    def write(self, target: Path, *, name: str, origin: dict[str, Any]) -> dict[str, Any]:
+        """Write set and reports into `target`; returns report.json."""
+        files = sorted((self.folder / "chosen").glob("[0-9]*.npz"))
+        with (
+            (target / "mined.jsonl").open("w", encoding="utf-8") as sink,
+            self.progress.phase("writing", self.queries) as advance,
+        ):
+            notes = Notes(files, example_queries(self.queries), self.candidates, self.opened, sink.write, advance)
+            manifest = write_mined(
+                self.opened, target, self.candidates, notes.passages(), name=name, source=origin, note=notes.note
+            )
+        facts = {
+            "model": self.model,
+            "set": f"{self.opened.name} ({self.opened.fingerprint})",
+            "search": self.search,
+            "passages": self.passages,
+            **{setting: value for setting, value in asdict(self.rule).items() if value is not None},
+        }
+        report = {
+            "format": 1,
+            "name": name,
+            "set": manifest["fingerprint"],
+            "mined": {**facts, "counts": notes.counts.as_dict(), "examples": [asdict(e) for e in notes.examples]},
+        }
+        text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        (target / "report.json").write_text(text, encoding="utf-8")
+        (target / "report.md").write_text(markdown(facts, notes.counts, notes.examples), encoding="utf-8")
+        return report
+
+
+def _rule(count: int, skip: int, depth: int, share: float | None, margin: float | None) -> Rule:
+    if count < 1:
+        raise UserError(f"--negatives {count}: expected at least 1")
+    if skip < 0 or depth < skip + count:
+        raise UserError(f"--skip {skip}, --depth {depth}: the window must hold at least --negatives {count} ranks")
+    if share is not None and share <= 0:
+        raise UserError(f"--share {share}: must be more than 0")
+    if margin is not None and margin < 0:
+        raise UserError(f"--margin {margin}: must not be negative")
+    return Rule(count, skip, depth, SHARE if share is None and margin is None else share, margin)
+
+
+def _difference(old: Any, new: dict[str, Any]) -> str:
+    """What differs from the input of another set."""
+    if not isinstance(old, dict) or "mined" not in old:
+        return "not a mined one"
+    parts = ["another set"] * (old["set"] != new["set"])
+    parts += [f"another {name}" for name in ("model", "settings") if old["mined"][name] != new["mined"][name]]
+    return "; ".join(parts) or "an older version of lbr"

@@ -1,0 +1,110 @@
+"""Negatives that were mined elsewhere: a JSONL file that names records by id.
+
+A line is `{"id": ..., "negatives": [...]}`; a negative is an id, or `{"id": ..., "score": ...}` as in the `mined.jsonl`
+that `lbr mine` writes into its sets. The negative is that record's answer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from lbr_dist.errors import UserError
+from lbr_dist.mining.candidates import Candidates, Pairs
+from lbr_dist.mining.choose import Chosen
+
+REJECTED_NONE = np.int64(-1)
+
+
+class GivenNegatives:
+    """The file's negatives by query; memory holds two numbers for each."""
+
+    def __init__(self, path: Path, ids: np.ndarray, candidates: Candidates) -> None:
+        """Read the file.
+
+        Args:
+            path: the file.
+            ids: ids of the side's records, object [Q].
+            candidates: of the same side.
+
+        Raises:
+            UserError: a line that is not of this form, or an id that the side does not have.
+        """
+        self._path, self._candidates = path, candidates
+        hash_Q = np.array([_hash(name) for name in ids], np.uint64)
+        self._order_Q = np.argsort(hash_Q, kind="stable")
+        self._hash_Q = hash_Q[self._order_Q]
+        queries, passages, scores = [], [], []
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    for query, passage, score in self._line(number, line):
+                        queries.append(query)
+                        passages.append(passage)
+                        scores.append(score)
+        order_M = np.argsort(np.array(queries, np.int64), kind="stable")
+        self._query_M = np.array(queries, np.int64)[order_M]
+        self._passage_M = np.array(passages, np.int64)[order_M]
+        self._score_M = np.array(scores, np.float32)[order_M]
+
+    def chosen(self, query_B: np.ndarray, count: int) -> Chosen:
+        """The first `count` of these neighbouring queries that are not known answers."""
+        low, high = np.searchsorted(self._query_M, [query_B[0], query_B[-1] + 1])
+        position_M, passage_M = self._query_M[low:high] - query_B[0], self._passage_M[low:high]
+        passages = len(self._candidates.passage_rows_P)
+        known = Pairs.of(*self._candidates.excluded(query_B), len(query_B))
+        known_M = np.isin(position_M * passages + passage_M, _keys(known, passages))
+        passage_QN = np.full((len(query_B), count), -1, np.int64)
+        score_QN = np.full((len(query_B), count), np.nan, np.float32)
+        filled = [0] * len(query_B)
+        for entry in np.flatnonzero(~known_M).tolist():
+            query, passage = int(position_M[entry]), int(passage_M[entry])
+            if filled[query] < count and passage not in passage_QN[query]:
+                passage_QN[query, filled[query]] = passage
+                score_QN[query, filled[query]] = self._score_M[low + entry]
+                filled[query] += 1
+        none_Q = np.zeros(len(query_B), np.int32)
+        known_Q = np.bincount(position_M[known_M], minlength=len(query_B)).astype(np.int32)
+        return Chosen(
+            passage_QN,
+            score_QN,
+            np.full(len(query_B), np.nan, np.float32),
+            np.full((len(query_B), 0), REJECTED_NONE),
+            np.zeros((len(query_B), 0), np.float32),
+            none_Q,
+            known_Q,
+        )
+
+    def _line(self, number: int, line: str) -> list[tuple[int, int, float]]:
+        where = f"{self._path} line {number}"
+        try:
+            row = json.loads(line)
+            name, negatives = row["id"], row["negatives"]
+            pairs = [(n["id"], n.get("score")) if isinstance(n, dict) else (n, None) for n in negatives]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{where}: expected {{"id": ..., "negatives": [ids]}}') from None
+        query = self._record(name, where)
+        own_Q = self._candidates.own_Q
+        return [
+            (query, int(own_Q[self._record(negative, where)]), np.nan if score is None else float(score))
+            for negative, score in pairs
+        ]
+
+    def _record(self, name: Any, where: str) -> int:
+        value = np.uint64(_hash(str(name)))
+        place = int(np.searchsorted(self._hash_Q, value))
+        if place == len(self._hash_Q) or self._hash_Q[place] != value:
+            raise UserError(f"{where}: the set has no cl record with id {name!r}: was the file mined from another set?")
+        return int(self._order_Q[place])
+
+
+def _keys(pairs: Pairs, passages: int) -> np.ndarray:
+    return np.repeat(np.arange(len(pairs)), np.diff(pairs.starts)) * passages + pairs.passages
+
+
+def _hash(name: str) -> int:
+    return xxhash.xxh3_64_intdigest(name.encode())

@@ -1,0 +1,79 @@
+"""Vectors of questions and answers on disk: embedded in committed blocks, then one array file to map into memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from lbr_dist.blocks import EncodeBlock, TextBlock, part_file, part_vectors, text_blocks
+from lbr_dist.data.execute import Executor
+from lbr_dist.data.progress import Progress
+from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.mining.candidates import SIDE
+
+if TYPE_CHECKING:
+    from lbr_dist.evaluation.encoder import Side
+
+
+def embed(
+    opened: PreparedSet,
+    side: Side,
+    rows_N: np.ndarray,
+    *,
+    model: str,
+    device: str | None,
+    folder: Path,
+    block: int,
+    executor: Executor,
+    progress: Progress,
+) -> np.ndarray:
+    """Vectors of the questions (`side` query) or answers of some records, memory-mapped float32 [N, D].
+
+    What an earlier attempt left in `folder` is used.
+    """
+    file, parts = folder / f"{side}.npy", folder / side
+    if not file.exists():
+        parts.mkdir(exist_ok=True)
+        read = partial(_blocks, opened=opened, rows_N=rows_N, parts=parts, most=block)
+        work = EncodeBlock(model, side, parts, device)
+        blocks = 0
+        with progress.phase(f"embedding: {side}", len(rows_N)) as advance:
+            for done in executor.stream([side], read, work):
+                blocks += 1
+                advance(done.texts)
+        _join([part_file(parts, number) for number in range(1, blocks + 1)], len(rows_N), file)
+    shutil.rmtree(parts, ignore_errors=True)
+    return np.load(file, mmap_mode="r")
+
+
+def texts(opened: PreparedSet, field: str, rows_N: np.ndarray) -> Iterator[tuple[str, str]]:
+    """(id, text) of some records of the side."""
+    reader = ShardReader(opened, SIDE)
+    for row in rows_N.tolist():
+        record = reader.read([row])[0]
+        yield record["id"], record[field]
+    reader.close()
+
+
+def _blocks(side: Side, *, opened: PreparedSet, rows_N: np.ndarray, parts: Path, most: int) -> Iterator[TextBlock]:
+    return text_blocks(texts(opened, "question" if side == "query" else "answer", rows_N), parts, most)
+
+
+def _join(parts: list[Path], count: int, file: Path) -> None:
+    """One array file of all parts."""
+    temporary = file.with_suffix(".tmp")
+    width = part_vectors(pq.read_table(parts[0])).shape[1]
+    joined_ND = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, width))
+    start = 0
+    for part in parts:
+        vectors_ND = part_vectors(pq.read_table(part))
+        joined_ND[start : start + len(vectors_ND)] = vectors_ND
+        start += len(vectors_ND)
+    joined_ND.flush()
+    temporary.replace(file)

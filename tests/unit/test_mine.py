@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lbr_dist import mine as module
+from lbr_dist.data.record import Record, normalise
+from lbr_dist.data.shards import ShardReader, open_set, verify, write_set
+from lbr_dist.errors import UserError
+from lbr_dist.evaluation.encoder import unit
+from lbr_dist.mine import MineReport, mine
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+class Bytes:
+    fingerprint = "bytes-1"
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+
+class Words:
+    """A text is the sum of its words' random vectors."""
+
+    name, cut = "words", 0
+
+    def __init__(self, *_: Any) -> None:
+        self.calls: list[int] = []
+
+    def encode(self, texts: Sequence[str], side: str = "passage", progress: bool = False) -> np.ndarray:
+        self.calls.append(len(texts))
+        return unit(np.stack([sum(_vector(word) for word in text.lower().split()) for text in texts]))
+
+
+@functools.cache
+def _vector(word: str, width: int = 24) -> np.ndarray:
+    seed = int.from_bytes(hashlib.md5(word.strip("?.").encode()).digest()[:4], "little")
+    return np.random.default_rng(seed).normal(size=width).astype(np.float32)
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> Words:
+    """`--model words`, without a model."""
+    encoder = Words()
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: encoder)
+    monkeypatch.setattr("lbr_dist.loading.model_fingerprint", lambda spec: spec)
+    return encoder
+
+
+def domain(count: int = 120, seed: int = 0, words: int = 6) -> list[Record]:
+    rng = random.Random(seed)
+    records = []
+    for i in range(count):
+        answer = rng.choices(WORDS, k=words)
+        question = f"What is {' '.join(answer[:3])} {i}?"
+        more = {"negatives": (f"given {i}",)} if i % 10 == 0 else {}
+        records.append(Record(f"r{i}", question, " ".join(answer), domain="d", source="s", **more))
+    return records
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    everything = domain(160)
+    sides = {
+        "gl": [*everything[:20], Record("t", text="plain text")],
+        "cl": everything[20:140],
+        "eval": everything[140:],
+    }
+    write_set(tmp_path / "data", sides, Bytes(), name="d", shard_records=50)
+    return tmp_path / "data"
+
+
+def records(folder: Path, side: str = "cl") -> list[dict[str, Any]]:
+    opened = open_set(folder)
+    return ShardReader(opened, side).read(range(opened.splits[side].records))
+
+
+def run(data: Path, out: Path, model: str = "words", **settings: Any) -> MineReport:
+    return mine(model, data, out, **{"count": 3, "block": 32, **settings})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_mined_set_is_the_set_with_negatives(data: Path, tmp_path: Path, words: Words) -> None:
+    report = run(data, tmp_path / "out")
+    opened = open_set(tmp_path / "out")
+    assert verify(opened) > 0
+    for side in ("gl", "eval"):
+        assert {n: b for n, b in files(tmp_path / "out").items() if n.startswith(side)} == {
+            n: b for n, b in files(data).items() if n.startswith(side)
+        }
+    before, after = records(data), records(tmp_path / "out")
+    answers = {normalise(row["answer"]) for row in before}
+    negatives = 0
+    for old, new in zip(before, after, strict=True):
+        assert {k: v for k, v in new.items() if k != "negatives"} == {k: v for k, v in old.items() if k != "negatives"}
+        given = old.get("negatives", [])
+        mined = new.get("negatives", [])[len(given) :]
+        assert new.get("negatives", [])[: len(given)] == given
+        assert len(mined) <= 3
+        assert len(set(mined)) == len(mined)
+        assert {normalise(text) for text in mined} <= answers - {normalise(old["answer"])}
+        negatives += len(mined)
+    index = opened.index("cl")
+    assert index.ids.tolist() == [row["id"] for row in before]
+    assert [counts.tolist() for counts in map(index.negative_tokens.__getitem__, range(len(after)))] == [
+        [len(text.encode()) for text in row.get("negatives", [])] for row in after
+    ]
+    counts = report.data["mined"]["counts"]
+    assert counts["queries"] == 120
+    assert counts["negatives"] == negatives > 200
+    assert report.data["set"] == opened.fingerprint
+
+
+def test_scores_follow_the_rule_and_are_reported(data: Path, tmp_path: Path, words: Words) -> None:
+    report = run(data, tmp_path / "out", share=0.8, skip=1, depth=10)
+    lines = [json.loads(line) for line in (tmp_path / "out/mined.jsonl").open()]
+    rows = {row["id"]: row for row in records(tmp_path / "out")}
+    for line in lines:
+        question = words.encode([rows[line["id"]]["question"]])[0]
+        scores = [float(question @ words.encode([rows[n["id"]]["answer"]])[0]) for n in line["negatives"]]
+        positive = float(question @ words.encode([rows[line["id"]]["answer"]])[0])
+        assert line["positive"] == pytest.approx(positive, abs=1e-5)
+        assert [n["score"] for n in line["negatives"]] == pytest.approx(scores, abs=1e-5)
+        assert scores == sorted(scores, reverse=True)
+        assert all(score < positive - 0.2 * abs(positive) for score in scores)
+    short = sum(len(line["negatives"]) < 3 for line in lines)
+    counts = report.data["mined"]["counts"]
+    assert counts["without_enough"] == short
+    assert counts["without_any"] == sum(not line["negatives"] for line in lines)
+    assert counts["too_near"] > 0
+    text = (tmp_path / "out/report.md").read_text()
+    example = report.data["mined"]["examples"][3]
+    assert len(report.data["mined"]["examples"]) == 20
+    assert f"### {example['question']}" in text
+    assert f"| negative 1 | {example['negatives'][0]['score']:.3f} | {example['negatives'][0]['text']}" in text
+    assert any(e["too_near"] for e in report.data["mined"]["examples"])
+
+
+def test_twice_the_same_and_a_second_run_does_nothing(data: Path, tmp_path: Path, words: Words) -> None:
+    first = run(data, tmp_path / "a/out")
+    calls = len(words.calls)
+    again = run(data, tmp_path / "a/out")
+    assert again.unchanged
+    assert again.data == first.data
+    assert len(words.calls) == calls
+    run(data, tmp_path / "b/out")
+    assert files(tmp_path / "a/out") == files(tmp_path / "b/out")
+    with pytest.raises(UserError, match=r"made from other input \(another settings\).*--overwrite"):
+        run(data, tmp_path / "a/out", depth=50)
+    with pytest.raises(UserError, match=r"another model"):
+        run(data, tmp_path / "a/out", model="other")
+    assert not run(data, tmp_path / "a/out", depth=50, overwrite=True).unchanged
+
+
+def test_exact_ivf_and_words(data: Path, tmp_path: Path, words: Words) -> None:
+    exact, ivf = run(data, tmp_path / "a/out"), run(data, tmp_path / "b/out", index="ivf")
+    assert (exact.data["mined"]["search"], ivf.data["mined"]["search"]) == ("exact", "ivf")
+    assert files(tmp_path / "a/out/cl") == files(tmp_path / "b/out/cl")  # so few lists that all are searched
+    lexical = run(data, tmp_path / "c", model="bm25")
+    assert lexical.data["mined"]["search"] == "bm25"
+    for row in records(tmp_path / "c"):
+        asked = set(row["question"].lower().split())
+        for text in [t for t in row.get("negatives", []) if not t.startswith("given")]:
+            assert asked & set(text.split())
+
+
+def test_a_mined_file_gives_the_same_set(data: Path, tmp_path: Path, words: Words) -> None:
+    run(data, tmp_path / "a")
+    run(data, tmp_path / "b", model=str(tmp_path / "a/mined.jsonl"))
+    assert files(tmp_path / "a/cl") == files(tmp_path / "b/cl")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 0}, "--negatives 0"),
+        ({"skip": 8, "depth": 10}, "--skip 8, --depth 10: the window must hold at least --negatives 3 ranks"),
+        ({"share": 0.0}, "--share 0.0"),
+        ({"margin": -0.1}, "--margin -0.1"),
+        ({"index": "hnsw"}, "--index hnsw"),
+    ],
+)
+def test_wrong_settings(data: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path / "out", **settings)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_cannot_be_mined(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is the set itself"):
+        run(data, data, overwrite=True)
+    with pytest.raises(UserError, match="not a prepared set"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match="model nowhere: not a run, an export or a sentence-transformers model"):
+        run(data, tmp_path / "out", model="nowhere")
+    write_set(tmp_path / "empty", {"gl": domain(5)}, Bytes(), name="d")
+    with pytest.raises(UserError, match="its cl side is empty"):
+        run(tmp_path / "empty", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_model_of_damaged_vectors_is_named(data: Path, tmp_path: Path, words: Words) -> None:
+    whole = Words.encode
+
+    def encode(texts: Sequence[str], side: str = "passage", progress: bool = False) -> np.ndarray:
+        vectors = whole(words, texts, side)
+        vectors[1, 0] = np.nan
+        return vectors
+
+    words.encode = encode  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="model words: its embedding of r21 is not finite"):
+        run(data, tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_the_texts(tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "QUERIES", 16)
+    peaks, sizes = [], []
+    for length in (6, 6, 1500):  # the first run also imports
+        folder = tmp_path / f"set-{length}-{len(peaks)}"
+        write_set(folder, {"cl": domain(200, words=length)}, Bytes(), name="d")
+        sizes.append(sum(path.stat().st_size for path in folder.rglob("*.tar")))
+        tracemalloc.start()
+        run(folder, tmp_path / f"out-{len(peaks)}", block=8, depth=20)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert sizes[2] > 2_000_000
+    monkeypatch.undo()
+    assert peaks[2] < peaks[1] + 1_500_000
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv[3])
+from test_mine import Words, run
+from pathlib import Path
+from lbr_dist import loading
+
+class Slow(Words):
+    def encode(self, *args, **kwargs):
+        time.sleep(0.2)
+        return super().encode(*args, **kwargs)
+
+loading.load_encoder = Slow
+loading.model_fingerprint = lambda spec: spec
+run(Path(sys.argv[1]), Path(sys.argv[2]), block=8)
+"""
+
+
+def test_killed_and_resumed(data: Path, tmp_path: Path, words: Words) -> None:
+    """SIGKILL in the middle of each phase of embedding, then the rest: the same bytes as without."""
+    run(data, tmp_path / "whole/out", block=8)
+    embedded = sum(words.calls)
+    words.calls.clear()
+    out, work = tmp_path / "killed/out", tmp_path / "killed/.out.preparing/resume"
+    for side, wanted in (("query", 3), ("passage", 2)):
+        command = [sys.executable, "-c", SLOW, str(data), str(out), str(Path(__file__).parent)]
+        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while len(list((work / side).glob("0*.parquet"))) < wanted:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists()
+    run(data, out, block=8)
+    assert 0 < sum(words.calls) <= embedded - 120 - 16  # all questions and two blocks of answers were there
+    assert files(out) == files(tmp_path / "whole/out")
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_failed_search_goes_on_where_it_stopped(
+    data: Path, tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(data, tmp_path / "whole/out")
+    monkeypatch.setattr(module, "QUERIES", 25)
+    real, calls = module.choose, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(len(arguments[0]))
+        if len(calls) == 3:
+            raise MemoryError
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "choose", failing)
+    with pytest.raises(MemoryError):
+        run(data, tmp_path / "out")
+    assert [path.name for path in (tmp_path / ".out.preparing").iterdir()] == ["resume"]
+    words.calls.clear()
+    run(data, tmp_path / "out")
+    assert calls == [25, 25, 25, 25, 25, 20]
+    assert words.calls == []
+    assert files(tmp_path / "out/cl") == files(tmp_path / "whole/out/cl")
