@@ -78,11 +78,12 @@ def evaluate(
 
 def default_out(models: Sequence[str]) -> Path:
     """Where results go unless the user says: `eval/` in the first model that is a run, else `eval/` here."""
-    from lbr_dist.loading import is_run
+    from lbr_dist.loading import is_run, split_dim
 
     for spec in models:
-        if is_run(spec):
-            return Path(spec) / "eval"
+        path, _ = split_dim(spec)
+        if is_run(path):
+            return Path(path) / "eval"
     return Path("eval")
 
 

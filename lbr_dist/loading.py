@@ -6,6 +6,7 @@ other.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,15 +90,19 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
 
     Args:
         spec: a run, a checkpoint, an export or other sentence-transformers folder, a hub name that is in the local
-            cache, or `hf:PATH?pooling=mean|last[&max_tokens=N]` for any causal language model.
+            cache, or `hf:PATH?pooling=mean|last[&max_tokens=N]` for any causal language model; each with `?dim=N`
+            (after hf: options `&dim=N`) for the first N dimensions of its embeddings.
         device: default: CUDA where there is one.
 
     Raises:
         UserError: it is none of these.
     """
-    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, default_device
+    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, TruncatedEncoder, default_device
 
     device = device or default_device()
+    spec, dim = split_dim(spec)
+    if dim is not None:
+        return TruncatedEncoder(load_encoder(spec, device), dim)
     if spec == "bm25":
         raise UserError("model bm25: it has no embeddings; it can only be evaluated on retrieval (`lbr eval bm25`)")
     if spec.startswith("hf:"):
@@ -109,12 +114,28 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
     return SentenceTransformerEncoder(spec, device)
 
 
+def split_dim(spec: str) -> tuple[str, int | None]:
+    """A specification without its `dim=N`, and N.
+
+    Raises:
+        UserError: N is not a positive number.
+    """
+    found = re.search(r"[?&]dim=([^&]*)$", spec)
+    if found is None:
+        return spec, None
+    if not found[1].isdigit() or int(found[1]) == 0:
+        raise UserError(f"model {spec}: dim={found[1]} is not a number of dimensions")
+    return spec[: found.start()], int(found[1])
+
+
 def model_fingerprint(spec: str) -> str:
     """Hash that changes when the model behind `spec` does: of a checkpoint's manifest, or of a folder's file times."""
-    if is_run(spec):
+    path, dim = split_dim(spec)
+    if is_run(path):
         from lbr_dist.training.checkpoint_format import resolve
 
-        return xxhash.xxh128_hexdigest((resolve(spec) / "manifest.json").read_bytes())
+        mark = b"" if dim is None else str(dim).encode()
+        return xxhash.xxh128_hexdigest((resolve(path) / "manifest.json").read_bytes() + mark)
     folder = Path(spec.removeprefix("hf:").partition("?")[0])
     parts = [spec]
     if folder.is_dir():

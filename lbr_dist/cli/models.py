@@ -14,7 +14,9 @@ from lbr_dist.errors import UserError
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(help="Runs, checkpoints, exports, sentence-transformers models, hf:PATH?pooling=mean, bm25."),
+        typer.Argument(
+            help="Runs, checkpoints, exports, sentence-transformers models, hf:PATH?pooling=mean, bm25; MODEL?dim=N."
+        ),
     ],
     data: Annotated[str, typer.Option(help="Prepared set; its eval side is used.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: MODEL/eval of the first run.")] = None,
@@ -59,6 +61,9 @@ def encode(
     out: Annotated[Path, typer.Argument(help="Parquet file to make: id and embedding.")],
     side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
     field: Annotated[str | None, typer.Option(help="Field that holds the text; default: by side.")] = None,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="Keep the first DIM numbers of each embedding (Matryoshka runs).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Embed a file; continues where a killed run stopped."""
@@ -66,6 +71,8 @@ def encode(
 
     if side not in ("query", "passage"):
         raise UserError(f"--side {side}: expected query or passage")
+    if dim is not None:
+        model += f"{'&' if '?' in model else '?'}dim={dim}"
     done = encode_file(model, source, out, side=side, field=field, device=device)  # type: ignore[arg-type]
     notes = [f"{done.resumed} from the earlier attempt"] * bool(done.resumed) + [f"{done.cut} cut"] * bool(done.cut)
     note = ", ".join(notes)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ class Encoder(Protocol):
 
     name: str
     """For tables."""
-    cut: int
-    """Texts that were too long and lost their end, over all calls."""
+
+    @property
+    def cut(self) -> int:
+        """Texts that were too long and lost their end, over all calls."""
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
         """Unit vectors, float32 [texts, D], in the order of the texts."""
@@ -122,8 +125,6 @@ class PaddedEncoder:
         """
         from transformers import AutoModel
 
-        from lbr_dist.errors import UserError
-
         self.tokenization = Tokenization.load(path)
         try:
             self.model = AutoModel.from_pretrained(path, dtype="float32").eval().to(device)
@@ -179,8 +180,6 @@ class SentenceTransformerEncoder:
         """
         from sentence_transformers import SentenceTransformer
 
-        from lbr_dist.errors import UserError
-
         try:
             self.model = SentenceTransformer(path, device=device)
         except Exception as error:
@@ -197,6 +196,31 @@ class SentenceTransformerEncoder:
         options: dict[str, Any] = {"show_progress_bar": progress, "convert_to_numpy": True}
         encode = self.model.encode_query if side == "query" else self.model.encode_document
         return unit(np.asarray(encode(list(texts), **options), dtype=np.float32))
+
+
+class TruncatedEncoder:
+    """Another encoder's vectors, cut to their first dimensions and normalised again (Matryoshka embeddings)."""
+
+    def __init__(self, inner: Encoder, dim: int) -> None:
+        self.inner, self.dim, self.name = inner, dim, f"{inner.name} [{dim}]"
+
+    @property
+    def cut(self) -> int:
+        """Texts that were too long."""
+        return self.inner.cut
+
+    def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
+        """See `Encoder`.
+
+        Raises:
+            UserError: the embeddings have fewer dimensions.
+        """
+        rows_ND = self.inner.encode(texts, side, progress)
+        if rows_ND.shape[1] < self.dim:
+            raise UserError(
+                f"{self.inner.name}: its embeddings have {rows_ND.shape[1]} dimensions, fewer than {self.dim}"
+            )
+        return unit(rows_ND[:, : self.dim])
 
 
 def pooling_of(recipe: Recipe) -> Literal["bottleneck", "last", "mean"]:
