@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,7 @@ def train(
     resume: str = "auto",
     allow_change: Sequence[str] = (),
     environment: Environment | None = None,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> Outcome:
     """Run a recipe from where its run folder stands to its end. Called alike on every rank.
 
@@ -71,6 +72,7 @@ def train(
             that holds a run; else the path of a checkpoint of this run.
         allow_change: recipe fields, or sections, that may differ from the run that is resumed.
         environment: this rank; default: what the environment variables say.
+        on_row: gets each logged row of metrics too, on rank 0.
 
     Raises:
         UserError: something cannot work, or a loss is not finite; the message names it.
@@ -85,10 +87,11 @@ def train(
     job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change)
     tracking.start_log(run_dir, environment.rank)
     log.info("%s: %s", run_dir, environment.describe())
-    with StopRequest() as stop, Watchdog(run_dir, environment.rank, recipe.step_timeout) as watchdog:
+    signals = StopRequest(run_dir if environment.rank == 0 else None)
+    with signals as stop, Watchdog(run_dir, environment.rank, recipe.step_timeout) as watchdog:
         from lbr_dist.training.session import start
 
-        session = start(job, resume)
+        session = start(job, resume, on_row)
         log.info("ready after %s", tracking.duration(time.monotonic() - began))
         try:
             return _Loop(session, stop, watchdog).run()
@@ -128,7 +131,9 @@ class _Loop:
                 if asked or last or s.done % self._recipe.checkpoint.every_steps == 0:
                     self._save(wait=asked or last)
                 if asked:
-                    log.info("stopped by %s after step %d; run again to go on", self._stop.asked or "a signal", s.done)
+                    who = self._stop.asked() or "a signal"
+                    self._stop.obeyed()
+                    log.info("stopped by %s after step %d; run again to go on", who, s.done)
                     break
                 self._watchdog.alive(f"loading the samples of step {s.done + 1}")
         outcome = Outcome(Path(self._recipe.output), s.done, total)
@@ -149,12 +154,12 @@ class _Loop:
         figures: dict[str, float] = {}
         try:
             part, figures = s.objective(plan, [batch.to(s.device) for batch in batches])
-            reached = self._meter.gather(part, plan, batches, stop=self._stop.asked is not None)
+            reached = self._meter.gather(part, plan, batches, stop=bool(self._stop.asked()))
             norm, applied = apply_gradients(s.engine)
         except DegenerateEmbeddingError as error:
             log.warning("%s", error)
             s.engine.zero_grad()
-            reached = self._meter.gather(None, plan, batches, stop=self._stop.asked is not None)
+            reached = self._meter.gather(None, plan, batches, stop=bool(self._stop.asked()))
             norm, applied = math.nan, False
         s.done, s.samples = plan.step + 1, s.samples + plan.samples
         if not (applied and math.isfinite(reached.loss)):

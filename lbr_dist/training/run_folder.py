@@ -5,6 +5,8 @@
     audit/rank-N.jsonl    which samples each step used
     checkpoints/      see checkpoint_format
     stacks/, bad-step-N.json    written when something went wrong
+    stop              empty; a line in it asks the run to stop (see signals)
+    ray/              what Ray Train writes about its attempts
 
 A folder belongs to one recipe. Going on with a changed one is refused unless the change cannot alter what the run would
 have been (logging, checkpointing, loader processes, memory layout), or the user allows the field by name.
@@ -12,6 +14,8 @@ have been (logging, checkpointing, loader processes, memory layout), or the user
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,11 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
-STARTED = ("log.txt", "stacks")
+STARTED = ("log.txt", "stacks", "stop", "ray")
 """What a start that found a mistake leaves in the folder; the next start goes on in it."""
+
+SEEN_AFTER_S = 75.0
+"""Network file systems remember for up to a minute that a file was not there."""
 
 HARMLESS = (
     "output",
@@ -106,6 +113,23 @@ def claim(recipe: Recipe) -> None:
     temporary = folder / f".{RECIPE}.tmp"
     save_recipe(recipe, temporary)
     temporary.replace(folder / RECIPE)
+
+
+def check_shared(folder: Path, rank: int) -> None:
+    """Check, on every rank, that the folder which rank 0 has claimed is seen here too.
+
+    Raises:
+        UserError: it is another folder of the same name, on a disk of this machine.
+    """
+    deadline = time.monotonic() + SEEN_AFTER_S
+    while not has_run(folder):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"output {folder}: rank {rank} on {socket.gethostname()} does not see the run that rank 0 started "
+                "there: name a folder on storage that all machines share, mounted at the same path, or leave that "
+                "machine out"
+            )
+        time.sleep(0.2)
 
 
 def load_run_recipe(folder: Path) -> Recipe:

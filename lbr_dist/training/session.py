@@ -77,8 +77,8 @@ class Session:
         self.engine.destroy()
 
 
-def start(job: Job, resume: str) -> Session:
-    """Bring the run to where it goes on. Collective.
+def start(job: Job, resume: str, on_row: Callable[[dict[str, Any]], None] | None = None) -> Session:
+    """Bring the run to where it goes on; `on_row` gets each row of metrics, on rank 0. Collective.
 
     Raises:
         UserError: a damaged set, checkpoint or model, or a checkpoint of another run.
@@ -87,6 +87,7 @@ def start(job: Job, resume: str) -> Session:
     device = start_distributed(environment, recipe.step_timeout + 600)
     on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: _prepare(job, resume))
+    on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))
     log.info(
         "DeepSpeed %s, stage %d%s", job.regime.name, job.regime.stage, f" ({job.regime.note})" * bool(job.regime.note)
     )
@@ -105,7 +106,9 @@ def start(job: Job, resume: str) -> Session:
     attempt = on_rank_zero(lambda: last_attempt(Path(recipe.output)) + 1)
     tracker = None
     if environment.rank == 0:
-        tracker = Tracker(recipe, total_steps=job.total_steps, done=state["step"], wandb_id=state["wandb_id"])
+        tracker = Tracker(
+            recipe, total_steps=job.total_steps, done=state["step"], wandb_id=state["wandb_id"], on_row=on_row
+        )
     return Session(
         job=job,
         engine=engine,

@@ -2,6 +2,11 @@
 
 Slurm and Ray give notice before they take a machine away. A signal reaches the ranks at different moments, so what it
 sets is only this rank's wish; the loop adds the wishes of all ranks up and all stop after the same step.
+
+Where no signal reaches a rank (a Ray worker, whose main thread is Ray's; another machine), the file `stop` in the run
+folder does: rank 0 reads it once a step and stops when it says anything (`echo maintenance > RUN/stop`). It is there
+from the start and written in place, because opening a file that exists is what network file systems keep consistent;
+a file that appears can stay unseen for a minute.
 """
 
 from __future__ import annotations
@@ -9,21 +14,53 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FILE = "stop"
+
+
+def request_stop(run_dir: Path, reason: str) -> None:
+    """Ask the run in this folder to stop after its step; `reason`, one line, goes into its log. "" takes it back."""
+    with (run_dir / FILE).open("w", encoding="utf-8") as file:
+        file.write(reason)
+
+
+def stop_requested(run_dir: Path) -> str:
+    """What the folder's `stop` file says; "" is nothing, and so is a file that is not there."""
+    try:
+        return (run_dir / FILE).read_text(encoding="utf-8", errors="replace").strip()[:200]
+    except OSError:
+        return ""
 
 
 class StopRequest:
-    """Context in which stop signals set `asked` instead of ending the process."""
+    """Context in which stop signals, and the `stop` file of a run folder, are noticed instead of ending the process.
 
-    def __init__(self) -> None:
-        self.asked: str | None = None
+    Args:
+        run_dir: whose `stop` file to read; None (all ranks but 0): signals only.
+    """
+
+    def __init__(self, run_dir: Path | None = None) -> None:
+        self._run_dir, self._asked = run_dir, ""
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
 
+    def asked(self) -> str:
+        """Who asked this rank to stop; "": nobody."""
+        if not self._asked and self._run_dir is not None:
+            self._asked = stop_requested(self._run_dir)
+        return self._asked
+
+    def obeyed(self) -> None:
+        """The run has stopped: its file asks for nothing more."""
+        if self._run_dir is not None:
+            request_stop(self._run_dir, "")
+
     def __enter__(self) -> Self:
+        self.obeyed()  # what an earlier start was asked
         if threading.current_thread() is threading.main_thread():  # elsewhere (a Ray worker) the host owns the signals
             self._before = {number: signal.signal(number, self._receive) for number in NUMBERS}
         return self
@@ -37,6 +74,6 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a forked helper: its parent decides
             return
-        if self.asked is not None:
+        if self._asked:
             os._exit(128 + number)
-        self.asked = signal.Signals(number).name
+        self._asked = signal.Signals(number).name

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,9 +32,17 @@ class Tracker:
         wandb_id: id of the wandb run, to be kept in checkpoints; None where wandb is not used.
     """
 
-    def __init__(self, recipe: Recipe, *, total_steps: int, done: int, wandb_id: str | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        total_steps: int,
+        done: int,
+        wandb_id: str | None = None,
+        on_row: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
         run_dir = Path(recipe.output)
-        self._recipe, self._total, self._start = recipe, total_steps, done
+        self._recipe, self._total, self._start, self._on_row = recipe, total_steps, done, on_row
         self._began = time.monotonic()
         keep_rows(run_dir / METRICS, done)
         self._file: TextIO = (run_dir / METRICS).open("a", encoding="utf-8", buffering=1)
@@ -49,6 +58,8 @@ class Tracker:
             self._file.write(json.dumps(clean) + "\n")
             if self._wandb:
                 self._wandb.log({key: value for key, value in clean.items() if value is not None}, step=step)
+            if self._on_row:
+                self._on_row(clean)
         self._line.show(step, self._describe(values, self._eta(step)), last=step == self._total)
 
     def close(self) -> None:

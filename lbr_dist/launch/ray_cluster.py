@@ -1,0 +1,163 @@
+"""The Ray cluster under a job: joined or started, locked, and checked for room before anything waits for it.
+
+Ray schedules a request that no cluster of its size can ever meet by waiting without end; here it is refused at once,
+with the numbers. A cluster that we start ourselves listens on loopback only and asks for a token that is made for it
+alone; a cluster that is joined has its own rules, and its operator the docs (docs/ray.md).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.errors import UserError
+
+OBJECT_STORE_BYTES = 256 << 20
+"""Of a cluster that we start: training moves nothing through Ray's object store but small messages."""
+
+LOCAL = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: a cluster of one machine, so every socket is on loopback
+    "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # Ray's 15 leaves a run what every other program on the machine does not want
+}
+"""Environment of a cluster that we start. What is set already stays as it is."""
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """Join the cluster of RAY_ADDRESS, or run one on this machine for as long as the context lasts.
+
+    Yields:
+        How to name the cluster in messages.
+
+    Raises:
+        UserError: there is none at RAY_ADDRESS, or it wants another token.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    with tempfile.TemporaryDirectory(prefix="lbr-ray-") as folder:
+        if not address:
+            for name, value in LOCAL.items():
+                os.environ.setdefault(name, value)
+            if os.environ["RAY_AUTH_MODE"] == "token" and not token_given(os.environ):
+                os.environ["RAY_AUTH_TOKEN_PATH"] = str(make_token(Path(folder) / "token"))
+        import ray
+
+        try:
+            if address:
+                context = ray.init(address=address)
+            else:
+                context = ray.init(
+                    address="local",
+                    num_cpus=os.cpu_count(),
+                    include_dashboard=True,  # Ray Train's own actors ask its state API
+                    object_store_memory=OBJECT_STORE_BYTES,
+                )
+            if context.dashboard_url:
+                os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page on Train runs
+        except ray.exceptions.AuthenticationError as error:
+            raise UserError(
+                f"RAY_ADDRESS {address}: the cluster refuses this token ({_first_line(error)}): set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
+            ) from None
+        except ConnectionError as error:
+            raise UserError(
+                f"RAY_ADDRESS {address}: no cluster answers there ({_first_line(error)}): start one, or unset "
+                "RAY_ADDRESS for one on this machine"
+            ) from None
+        try:
+            yield f"the cluster at {address}" if address else "this machine"
+        finally:
+            ray.shutdown()
+
+
+def make_token(file: Path) -> Path:
+    """Write a new cluster token that only its owner can read."""
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "w", encoding="ascii") as stream:
+        stream.write(secrets.token_hex(32))
+    return file
+
+
+def token_given(environ: Mapping[str, str]) -> bool:
+    """Whether the environment names a token."""
+    return "RAY_AUTH_TOKEN" in environ or "RAY_AUTH_TOKEN_PATH" in environ
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What one worker asks of its node."""
+
+    cpus: int
+    gpus: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """As Ray counts them."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+    def __str__(self) -> str:
+        gpus = f" and {_count(self.gpus, 'GPU')}" if self.gpus else ""
+        return f"{_count(self.cpus, 'CPU')}{gpus}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A living node and what it declares."""
+
+    name: str
+    cpus: float
+    gpus: float
+
+    def room(self, bundle: Bundle) -> int:
+        """How many such bundles fit on it when it is idle."""
+        rooms = [self.cpus // bundle.cpus] if bundle.cpus else []
+        rooms += [self.gpus // bundle.gpus] if bundle.gpus else []
+        return int(min(rooms))
+
+    def __str__(self) -> str:
+        return f"{self.name}: {_count(self.cpus, 'CPU')}, {_count(self.gpus, 'GPU')}"
+
+
+def living_nodes() -> list[Node]:
+    """The nodes of the cluster that we are connected to."""
+    import ray
+
+    return parse_nodes(ray.nodes())
+
+
+def parse_nodes(rows: Sequence[Mapping[str, Any]]) -> list[Node]:
+    """Nodes from Ray's own list, which keeps dead ones."""
+    return [
+        Node(row["NodeManagerAddress"], row["Resources"].get("CPU", 0), row["Resources"].get("GPU", 0))
+        for row in rows
+        if row["Alive"]
+    ]
+
+
+def check_room(nodes: Sequence[Node], bundle: Bundle, workers: int, where: str) -> None:
+    """Check that an idle cluster has room for this many workers.
+
+    Raises:
+        UserError: it has not; the numbers are given.
+    """
+    room = sum(node.room(bundle) for node in nodes)
+    if room < workers:
+        listed = "; ".join(map(str, nodes)) or "no node"
+        raise UserError(
+            f"--num-workers {workers} of {bundle} each: {where} has room for {room} ({listed}): lower --num-workers, "
+            "--cpus-per-worker or --gpus-per-worker, or add nodes"
+        )
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

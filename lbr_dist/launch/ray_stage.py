@@ -1,0 +1,123 @@
+"""The command line of `ray_jobs/stage1.py` and `stage2.py`: arguments in, exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
+from lbr_dist.launch.ray_cluster import Bundle, Node
+from lbr_dist.launch.ray_train import MAX_FAILURES, Request, run_stage
+from lbr_dist.recipes import load_recipe
+
+UNPACKED = "working_dir_files"
+"""Ray unpacks a job's working directory into a folder of this name on each node, and removes it afterwards."""
+
+
+def main(stage: str, arguments: Sequence[str] | None = None) -> int:
+    """Run one stage (`generative` or `contrastive`); a mistake of the user is one line on stderr and exit code 2."""
+    options = parser(stage).parse_intermixed_args(arguments)
+    try:
+        recipe = absolute(load_recipe(options.recipe, options.overrides), Path.cwd())
+        check_stage(recipe, stage, options.recipe)
+        return run_stage(recipe, requested(options), resume=options.resume, allow_change=tuple(options.allow_change))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def parser(stage: str) -> argparse.ArgumentParser:
+    """The options of a stage's driver."""
+    made = argparse.ArgumentParser(
+        description=f"Train a {stage} recipe on Ray: on the cluster of RAY_ADDRESS, else on this machine. Exit codes: "
+        "0 done, 2 a mistake that a restart cannot mend, 75 stopped on request (run again), 1 anything else."
+    )
+    made.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="as optim.lr=1e-4")
+    add_cluster_options(made)
+    made.add_argument("--resume", default="auto", help="auto, never, or the path of a checkpoint")
+    made.add_argument(
+        "--allow-change", action="append", default=[], help="recipe field that may differ from the run that is resumed"
+    )
+    return made
+
+
+def add_cluster_options(made: argparse.ArgumentParser) -> None:
+    """The options that say what is asked of the cluster."""
+    made.add_argument(
+        "--num-workers",
+        type=_range,
+        metavar="N|MIN:MAX",
+        help="ranks; MIN:MAX follows the nodes that there are. Default: one per GPU of the cluster, or one per node",
+    )
+    made.add_argument("--gpus-per-worker", type=int, choices=(0, 1), help="default: 1 if the cluster has GPUs")
+    made.add_argument("--cpus-per-worker", type=int, default=1, help="default: 1")
+    made.add_argument(
+        "--max-failures", type=int, default=MAX_FAILURES, help=f"in a row, without a checkpoint; {MAX_FAILURES}"
+    )
+
+
+def requested(options: argparse.Namespace) -> Callable[[list[Node]], Request]:
+    """What the options ask of a cluster, once its nodes are known."""
+    if options.cpus_per_worker < 1:
+        raise UserError(f"--cpus-per-worker {options.cpus_per_worker}: expected at least 1")
+
+    def of(nodes: list[Node]) -> Request:
+        gpus = options.gpus_per_worker
+        if gpus is None:
+            gpus = int(any(node.gpus >= 1 for node in nodes))
+        bundle = Bundle(options.cpus_per_worker, gpus)
+        low, high = options.num_workers or (None, None)
+        if low is None or high is None:
+            low = high = sum(node.room(bundle) if gpus else min(1, node.room(bundle)) for node in nodes) or 1
+        return Request(low, high, bundle, options.max_failures)
+
+    return of
+
+
+def check_stage(recipe: Recipe, stage: str, name: str) -> None:
+    """Check that a driver was given a recipe of its stage."""
+    if recipe.stage != stage:
+        other = "stage2.py" if recipe.stage == "contrastive" else "stage1.py"
+        raise UserError(f"recipe {name}: its stage is {recipe.stage}, this driver's is {stage}: use {other}")
+
+
+def absolute(recipe: Recipe, here: Path) -> Recipe:
+    """A recipe that means the same from any folder: its relative paths that exist, and its output, made absolute.
+
+    Raises:
+        UserError: the output is relative to a working directory that Ray has unpacked and will remove.
+    """
+    if UNPACKED in here.parts and not Path(recipe.output).is_absolute():
+        raise UserError(
+            f"output {recipe.output}: is relative to the job's working directory, a copy that each node removes: name "
+            "an absolute path on storage that all nodes share"
+        )
+
+    def found(path: str) -> str:
+        return str(here / path) if (here / path).exists() else path
+
+    raw = recipe.model_dump(mode="json")
+    raw["output"] = str(here / recipe.output)
+    raw["model"]["path"] = found(recipe.model.path)
+    for data_set in raw["data"]["sets"]:
+        data_set["path"] = found(data_set["path"])
+    if recipe.model.start_from is not None:
+        raw["model"]["start_from"] = found(recipe.model.start_from)
+    if recipe.deepspeed.endswith(".json"):
+        raw["deepspeed"] = found(recipe.deepspeed)
+    return Recipe.model_validate(raw)
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    try:
+        pair = int(low), int(high or low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected N or MIN:MAX") from None
+    if not 1 <= pair[0] <= pair[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 1 <= MIN <= MAX")
+    return pair

@@ -1,0 +1,81 @@
+"""What runs inside a Ray Train worker: this rank's environment, our training loop, and its end as Ray can carry it.
+
+Ray Train has set up the process group by then (its rank 0 named its own node's address, so rank 0 sits where the ranks
+meet) and calls `work` in a thread; signals go to Ray. Only plain values leave a worker: a result, or an exception that
+the driver sorts by its type.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lbr_dist.launch.environment import Environment
+
+STARTED = "started"
+"""File in the attempt's folder: rank 0 runs."""
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """Train on this rank.
+
+    Args:
+        config: `recipe` (a resolved recipe as a mapping), `resume`, `allow_change`, `attempt` (folder), `source` (for
+            the log).
+
+    Returns:
+        `step`, `total_steps` and `exit_code` of the outcome.
+
+    Raises:
+        UserError, ContactLostError: see `train`.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    environment = this_rank(config["source"])
+    if environment.rank == 0:
+        (Path(config["attempt"]) / STARTED).touch()
+    from lbr_dist.recipes import parse_recipe
+    from lbr_dist.training.run import train
+
+    outcome = train(
+        parse_recipe(config["recipe"], "the driver's recipe"),
+        resume=config["resume"],
+        allow_change=config["allow_change"],
+        environment=environment,
+        on_row=Gauges(config["recipe"]["output"]) if environment.rank == 0 else None,
+    )
+    return {"step": outcome.step, "total_steps": outcome.total_steps, "exit_code": outcome.exit_code}
+
+
+def this_rank(source: str) -> Environment:
+    """This worker among the ranks, from Ray Train's context."""
+    import ray.train
+
+    context = ray.train.get_context()
+    return Environment(
+        context.get_world_rank(),
+        context.get_world_size(),
+        context.get_local_rank(),
+        context.get_local_world_size(),
+        (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+        source,
+    )
+
+
+class Gauges:
+    """Rows of metrics as Ray metrics, which each node exports for its dashboard and for Prometheus: `ray_lbr_loss`
+    and so on, with the run's folder as the tag `run`."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Any] = {}
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        """Set them to a row's values."""
+        from ray.util.metrics import Gauge
+
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                if key not in self._gauges:
+                    self._gauges[key] = Gauge(f"lbr_{key}", f"lbr_dist: {key}", tag_keys=("run",))
+                self._gauges[key].set(value, tags={"run": self._run})

@@ -1,0 +1,11 @@
+"""Stage 2 on Ray, contrastive learning on the bottleneck. Under `ray job submit`, or by itself; docs/ray.md.
+
+python ray_jobs/stage2.py RECIPE [key=value ...] --num-workers 2:8
+"""
+
+import sys
+
+from lbr_dist.launch.ray_stage import main
+
+if __name__ == "__main__":
+    sys.exit(main("contrastive"))

@@ -1,0 +1,240 @@
+"""What the Ray drivers decide, without a cluster."""
+
+from __future__ import annotations
+
+import argparse
+import stat
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
+from lbr_dist.launch import ray_resize, ray_stage, ray_train
+from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
+from lbr_dist.launch.ray_resize import StopBeforeResize
+from lbr_dist.launch.ray_train import Request, Stop
+from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.signals import StopRequest, request_stop, stop_requested
+
+RAW: dict[str, Any] = {
+    "stage": "generative",
+    "output": "runs/a",
+    "model": {"path": "org/model"},
+    "data": {"sets": [{"path": "data/a"}, {"path": "https://host/b"}]},
+    "batch": {"global_batch": 1},
+    "duration": {"steps": 1},
+}
+GPU_NODES = [Node("10.0.0.1", 32, 4), Node("10.0.0.2", 32, 4)]
+CPU_NODES = [Node("10.0.0.1", 2, 0), Node("10.0.0.2", 3, 0)]
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    return ray_stage.parser("generative").parse_intermixed_args(["recipe.yaml", *arguments])
+
+
+class TestRequest:
+    def test_a_fixed_number(self) -> None:
+        request = ray_stage.requested(options("--num-workers", "4", "optim.lr=1e-4", "--cpus-per-worker", "2"))(
+            CPU_NODES
+        )
+        assert request == Request(4, 4, Bundle(2, 0))
+        assert not request.elastic
+
+    def test_overrides_may_stand_anywhere(self) -> None:
+        parsed = options("optim.lr=1e-4", "--num-workers", "1:4", "seed=3")
+        assert parsed.overrides == ["optim.lr=1e-4", "seed=3"]
+        assert parsed.num_workers == (1, 4)
+
+    def test_without_a_number_every_gpu_gets_a_rank(self) -> None:
+        assert ray_stage.requested(options())(GPU_NODES) == Request(8, 8, Bundle(1, 1))
+
+    def test_without_gpus_every_node_gets_one(self) -> None:
+        assert ray_stage.requested(options())(CPU_NODES) == Request(2, 2, Bundle(1, 0))
+
+    @pytest.mark.parametrize("text", ["0", "4:2", "two", "1:", ":3", "-1"])
+    def test_a_wrong_number_is_refused(self, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+        if text == "1:":
+            assert options("--num-workers", text).num_workers == (1, 1)
+            return
+        with pytest.raises(SystemExit) as ended:
+            options(f"--num-workers={text}")
+        assert ended.value.code == 2
+        assert "--num-workers" in capsys.readouterr().err
+
+
+class TestRoom:
+    def test_bundles_are_counted_node_by_node(self) -> None:
+        check_room(CPU_NODES, Bundle(2, 0), 2, "here")
+        with pytest.raises(UserError, match=r"--num-workers 3 of 2 CPUs each: here has room for 2 \(10.0.0.1: 2 CPUs"):
+            check_room(CPU_NODES, Bundle(2, 0), 3, "here")
+
+    def test_gpus_count_too(self) -> None:
+        check_room(GPU_NODES, Bundle(8, 1), 8, "here")
+        with pytest.raises(UserError, match="room for 6"):
+            check_room(GPU_NODES, Bundle(10, 1), 8, "here")
+        with pytest.raises(UserError, match="1 CPU and 1 GPU each: here has room for 0"):
+            check_room(CPU_NODES, Bundle(1, 1), 1, "here")
+
+    def test_dead_nodes_and_those_without_cpus_have_none(self) -> None:
+        rows = [
+            {"NodeManagerAddress": "a", "Alive": True, "Resources": {"memory": 1.0}},
+            {"NodeManagerAddress": "b", "Alive": False, "Resources": {"CPU": 8.0}},
+            {"NodeManagerAddress": "c", "Alive": True, "Resources": {"CPU": 3.0, "GPU": 1.0}},
+        ]
+        assert parse_nodes(rows) == [Node("a", 0, 0), Node("c", 3, 1)]
+
+
+class TestRecipe:
+    def test_paths_mean_the_same_from_any_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "data" / "a").mkdir(parents=True)
+        recipe = ray_stage.absolute(parse_recipe(RAW, "test"), tmp_path)
+        assert recipe.output == str(tmp_path / "runs/a")
+        assert [data_set.path for data_set in recipe.data.sets] == [str(tmp_path / "data/a"), "https://host/b"]
+        assert recipe.model.path == "org/model"
+
+    def test_an_output_in_rays_copy_of_the_working_directory_is_refused(self) -> None:
+        copy = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1")
+        with pytest.raises(UserError, match="absolute path on storage that all nodes share"):
+            ray_stage.absolute(parse_recipe(RAW, "test"), copy)
+        assert ray_stage.absolute(parse_recipe({**RAW, "output": "/shared/a"}, "test"), copy).output == "/shared/a"
+
+    def test_the_other_stages_recipe_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert ray_stage.main("contrastive", ["stage1", f"output={tmp_path}/run"]) == 2
+        assert "use stage1.py" in capsys.readouterr().err
+
+
+def test_only_the_owner_reads_a_token(tmp_path: Path) -> None:
+    one, two = make_token(tmp_path / "one"), make_token(tmp_path / "two")
+    assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    assert len(one.read_text()) == 64
+    assert one.read_text() != two.read_text()
+
+
+class WorkersFailedError(Exception):
+    def __init__(self, **worker_failures: Exception) -> None:
+        super().__init__("failed")
+        self.worker_failures = worker_failures
+
+
+class TestRestarts:
+    @pytest.fixture
+    def attempts(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        """Attempts end as `plan` says, each (result, checkpoint that there is then)."""
+        state: dict[str, Any] = {"plan": [], "resumed": [], "checkpoint": None}
+
+        def attempt(recipe: Any, request: Any, stop: Any, resume: str, allow_change: Any) -> Any:
+            state["resumed"].append(resume)
+            result, state["checkpoint"] = state["plan"].pop(0)
+            return result
+
+        monkeypatch.setattr(ray_train, "_attempt", attempt)
+        monkeypatch.setattr(ray_train, "newest_checkpoint", lambda run_dir: state["checkpoint"])
+        monkeypatch.setattr(ray_train, "living_nodes", lambda: GPU_NODES)
+        return state
+
+    def run(self, max_failures: int = 2, resume: str = "auto", stop: Stop | None = None) -> int:
+        request = Request(1, 2, Bundle(1, 1), max_failures)
+        return ray_train._attempts(parse_recipe(RAW, "test"), request, "here", stop or Stop(), resume, ())
+
+    def test_a_failure_is_followed_by_another_attempt(self, attempts: dict[str, Any]) -> None:
+        attempts["plan"] = [(WorkersFailedError(), None), (0, None)]
+        assert self.run() == 0
+
+    def test_a_mistake_is_not(self, attempts: dict[str, Any]) -> None:
+        attempts["plan"] = [(WorkersFailedError(a=RuntimeError("gone"), b=UserError("step 3: loss nan")), None)]
+        with pytest.raises(UserError, match="loss nan"):
+            self.run()
+
+    def test_a_crash_loop_ends(self, attempts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        attempts["plan"] = [(WorkersFailedError(), None)] * 3
+        assert self.run(max_failures=2) == 1
+        assert "3 failures without a new checkpoint" in capsys.readouterr().err
+
+    def test_progress_starts_the_count_again(self, attempts: dict[str, Any]) -> None:
+        attempts["plan"] = [(WorkersFailedError(), ("step", number)) for number in range(9)] + [(0, None)]
+        assert self.run(max_failures=1) == 0
+
+    def test_a_stop_meanwhile_means_run_again(self, attempts: dict[str, Any]) -> None:
+        stop = Stop()
+        stop.asked = "SIGTERM"
+        attempts["plan"] = [(WorkersFailedError(), None)]
+        assert self.run(stop=stop) == EXIT_RUN_AGAIN
+
+    def test_restarts_go_on_from_this_runs_newest_checkpoint(self, attempts: dict[str, Any]) -> None:
+        attempts["plan"] = [(WorkersFailedError(), None), (WorkersFailedError(), ("step", 1)), (0, None)]
+        self.run(resume="/elsewhere/step-5")
+        assert attempts["resumed"] == ["/elsewhere/step-5", "/elsewhere/step-5", "auto"]
+        attempts.update(plan=[(WorkersFailedError(), None), (0, None)], resumed=[], checkpoint=None)
+        self.run(resume="never")
+        assert attempts["resumed"] == ["never", "auto"]
+
+    def test_nodes_that_stay_away_end_the_wait(self, attempts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ray_train, "living_nodes", lambda: [])
+        monkeypatch.setattr(ray_train, "NODE_WAIT_S", 0.1)
+        attempts["plan"] = [(WorkersFailedError(), None)]
+        with pytest.raises(UserError, match="room for 0"):
+            self.run()
+
+
+class TestStopFile:
+    def test_a_line_in_it_is_a_request(self, tmp_path: Path) -> None:
+        with StopRequest(tmp_path) as stop:
+            assert stop.asked() == ""
+            request_stop(tmp_path, "maintenance\n")
+            assert stop.asked() == "maintenance"
+            stop.obeyed()
+            assert stop.asked() == "maintenance"
+        assert stop_requested(tmp_path) == ""
+
+    def test_what_an_earlier_start_was_asked_is_forgotten(self, tmp_path: Path) -> None:
+        request_stop(tmp_path, "yesterday")
+        with StopRequest(tmp_path) as stop:
+            assert stop.asked() == ""
+
+    def test_other_ranks_do_not_read_it(self, tmp_path: Path) -> None:
+        with StopRequest() as stop:
+            request_stop(tmp_path, "now")
+            assert stop.asked() == ""
+
+
+class TestResize:
+    def decide(self, callback: StopBeforeResize) -> float:
+        began = time.monotonic()
+        callback.before_controller_execute_resize_decision(argparse.Namespace(num_workers=3))
+        return time.monotonic() - began
+
+    def test_running_workers_save_first(self, tmp_path: Path) -> None:
+        heard = []
+
+        def rank_zero() -> None:
+            while not stop_requested(tmp_path):
+                time.sleep(0.01)
+            heard.append(stop_requested(tmp_path))
+            request_stop(tmp_path, "")
+
+        thread = threading.Thread(target=rank_zero)
+        thread.start()
+        callback = StopBeforeResize(str(tmp_path))
+        callback.after_worker_group_training_start(None)
+        self.decide(callback)
+        thread.join(10)
+        assert heard == ["a resize to 3 workers"]
+
+    def test_nobody_is_waited_for_at_the_start_or_after_a_failure(self, tmp_path: Path) -> None:
+        callback = StopBeforeResize(str(tmp_path))
+        assert self.decide(callback) < 5
+        callback.after_worker_group_training_start(None)
+        callback.before_controller_execute_failure_decision(None)
+        assert self.decide(callback) < 5
+        assert stop_requested(tmp_path) == ""
+
+    def test_workers_that_do_not_answer_are_not_waited_for_without_end(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ray_resize, "WAIT_S", 0.3)
+        callback = StopBeforeResize(str(tmp_path))
+        callback.after_worker_group_training_start(None)
+        assert 0.3 <= self.decide(callback) < 60
