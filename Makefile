@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = true
 
-.PHONY: quickstart test test-unit test-distributed test-cluster test-gpu lint format constraints clean
+.PHONY: quickstart test test-unit test-distributed test-cluster test-gpu lint format docs constraints clean
 
 quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot and an exported model in about 10 minutes
 	$(BIN)/python -m benchmarks.quickstart --out quickstart
@@ -39,6 +39,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[test,quickstart,dev]'
 	touch $@
+
+docs: $(VENV)/.installed            ## the pages that are made from the code
+	$(BIN)/python -c 'from lbr_dist.recipes.settings import markdown; print(markdown(), end="")' > docs/settings.md
 
 constraints: $(VENV)/.installed
 	(sed -n '/^#/p' constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//') > constraints.new

@@ -80,3 +80,22 @@ def recipes(
         raise UserError(f"{target}: exists; name another file")
     shutil.copyfile(FOLDER / f"{name}.yaml", target)
     print(f"written: {target}")
+
+
+def settings(
+    prefix: Annotated[str, typer.Argument(help="Only names that begin like this, as optim or data.sets.")] = "",
+) -> None:
+    """List every setting of a recipe: name, type, default, meaning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lbr_dist.recipes.settings import settings as every
+
+    found = [setting for setting in every() if setting.name.startswith(prefix)]
+    if not found:
+        raise UserError(f"settings {prefix}: no setting begins like this; `lbr settings` lists all")
+    table = Table("setting", "type", "default", "meaning")
+    for setting in found:
+        default = "(must be given)" if setting.default is None else setting.default
+        table.add_row(setting.name, setting.type, default, setting.meaning)
+    Console().print(table)

@@ -45,7 +45,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if not file.is_file():
             raise UserError(f"recipe {path}: no such file, and no recipe of that name ships with lbr (`lbr recipes`)")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -61,6 +61,20 @@ def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError("; ".join(_explain(raw, origin, dict(e)) for e in error.errors())) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its silent last-one-wins where a key is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice (line {key.start_mark.line + 1}): remove one"
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

@@ -1,5 +1,6 @@
 """Recipes: what is refused, with which words, and what overrides do."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from lbr_dist.config import Bottleneck, Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
+from lbr_dist.recipes.settings import markdown, settings
 
 MINIMAL = {
     "stage": "generative",
@@ -110,3 +112,20 @@ def test_shipped_recipes_are_valid() -> None:
     assert shipped
     for path in shipped:
         load_recipe(path.stem)
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("stage: generative\nseed: 1\noptim:\n  lr: 1.0e-4\n  lr: 1.0e-3\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML: lr is given twice \(line 5\): remove one"):
+        load_recipe(file)
+
+
+def test_the_reference_page_lists_every_setting():
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == markdown(), "make docs"
+    named = {setting.name for setting in settings()}
+    assert {"optim.lr", "data.sets.N.weight", "model.lora.r", "contrastive.temperature"} <= named
+    for setting in settings():
+        assert setting.meaning, setting.name
+        assert setting.default is None or json.loads(setting.default) != {}, "a section is listed by its parts"
