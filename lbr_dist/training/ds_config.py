@@ -66,7 +66,7 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     Raises:
         UserError: a contradiction; it names the file's setting and the recipe's.
     """
-    for path, (value, setting) in _decided(recipe).items():
+    for path, (value, setting) in decided(recipe).items():
         found = _look_up(given, path)
         if found is not None and found != "auto" and not _equal(found, value):
             raise UserError(
@@ -95,7 +95,7 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     return config
 
 
-def _decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
+def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     """DeepSpeed setting, to the only value it may have and the recipe's setting that says so."""
     optim = recipe.optim
     accumulation = "batch.global_batch and batch.micro_tokens, from which accumulation is derived"
@@ -107,6 +107,10 @@ def _decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "gradient_clipping": (optim.clip, f"optim.clip = {optim.clip}"),
         "bf16.enabled": (recipe.model.dtype == "bfloat16", f"model.dtype = {recipe.model.dtype}"),
         "fp16.enabled": (False, f"model.dtype = {recipe.model.dtype}"),
+        "amp.enabled": (False, f"model.dtype = {recipe.model.dtype}"),
+        "torch_autocast.enabled": (False, f"model.dtype = {recipe.model.dtype}"),
+        "bf16.bf16_master_weights_and_grads": (False, "float32 master weights, whatever model.dtype is"),
+        "bf16.bf16_optimizer_states": (False, "float32 moments, whatever model.dtype is"),
         "optimizer.type": (optim.name, f"optim.name = {optim.name}"),
         "optimizer.params.lr": (optim.lr, f"optim.lr = {optim.lr}"),
         "optimizer.params.betas": (list(optim.betas), f"optim.betas = {list(optim.betas)}"),

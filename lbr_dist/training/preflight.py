@@ -19,7 +19,10 @@ from lbr_dist.errors import UserError
 from lbr_dist.launch.environment import Environment
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime
-from lbr_dist.training.run_folder import check_folder, differences, load_run_recipe
+from lbr_dist.training.run_folder import check_folder, covered, differences, load_run_recipe
+
+NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Entries of a config.json that change nothing about the function that is trained."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     regime = load_regime(recipe, world=environment.world, cuda=cuda)
     _check_nvme(regime)
     tokenization = _check_model(recipe)
+    _check_same_model(recipe, resume, allow_change)
     if recipe.model.start_from is not None:
         check_start(recipe)
     plan, readers = open_data(recipe, tokenization)
@@ -79,6 +83,25 @@ def _check_model(recipe: Recipe) -> Tokenization:
             f"{settings.vocab_size}: the folder mixes two models"
         )
     return tokenization
+
+
+def _check_same_model(recipe: Recipe, resume: str, allow_change: Sequence[str]) -> None:
+    """A resumed run has its weights from the checkpoint, but its rotary base, norms and the like from `model.path`."""
+    from lbr_dist.model.backbone import load_config
+    from lbr_dist.training.checkpoint_format import list_checkpoints
+
+    known = [path for path, manifest in list_checkpoints(recipe.output) if manifest] if resume == "auto" else []
+    before = (Path(resume) if resume not in ("auto", "never") else known[0] if known else Path()) / "model"
+    if covered("model.path", allow_change) or not (before / "config.json").is_file():
+        return
+    old, new = (load_config(str(path), 0).to_dict() for path in (before, recipe.model.path))
+    changed = [key for key in sorted({*old, *new} - set(NOT_THE_MODEL)) if old.get(key) != new.get(key)]
+    if changed:
+        listed = "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
+        raise UserError(
+            f"model {recipe.model.path}: its config.json is not that of {before.parent} ({listed}): restore it, choose "
+            "another output, or allow it with --allow-change model.path"
+        )
 
 
 def check_start(recipe: Recipe) -> None:
@@ -115,6 +138,7 @@ def check_start(recipe: Recipe) -> None:
 
 
 def _check_nvme(regime: Regime) -> None:
+    """NVMe offload needs a folder to write to and an operator that DeepSpeed compiles at its first use."""
     for part in ("offload_optimizer", "offload_param"):
         section = regime.config["zero_optimization"].get(part, {})
         if section.get("device") == "nvme":
@@ -124,6 +148,22 @@ def _check_nvme(regime: Regime) -> None:
                     f"deepspeed {regime.name}: zero_optimization.{part}.nvme_path is {path}, which is not a folder "
                     "that can be written: copy the file and name a folder on a local disk"
                 )
+            _check_async_io(regime)
+
+
+def _check_async_io(regime: Regime) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+        raise UserError(
+            f"deepspeed {regime.name}: offload to nvme needs libaio with its header and a C++ compiler (Debian: apt "
+            "install libaio-dev g++; elsewhere, name the places in CFLAGS, LDFLAGS, CPATH and LIBRARY_PATH), or "
+            "offload to cpu"
+        )
 
 
 def deep_check(job: Job) -> None:

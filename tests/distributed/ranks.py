@@ -58,8 +58,8 @@ def start_ranks(function: Callable[..., Any], world: int, folder: Path, *args: A
     os.environ["DS_ACCELERATOR"] = "cpu"
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    processes = [
-        context.Process(target=_run, args=(function, rank, world, folder, args), daemon=True) for rank in range(world)
+    processes = [  # not daemons, which may not have loader processes
+        context.Process(target=_run, args=(function, rank, world, folder, args)) for rank in range(world)
     ]
     for process in processes:
         process.start()

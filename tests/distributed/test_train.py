@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from training_runs import make_set, recipe, train_all
+from training_runs import CUT, cut_off, losses, make_set, recipe, train_all
 
+from lbr_dist.model.bottleneck import LbrModel
+from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights
 from lbr_dist.training.tracking import read_rows
 
 pytestmark = pytest.mark.timeout(1200)
-CUT = 4  # the step after which a run is cut off and goes on elsewhere
 
 
 @pytest.fixture(scope="module")
@@ -36,32 +40,18 @@ def run(folder: Path, world: int, recipes: list[dict[str, Any]]) -> list[dict[st
     return results[0]
 
 
-def losses(output: str) -> list[float]:
-    return [row["loss"] for row in read_rows(Path(output) / "metrics.jsonl")]
-
-
-def cut_off(finished: str, output: Path, step: int = CUT) -> str:
-    """What a run that was killed after its checkpoint at `step` leaves behind (it had gone on for a while)."""
-    shutil.copytree(finished, output)
-    for checkpoint in (output / "checkpoints").glob("step-*"):
-        if checkpoint.name != f"step-{step:06d}":
-            shutil.rmtree(checkpoint)
-    (output / "checkpoints" / "latest").write_text(f"step-{step:06d}")
-    (output / "recipe.yaml").write_text(
-        (output / "recipe.yaml").read_text().replace(f"output: {finished}", f"output: {output}")
-    )
-    return str(output)
-
-
 @pytest.fixture(scope="module")
-def both(place: tuple[Path, Path, Path]) -> dict[str, dict[str, Any]]:
+def both(place: tuple[Path, Path, Path], tiny_model_dir: Callable[..., Path]) -> dict[str, dict[str, Any]]:
     """Each case's recipe, after an uninterrupted run on two ranks, with checkpoints at `CUT` and at the end."""
     folder, *inputs = place
     keep = {"every_steps": CUT, "keep_last": 9}
     lora = {"lora": {"r": 4, "dropout": 0.1}}
+    modules = {"path": str(tiny_model_dir("llama", tied=False)), "lora": {"r": 4, "train_modules": ["embed_tokens"]}}
     cases = {
         "one": recipe(folder / "one", *inputs, checkpoint=keep, duration={"epochs": 3}),
         "lora": recipe(folder / "lora", *inputs, checkpoint=keep, model=lora, deepspeed="zero2"),
+        "modules": recipe(folder / "modules", *inputs, checkpoint=keep, model=modules),
+        "bf16": recipe(folder / "bf16", *inputs, checkpoint=keep, model={"dtype": "bfloat16"}),
         "two": recipe(
             folder / "two",
             *inputs,
@@ -78,7 +68,7 @@ def both(place: tuple[Path, Path, Path]) -> dict[str, dict[str, Any]]:
 
 
 def test_loss_goes_down(both: dict[str, dict[str, Any]]) -> None:
-    for case in ("one", "two"):
+    for case in ("one", "two", "bf16"):
         found = losses(both[case]["output"])
         assert sum(found[-3:]) < 0.93 * sum(found[:3]), (case, found)
 
@@ -103,7 +93,7 @@ def test_stage_two_starts_from_stage_one(both: dict[str, dict[str, Any]]) -> Non
     assert f"weights from {both['one']['output']}" in log
 
 
-@pytest.mark.parametrize("case", ["one", "lora", "two"])
+@pytest.mark.parametrize("case", ["one", "lora", "modules", "bf16", "two"])
 def test_audit_proves_the_plan(both: dict[str, dict[str, Any]], case: str) -> None:
     found = audit(both[case]["output"])
     assert found.problems == []
@@ -127,6 +117,48 @@ def test_resumed_equals_uninterrupted(both: dict[str, dict[str, Any]], place: tu
         found = audit(again)
         assert found.problems == []
         assert (found.attempts, found.redone) == (2, len(losses(raw["output"])) - CUT)
+
+
+def test_bfloat16_keeps_float32_masters(both: dict[str, dict[str, Any]]) -> None:
+    """What a run saves, and goes on from, has more digits than the weights that the model computes with."""
+    for name, weight in iterate_weights(both["bf16"]["output"]):
+        assert not torch.equal(weight, weight.bfloat16().float()), name
+
+
+def test_frozen_weights_are_kept_and_unfrozen_modules_saved(both: dict[str, dict[str, Any]]) -> None:
+    """LoRA under ZeRO-3: adapters, Z and the unfrozen module moved; every other weight is there, bit for bit."""
+    raw = both["modules"]
+    before = dict(LbrModel.build(parse_recipe(raw, "test")).named_parameters())
+    after = dict(iterate_weights(raw["output"]))
+    assert after.keys() == before.keys()
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in after if name == "z" or "lora_" in name or "modules_to_save" in name}
+    assert any("modules_to_save" in name for name in moved)
+
+
+def test_loader_processes_and_remote_shards_change_nothing(
+    both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]
+) -> None:
+    """Two loader processes a rank instead of none, on a resumed run and on one that fetches its shards over http."""
+    folder, _, data = place
+    handler = functools.partial(QuietHandler, directory=str(data))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        sections = {**both["one"]["data"], "workers": 2, "cache_dir": str(folder / "cache")}
+        resumed = {**both["one"], "output": cut_off(both["one"]["output"], folder / "workers"), "data": sections}
+        remote = {**both["one"], "output": str(folder / "remote"), "data": {**sections, "sets": [{"path": address}]}}
+        results = run(folder, 2, [resumed, remote])
+        server.shutdown()
+    assert [result.get("code") for result in results] == [0, 0], results
+    for raw in (resumed, remote):
+        assert losses(raw["output"]) == losses(both["one"]["output"])
+    assert audit(resumed["output"]).problems == []
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -176,6 +208,29 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
         for part in expected:
             assert part in result.get("error", f"no error: {result}"), (part, result)
     assert not (folder / "x").exists()
+
+
+def test_a_model_or_set_that_changed_under_a_run_is_refused(place: tuple[Path, Path, Path]) -> None:
+    """At the same path: another configuration of the model, another set. What differs is named, and can be allowed."""
+    folder, model, data = place
+    copies = shutil.copytree(model, folder / "base"), shutil.copytree(data, folder / "set")
+    raw = recipe(folder / "under", *copies, duration={"epochs": None, "steps": 2})
+    longer = {**raw, "duration": {"steps": 3}}
+    assert run(folder, 1, [raw]) == [{"step": 2, "code": 0}]
+
+    settings = json.loads((copies[0] / "config.json").read_text())
+    (copies[0] / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
+    (refused,) = run(folder, 1, [longer])
+    for part in ("rms_norm_eps was", "and is 0.5", "step-000002", "--allow-change model.path"):
+        assert part in refused["error"]
+    (copies[0] / "config.json").write_text(json.dumps(settings))
+
+    shutil.rmtree(copies[1])
+    make_set(copies[1], model, gl=80)
+    refused, accepted = run(folder, 1, [longer, {**longer, "train.allow_change": ["data.sets"]}])
+    for part in ("the data changed since (", "samples would be repeated or left out", "--allow-change data.sets"):
+        assert part in refused["error"]
+    assert accepted == {"step": 3, "code": 0}
 
 
 def test_changes_that_are_allowed(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:

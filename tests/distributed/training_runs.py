@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lbr_dist.errors import UserError
 from lbr_dist.launch.environment import Environment
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.tracking import read_rows
 
+CUT = 4  # the step after which a run is cut off and goes on elsewhere
 WORDS = ["aspirin", "salicylate", "drug", "fever", "heart", "blood", "vessel", "rash", "measles", "water", "unknown"]
 
 
@@ -70,3 +73,20 @@ def train_all(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict
         except UserError as error:
             results.append({"error": str(error)})
     return results
+
+
+def losses(output: str) -> list[float]:
+    return [row["loss"] for row in read_rows(Path(output) / "metrics.jsonl")]
+
+
+def cut_off(finished: str, output: Path, step: int = CUT) -> str:
+    """What a run that was killed after its checkpoint at `step` leaves behind (it had gone on for a while)."""
+    shutil.copytree(finished, output)
+    for checkpoint in (output / "checkpoints").glob("step-*"):
+        if checkpoint.name != f"step-{step:06d}":
+            shutil.rmtree(checkpoint)
+    (output / "checkpoints" / "latest").write_text(f"step-{step:06d}")
+    (output / "recipe.yaml").write_text(
+        (output / "recipe.yaml").read_text().replace(f"output: {finished}", f"output: {output}")
+    )
+    return str(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.ds_config import FOLDER, load_regime, resolve
+from lbr_dist.training.ds_config import FOLDER, decided, load_regime, resolve
 
 
 def make(**sections: Any) -> Recipe:
@@ -66,6 +67,31 @@ def test_a_contradiction_names_both(given: dict[str, Any], names: list[str]) -> 
         resolve(given, make(), "mine.json", cuda=True)
     for name in ["mine.json", *names]:
         assert name in str(error.value)
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """`a.b` and a value as {"a": {"b": value}}."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("path", sorted(decided(make())))
+def test_every_setting_that_the_recipe_owns_is_compared(path: str) -> None:
+    """The same value or "auto" passes; any other is refused: file, setting, value and recipe's setting are named."""
+    value, setting = decided(make())[path]
+    for same in (value, "auto"):
+        resolve(nested(path, same), make(), "mine.json", cuda=True)
+    other = not value if isinstance(value, bool) else [0.5, 0.5] if isinstance(value, list) else 77
+    with pytest.raises(UserError) as error:
+        resolve(nested(path, other), make(), "mine.json", cuda=True)
+    assert str(error.value).startswith(f"mine.json: {path} is {json.dumps(other)}, but the recipe has {setting}")
+
+
+def test_the_documentation_says_when_to_use_each_file() -> None:
+    guide = (FOLDER.parents[1] / "docs" / "training.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| \d \| (.+) \|$", guide, re.M))
+    assert rows.keys() == {path.stem for path in FOLDER.glob("*.json")}
 
 
 def test_agreement_and_auto_pass() -> None:
