@@ -126,7 +126,7 @@ class Assembler:
             (planned.pair - job.first_pair, normalised_hash(text))
             for planned, record in zip(job.samples, records, strict=True)
             if planned.side == "query"
-            for text in record.get("positives", [])
+            for text in self._known(record)
         ]
         return LocalBatch(
             packed=self._pack(samples, job.task),
@@ -166,6 +166,11 @@ class Assembler:
                         f"(for example {text[:40]!r}): end it in a character that always ends a token, such as \\n"
                     )
 
+    def _known(self, record: dict[str, Any]) -> list[str]:
+        """Texts that answer a record's question beside the one it is paired with."""
+        further = record.get("positives", [])
+        return [*further, record["answer"]] if further and self._recipe.contrastive.positives == "draw" else further
+
     def _records(self, samples: Sequence[PlannedSample]) -> list[dict[str, Any]]:
         """The record of each sample; a record that serves several samples is read once."""
         found: dict[Any, dict[str, Any]] = {}
@@ -181,8 +186,12 @@ class Assembler:
         answer = _Text(record.get("answer", ""), int(index.answer_tokens[row]))
         if planned.side == "query":
             return [question]
-        if planned.side == "passage":
+        if planned.side == "passage" and planned.choice < 0:
             return [answer]
+        if planned.side == "passage":
+            drawn = index.positive_tokens
+            assert drawn is not None
+            return [_Text(record["positives"][planned.choice], int(drawn[row][planned.choice]))]
         if planned.side == "negative":
             counts = index.negative_tokens[row]
             return [_Text(record["negatives"][planned.choice], int(counts[planned.choice]))]
@@ -222,6 +231,8 @@ class Assembler:
     def _answer_hash(self, planned: PlannedSample, record: dict[str, Any]) -> int:
         if planned.side == "negative":
             return normalised_hash(record["negatives"][planned.choice])
+        if planned.side == "passage" and planned.choice >= 0:
+            return normalised_hash(record["positives"][planned.choice])
         return int(self._readers[planned.ref.set].index.answer_hash[planned.ref.row])
 
     def _pack(self, samples: Sequence[Sample], task: Task) -> PackedBatch:

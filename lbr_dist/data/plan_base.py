@@ -58,7 +58,7 @@ class PlannedSample(NamedTuple):
     pair: int = -1
     """Stage 2: index of the query-passage pair in the step, over all ranks."""
     choice: int = -1
-    """Side "negative": which of the record's negatives."""
+    """Side "negative": which of the record's negatives; "passage": which of its `positives`, -1 for the answer."""
 
     @property
     def tokens(self) -> int:
@@ -142,7 +142,7 @@ class TooLong:
 
     set_name: str
     part: str
-    """question, answer, document, passage or negative; "empty" for samples with nothing to read."""
+    """question, answer, document, passage, negative ...; "empty" for samples with nothing to read."""
     limit: int
     """Tokens allowed, specials included."""
     action: str

@@ -25,13 +25,16 @@ from lbr_dist.data.plan_base import (
     StepPlan,
     rank_slice,
 )
-from lbr_dist.data.plan_generative import make_identity, make_stream
+from lbr_dist.data.plan_generative import make_identity
+from lbr_dist.data.plan_groups import make_groups
 from lbr_dist.data.plan_lengths import ContrastiveLengths, bottleneck_lengths
-from lbr_dist.data.plan_order import Mixture, key64, shuffled
+from lbr_dist.data.plan_order import key64, shuffled
 from lbr_dist.errors import UserError
 
 SWAP_TRIES = 256
 """Other pairs tried for one that repeats an answer of its step; then it stays, and the loss masks it."""
+CACHED_GROUPS = 256
+"""Most groups whose current window is kept: their batches take turns."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,14 @@ class ContrastivePlan(Plan):
         self._recipe, self._seed, self._global_batch = recipe, recipe.seed, recipe.batch.global_batch
         self._micro_tokens = recipe.batch.micro_tokens or recipe.data.bin_tokens
         longest = recipe.data.max_x_tokens + recipe.bottleneck.count
-        self._lengths, streams = [], []
+        self._lengths, rows = [], []
         for number, source in enumerate(self.sources):
             lengths = ContrastiveLengths(
                 recipe,
                 source,
                 query_extra=query_extra,
                 passage_extra=passage_extra,
-                key=key64(recipe.seed, "negatives", number),
+                number=number,
             )
             if longest > self._micro_tokens:
                 setting = "batch.micro_tokens" if recipe.batch.micro_tokens else "data.bin_tokens"
@@ -123,107 +126,147 @@ class ContrastivePlan(Plan):
             rows_N, too_long = lengths.usable()
             self._lengths.append(lengths)
             self.too_long += too_long
-            streams.append(make_stream(recipe, source, number, rows_N))
-        self._mixture = Mixture(streams, [source.weight for source in self.sources])
+            rows.append(rows_N)
+        self._check_negatives()
+        self._groups = make_groups(recipe, self.sources, rows)
+        if len(self._groups) > 1:
+            self.notes.append(
+                f"batches of one {recipe.contrastive.homogeneous}: {len(self._groups)} groups, "
+                f"the smallest batch has {self._groups.smallest()} pairs"
+            )
         self.identity = make_identity(recipe, self.sources) | {
             "contrastive.hard_negatives": recipe.contrastive.hard_negatives,
             "contrastive.instructions": (recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction),
             "specials": (query_extra, passage_extra),
         }
-        self._ordered = lru_cache(maxsize=2)(self._order)
+        for name, default in (("homogeneous", "none"), ("positives", "answer")):
+            value = getattr(recipe.contrastive, name)
+            if value != default:  # left out otherwise, so that runs begun before these settings existed go on
+                self.identity[f"contrastive.{name}"] = value
+        self._ordered = lru_cache(maxsize=2 + min(len(self._groups), CACHED_GROUPS))(self._order)
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch; the last may be partial."""
-        return -(-self._mixture.size(epoch) // self._global_batch)
+        return self._groups.steps(epoch)
 
     def summary(self, epoch: int) -> EpochSummary:
-        """Totals of an epoch; tokens are of queries and passages, without hard negatives."""
-        size, tokens = self._mixture.size(epoch), 0
-        for low in range(0, size, self._recipe.data.window):
-            set_N, row_N, _ = self._mixture.take(epoch, low, min(size, low + self._recipe.data.window))
-            for number, lengths in enumerate(self._lengths):
-                of_set = row_N[set_N == number]
-                for x_N in (lengths.query(of_set), lengths.passage(of_set)):
-                    tokens += int((x_N + bottleneck_lengths(self._recipe.bottleneck, x_N)).sum())
-        return EpochSummary(self.steps_per_epoch(epoch), size, tokens, 0, 0, float("nan"))
+        """Totals of an epoch; tokens are of queries and answers, without hard negatives."""
+        tokens = 0
+        for part in range(len(self._groups)):
+            group = self._groups[part]
+            size = group.size(epoch)
+            for low in range(0, size, self._recipe.data.window):
+                set_N, row_N, _ = group.take(epoch, low, min(size, low + self._recipe.data.window))
+                for number, lengths in enumerate(self._lengths):
+                    of_set = row_N[set_N == number]
+                    for x_N in (lengths.query(of_set), lengths.passage(of_set)):
+                        tokens += int((x_N + bottleneck_lengths(self._recipe.bottleneck, x_N)).sum())
+        return EpochSummary(self.steps_per_epoch(epoch), self._groups.size(epoch), tokens, 0, 0, float("nan"))
 
     def step(self, global_step: int) -> ContrastiveStep:
-        """The plan of one step: `global_batch` pairs, fewer in the last step of an epoch."""
+        """The plan of one step: `global_batch` pairs, fewer in the last step of an epoch (of groups: see `Group`)."""
         epoch, number = self.locate(global_step)
-        window = int(np.searchsorted(self._bounds(epoch), number, side="right")) - 1
-        first = int(self._bounds(epoch)[window])
-        low = (number - first) * self._global_batch
-        set_N, row_N, pass_N = (part[low : low + self._global_batch] for part in self._ordered(epoch, window))
+        turn = self._groups.turn(epoch, number)
+        group = self._groups[turn.group]
+        bounds = group.windows(epoch)
+        window = int(np.searchsorted(bounds, turn.batch, side="right")) - 1
+        edges = group.edges(epoch, int(bounds[window]), int(bounds[window + 1]))
+        inside = turn.batch - int(bounds[window])
+        low, high = (edges[inside : inside + 2] - edges[0]).tolist()
+        set_N, row_N, pass_N = (part[low:high] for part in self._ordered(turn.group, epoch, window))
         return ContrastiveStep(global_step, epoch, self._texts(set_N, row_N, pass_N), self._micro_tokens)
 
     def _texts(self, set_N: np.ndarray, row_N: np.ndarray, pass_N: np.ndarray) -> list[list[PlannedSample]]:
-        query_N, passage_N = np.empty_like(row_N), np.empty_like(row_N)
+        query_N, passage_N, choice_N = np.empty_like(row_N), np.empty_like(row_N), np.empty_like(row_N)
         for number, lengths in enumerate(self._lengths):
             of_set = set_N == number
-            query_N[of_set], passage_N[of_set] = lengths.query(row_N[of_set]), lengths.passage(row_N[of_set])
+            query_N[of_set] = lengths.query(row_N[of_set])
+            passage_N[of_set], choice_N[of_set] = lengths.positive(row_N[of_set], pass_N[of_set])
         texts = []
-        columns = (set_N, row_N, pass_N, query_N, passage_N)
+        columns = (set_N, row_N, pass_N, query_N, passage_N, choice_N)
         z_len = self._recipe.bottleneck.length
-        for pair, (set_, row, number, query, passage) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        for pair, (set_, row, number, query, passage, choice) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True)
+        ):
             ref = SampleRef(set_, row)
             texts.append(
                 [
                     PlannedSample(ref, query, z_len(query), side="query", pair=pair),
-                    PlannedSample(ref, passage, z_len(passage), side="passage", pair=pair),
+                    PlannedSample(ref, passage, z_len(passage), side="passage", pair=pair, choice=choice),
                 ]
             )
             if self._recipe.contrastive.hard_negatives:
                 texts[-1] += [
-                    PlannedSample(ref, x_len, z_len(x_len), side="negative", pair=pair, choice=choice)
-                    for choice, x_len in self._lengths[set_].negatives(row, number)
+                    PlannedSample(ref, x_len, z_len(x_len), side="negative", pair=pair, choice=which)
+                    for which, x_len in self._lengths[set_].negatives(row, number)
                 ]
         return texts
 
-    def _bounds(self, epoch: int) -> np.ndarray:
-        """Bounds of the epoch's windows, in steps: equal parts of whole steps, about data.window pairs each."""
-        steps = self.steps_per_epoch(epoch)
-        windows = max(1, -(-steps // max(1, self._recipe.data.window // self._global_batch)))
-        return steps * np.arange(windows + 1) // windows
+    def _check_negatives(self) -> None:
+        """Count the records with fewer hard negatives than asked for.
 
-    def _order(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """set_N, row_N, pass_N of a window's pairs, in the order of the steps."""
-        low, high = (self._bounds(epoch)[window : window + 2] * self._global_batch).tolist()
-        columns = self._mixture.take(epoch, low, min(high, self._mixture.size(epoch)))
-        order_N = shuffled(len(columns[0]), self._seed, "window", epoch, window)
+        Raises:
+            UserError: no record has one.
+        """
+        wanted, found = self._recipe.contrastive.hard_negatives, False
+        if not wanted:
+            return
+        for source in self.sources:
+            counts_N = source.index.negative_tokens.lengths
+            found |= bool(counts_N.any())
+            short = int((counts_N < wanted).sum())
+            if short:
+                self.notes.append(
+                    f"{source.name}: {short} of {len(counts_N)} records have fewer than contrastive.hard_negatives="
+                    f"{wanted} ({int((counts_N == 0).sum())} have none); they are used with what they have"
+                )
+        if not found:
+            raise UserError(
+                f"contrastive.hard_negatives={wanted}, but no record of {', '.join(s.name for s in self.sources)} has "
+                "`negatives`: mine some (lbr mine), or set it to 0"
+            )
+
+    def _order(self, part: int, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """set_N, row_N, pass_N of a window's pairs of one group, in the order of its batches."""
+        group = self._groups[part]
+        edges = group.edges(epoch, *group.windows(epoch)[window : window + 2].tolist())
+        columns = group.take(epoch, int(edges[0]), int(edges[-1]))
+        own = (epoch, window) if len(self._groups) == 1 else (part, epoch, window)
+        order_N = shuffled(len(columns[0]), self._seed, "window", *own)
         set_N, row_N, pass_N = (column[order_N] for column in columns)
         answer_N = np.empty(len(set_N), dtype=np.int64)
         for number, source in enumerate(self.sources):
             of_set = set_N == number
             answer_N[of_set] = source.index.answer_hash[row_N[of_set]]
-        order_N = spread(answer_N, self._global_batch, key64(self._seed, "swaps", epoch, window))
+        step_N = np.repeat(np.arange(len(edges) - 1), np.diff(edges))
+        order_N = spread(answer_N, step_N, key64(self._seed, "swaps", *own))
         return set_N[order_N], row_N[order_N], pass_N[order_N]
 
 
-def spread(answer_N: np.ndarray, group: int, key: int) -> np.ndarray:
-    """Permutation of pairs, close to the identity, in which runs of `group` rarely hold the same answer twice.
+def spread(answer_N: np.ndarray, step_N: np.ndarray, key: int) -> np.ndarray:
+    """Permutation of pairs, close to the identity, in which a step rarely holds the same answer twice.
 
     Args:
         answer_N: hash of each pair's answer.
-        group: pairs in a step.
+        step_N: step of each place, ascending.
         key: seed of the order in which partners for a swap are tried.
     """
     count = len(answer_N)
     order_N = np.arange(count)
-    step_N = order_N // group
     by_answer = np.lexsort((step_N, answer_N))
     same = (np.diff(answer_N[by_answer]) == 0) & (np.diff(step_N[by_answer]) == 0)
     repeats = np.sort(by_answer[1:][same]).tolist()
-    if not repeats or count <= group:
+    if not repeats or step_N[0] == step_N[-1]:
         return order_N
-    answers, order = answer_N.tolist(), order_N.tolist()
+    answers, order, steps = answer_N.tolist(), order_N.tolist(), step_N.tolist()
     held: dict[tuple[int, int], int] = {}
     for place, answer in enumerate(answers):
-        held[place // group, answer] = held.get((place // group, answer), 0) + 1
+        held[steps[place], answer] = held.get((steps[place], answer), 0) + 1
     for place in repeats:
-        mine, step = answers[order[place]], place // group
+        mine, step = answers[order[place]], steps[place]
         start = key64(key, place) % count
         for partner in ((start + offset) % count for offset in range(min(SWAP_TRIES, count))):
-            other, theirs = partner // group, answers[order[partner]]
+            other, theirs = steps[partner], answers[order[partner]]
             if other != step and not held.get((other, mine)) and not held.get((step, theirs)):
                 order[place], order[partner] = order[partner], order[place]
                 for moved, source, target in ((mine, step, other), (theirs, other, step)):

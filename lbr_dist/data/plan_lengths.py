@@ -118,7 +118,7 @@ class GenerativeLengths:
 class ContrastiveLengths:
     """|X| of the texts of stage 2 pairs of one set: bos + instruction + text."""
 
-    def __init__(self, recipe: Recipe, source: Source, *, query_extra: int, passage_extra: int, key: int) -> None:
+    def __init__(self, recipe: Recipe, source: Source, *, query_extra: int, passage_extra: int, number: int) -> None:
         """Prepare.
 
         Args:
@@ -126,9 +126,11 @@ class ContrastiveLengths:
             source: the set.
             query_extra: tokens put before every query (bos and instruction).
             passage_extra: tokens put before every passage.
-            key: seed of the choice of hard negatives.
+            number: of the set in the mixture.
         """
-        self._recipe, self._source, self._key = recipe, source, key
+        self._recipe, self._source = recipe, source
+        self._key = key64(recipe.seed, "negatives", number)
+        self._draws = key64(recipe.seed, "positives") if recipe.contrastive.positives == "draw" else None
         self._query_extra, self._passage_extra = query_extra, passage_extra
         self._limit = recipe.data.max_x_tokens
         index = source.index
@@ -136,6 +138,11 @@ class ContrastiveLengths:
             raise UserError(
                 f"{source.name}: stage 2 needs questions and answers, and some records have none: "
                 "use a question-answer or query-document set"
+            )
+        if self._draws is not None and index.positive_tokens is None:
+            raise UserError(
+                f"{source.name}: contrastive.positives=draw needs the token counts of `positives` in the index, and "
+                "this set was prepared before they were kept: prepare the set again"
             )
 
     def query(self, row_N: np.ndarray) -> np.ndarray:
@@ -146,6 +153,29 @@ class ContrastiveLengths:
         """|X| of the passages, after cutting."""
         return np.minimum(self._source.index.answer_tokens[row_N].astype(np.int64) + self._passage_extra, self._limit)
 
+    def positive(self, row_N: np.ndarray, pass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """|X| of the passage that each record is paired with in its pass, and which of `positives` it is (-1: answer).
+
+        Drawn by a hash of seed, pass and record id, so by nothing that another order or mixture would change.
+        """
+        length_N, choice_N = self.passage(row_N), np.full(len(row_N), -1, dtype=np.int64)
+        if self._draws is None:
+            return length_N, choice_N
+        index = self._source.index
+        assert index.positive_tokens is not None
+        for place in np.flatnonzero(index.positive_tokens.lengths[row_N]).tolist():
+            row = int(row_N[place])
+            raw = index.positive_tokens[row] + self._passage_extra
+            usable = [n for n, tokens in enumerate(raw.tolist()) if tokens <= self._limit or not self._drops]
+            draw = key64(self._draws, int(pass_N[place]), str(index.ids[row])) % (len(usable) + 1)
+            if draw < len(usable):
+                choice_N[place], length_N[place] = usable[draw], min(int(raw[usable[draw]]), self._limit)
+        return length_N, choice_N
+
+    @property
+    def _drops(self) -> bool:
+        return self._recipe.data.too_long == "drop"
+
     def negatives(self, row: int, number: int) -> list[tuple[int, int]]:
         """(which negative, |X|) of the hard negatives used with a record in its pass `number`.
 
@@ -153,7 +183,7 @@ class ContrastiveLengths:
         """
         raw = self._source.index.negative_tokens[row] + self._passage_extra
         choices = np.arange(len(raw))
-        if self._recipe.data.too_long == "drop":
+        if self._drops:
             choices = choices[raw <= self._limit]
         wanted = min(self._recipe.contrastive.hard_negatives, len(choices))
         if not wanted:
@@ -174,13 +204,14 @@ class ContrastiveLengths:
         limits = [("query", query_N, self._limit), ("passage", passage_N, self._limit)]
         empty_N = ((query_N == 0) | (passage_N == 0)) & (not self._recipe.bottleneck.enabled)
         kept_N, too_long = keep(self._source.name, action, limits, empty_N)
-        if self._recipe.contrastive.hard_negatives:
-            negative_M = index.negative_tokens.values.astype(np.int64) + self._passage_extra
-            long = int((negative_M > self._limit).sum())
+        others = {"negative": index.negative_tokens} if self._recipe.contrastive.hard_negatives else {}
+        if self._draws is not None and index.positive_tokens is not None:
+            others["further positive"] = index.positive_tokens
+        for part, ragged in others.items():
+            tokens_M = ragged.values.astype(np.int64) + self._passage_extra
+            long = int((tokens_M > self._limit).sum())
             if long:
-                too_long.append(
-                    TooLong(self._source.name, "negative", self._limit, action, long, int(negative_M.max()))
-                )
+                too_long.append(TooLong(self._source.name, part, self._limit, action, long, int(tokens_M.max())))
         return kept_N, too_long
 
 

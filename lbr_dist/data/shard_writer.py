@@ -42,6 +42,8 @@ INDEX_SCHEMA = pa.schema(
         ("text_tokens", pa.int32()),
         ("negative_tokens", pa.list_(pa.int32())),
         ("answer_hash", pa.int64()),
+        ("positive_tokens", pa.list_(pa.int32())),
+        ("domain", pa.string()),
     ]
 )
 
@@ -128,6 +130,7 @@ class ShardWriter:
         self._put(_header(f"{self.info.records:09d}.json", len(data)))
         row = {"id": record.id, "offset": self._bytes, "size": len(data), **tokens}
         row["answer_hash"] = normalised_hash(record.document)
+        row["domain"] = record.domain
         for name, value in row.items():
             self._rows[name].append(value)
         self._put(data + b"\0" * (padded - len(data)))
@@ -265,7 +268,7 @@ class TokenCounter:
         keys: list[list[int | None]] = []
         for record in records:
             row: list[int | None] = []
-            for text in (record.question, record.answer, record.text, *record.negatives):
+            for text in (record.question, record.answer, record.text, *record.negatives, *record.positives):
                 key = None if text is None else xxhash.xxh3_64_intdigest(text.encode())
                 if text is not None and key is not None and key not in self._known:
                     new[key] = text
@@ -274,6 +277,16 @@ class TokenCounter:
         for key, ids in zip(new, self.tokens.encode(list(new.values())), strict=True):
             self._known[key] = len(ids)
         counts = [[-1 if key is None else self._known[key] for key in row] for row in keys]
-        return [
-            {"question_tokens": q, "answer_tokens": a, "text_tokens": t, "negative_tokens": n} for q, a, t, *n in counts
-        ]
+        columns = []
+        for record, (question, answer, text, *others) in zip(records, counts, strict=True):
+            split = len(record.negatives)
+            columns.append(
+                {
+                    "question_tokens": question,
+                    "answer_tokens": answer,
+                    "text_tokens": text,
+                    "negative_tokens": others[:split],
+                    "positive_tokens": others[split:],
+                }
+            )
+        return columns

@@ -95,7 +95,25 @@ class SplitIndex:
     @cached_property
     def negative_tokens(self) -> Ragged:
         """Token counts of each record's hard negatives; read on first use."""
-        lists = [_column(path, "negative_tokens") for path in self.tables]
+        return self._ragged("negative_tokens")
+
+    @cached_property
+    def positive_tokens(self) -> Ragged | None:
+        """Token counts of each record's further positives; None in a set prepared before they were counted."""
+        return self._ragged("positive_tokens") if self._has("positive_tokens") else None
+
+    @cached_property
+    def domains(self) -> np.ndarray | None:
+        """Domain of each record, an object array of str [rows]; None in a set prepared before it was kept."""
+        if not self._has("domain"):
+            return None
+        return np.concatenate([_column(path, "domain").to_numpy(zero_copy_only=False) for path in self.tables])
+
+    def _has(self, name: str) -> bool:
+        return all(name in pq.read_schema(path).names for path in self.tables)
+
+    def _ragged(self, name: str) -> Ragged:
+        lists = [_column(path, name) for path in self.tables]
         lengths = [np.diff(column.offsets.to_numpy()) for column in lists]
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
         return Ragged(np.concatenate([column.flatten().to_numpy() for column in lists]).astype(np.int32), offsets)

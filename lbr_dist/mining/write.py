@@ -17,7 +17,8 @@ import numpy as np
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record
 from lbr_dist.data.shard_writer import SPLITS, ShardWriter, SplitInfo, write_manifest
-from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.data.shards import PreparedSet, ShardReader, SplitIndex
+from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates
 
 BATCH = 256
@@ -75,6 +76,7 @@ def write_mined(
                             "answer_tokens": int(index.answer_tokens[mined.query]),
                             "text_tokens": -1,
                             "negative_tokens": counts,
+                            "positive_tokens": _positive_tokens(opened, index, mined),
                         }
                     )
                 writer.write(records, columns)
@@ -91,6 +93,15 @@ def write_mined(
         source=source,
         tokenizer=tokenizer,
     )
+
+
+def _positive_tokens(opened: PreparedSet, index: SplitIndex, mined: Mined) -> list[int]:
+    known = index.positive_tokens
+    if known is not None:
+        return known[mined.query].tolist()
+    if mined.record.positives:
+        raise UserError(f"prepared set {opened.root}: its index does not count `positives`: prepare the set again")
+    return []
 
 
 def _mined(reader: ShardReader, candidates: Candidates, passage_BN: np.ndarray, first: int) -> Iterator[Mined]:

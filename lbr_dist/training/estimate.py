@@ -272,7 +272,7 @@ def _lines(
         f"step       {step_s:.3g} s on {world} x {machine.name}: compute {compute_s:.3g} s at {machine.share:.0%} "
         f"of its peak, {carried / GIB:.3g} GiB sent per rank",
         f"time       {duration(step_s * steps)} for the whole run",
-        *(f"note       {entry}" for entry in job.plan.too_long),
+        *(f"note       {entry}" for entry in (*job.plan.too_long, *job.plan.notes)),
     ]
 
 

@@ -164,7 +164,7 @@ def _prepare(job: Job, resume: str) -> Path | None:
     recipe = job.recipe
     for change in job.changed:
         log.info("changed since the last start: %s", change)
-    for entry in job.plan.too_long:
+    for entry in (*job.plan.too_long, *job.plan.notes):
         log.info("%s", entry)
     checkpoint: Path | None = None
     reasons: list[str] = []
