@@ -14,13 +14,16 @@ quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot a
 	$(BIN)/python -m benchmarks.quickstart --out quickstart
 
 test: $(VENV)/.installed            ## every test that one machine without a GPU can run
-	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu
+	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu tests/cluster
 
 test-unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/unit
 
 test-distributed: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/distributed
+
+test-cluster: $(VENV)/.installed    ## as root: real Slurm and Ray clusters of several nodes, on this machine
+	$(BIN)/python -m pytest tests/cluster
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/gpu

@@ -38,6 +38,10 @@ here() { # here -m MODULE ...: a short Python command, in the container, on this
   fi
 }
 
+on_first_node() { # on_first_node -m MODULE ...: a command that works on one node, with all of its resources
+  "${steps[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --nodelist="${hosts[0]}" "${python[@]}" "$@"
+}
+
 # ------------------------------------------------------------------------------------------------------- signals ---
 
 asked='' cancelled='' main=''
@@ -54,11 +58,13 @@ on_term() { # cancelled or preempted: Slurm has told every process of the job, a
 }
 
 requeue_before_the_limit() { # ranks that hang, or save for too long, must not cost the job its place
-  local end left
+  local end
   end=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
   end=$(date -d "$end" +%s 2>/dev/null) || return 0 # no limit
-  left=$((end - $(date +%s) - 10))
-  sleep "$((left > 0 ? left : 0))"
+  while [ "$(date +%s)" -lt "$((end - 10))" ]; do
+    kill -0 "$$" 2>/dev/null || return 0 # the script has ended
+    sleep 1
+  done
   echo "lbr: not stopped in time; requeued, to go on from the newest checkpoint" >&2
   scontrol requeue "$SLURM_JOB_ID"
 }
@@ -101,6 +107,11 @@ train() { # train STAGE RECIPE [key=value ...]
     case $LAUNCHER in
       srun) supervise launch_srun "$@" ;;
       torchrun) supervise launch_torchrun "$@" ;;
+      ray)
+        start_ray "${ports[@]}"
+        supervise wait_for_ray
+        if [ "$code" = 0 ] && [ -z "$asked" ]; then supervise launch_ray "$stage" "$@"; fi
+        ;;
       *) die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray" ;;
     esac
   fi
@@ -132,4 +143,29 @@ launch_torchrun() {
     --nnodes "${#hosts[@]}" --nproc-per-node "$ranks" --max-restarts 0 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
     -m lbr_dist train "$@"
+}
+
+start_ray() { # start_ray PORT DASHBOARD CLIENT AGENT: a Ray cluster of the allocation's nodes, for this start of the job
+  local address
+  address=$(getent ahostsv4 "${hosts[0]}" | { read -r first _; echo "$first"; })
+  export RAY_ADDRESS="$address:$1" RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+  RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
+  export LBR_GPUS=${SLURM_GPUS_ON_NODE:-0} LBR_RAY_FOLDER="$LBR_SCRATCH/ray-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+  unset MASTER_ADDR MASTER_PORT # Ray Train has its own
+  mkdir -p "$output/ray"
+  "${steps[@]}" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+    "${python[@]}" -m lbr_dist.launch.slurm_ray node "$@" >>"$output/ray/nodes-$SLURM_JOB_ID.log" 2>&1 &
+}
+
+wait_for_ray() {
+  exec "${steps[@]}" --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" \
+    "${python[@]}" -m lbr_dist.launch.slurm_ray wait "${#hosts[@]}"
+}
+
+launch_ray() { # launch_ray STAGE RECIPE [key=value ...]
+  local driver=stage1
+  [ "$1" = generative ] || driver=stage2
+  shift
+  exec "${steps[@]}" --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" "${python[@]}" "$LBR_HOME/ray_jobs/$driver.py" "$@" \
+    --num-workers "$((ranks * ${#hosts[@]}))" --cpus-per-worker "$cpus"
 }

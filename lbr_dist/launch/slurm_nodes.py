@@ -16,7 +16,7 @@ from lbr_dist.errors import UserError
 SKEW_S = 1.0
 """Largest difference between two clocks: what file times and logs of several nodes can bear."""
 SLOW = 0.5
-"""A pair of nodes below this share of the median bandwidth is slow."""
+"""A pair of nodes below this share of the usual bandwidth (the median of each node's best) is slow."""
 
 
 @dataclass
@@ -92,8 +92,11 @@ def findings(nodes: Sequence[Node], speeds: Mapping[tuple[int, int], float | str
 
 def _slow(nodes: Sequence[Node], speeds: Mapping[tuple[int, int], float | str]) -> list[str]:
     """A node that is bad in all its pairs while others are good is named alone."""
-    known = [speed for speed in speeds.values() if isinstance(speed, float)]
-    usual = statistics.median(known) if known else 0.0
+    best = [
+        max((speed for pair, speed in speeds.items() if index in pair and isinstance(speed, float)), default=0.0)
+        for index in range(len(nodes))
+    ]
+    usual = statistics.median(best)  # of three nodes, one slow one is in two pairs of three, but is one of three bests
     bad = {
         pair: speed if isinstance(speed, str) else f"{speed:.2f} GB/s, usual are {usual:.2f}"
         for pair, speed in speeds.items()

@@ -7,6 +7,7 @@
     stacks/, bad-step-N.json    written when something went wrong
     stop              empty; a line in it asks the run to stop (see signals)
     ray/              what Ray Train writes about its attempts
+    slurm.jsonl       starts and ends of Slurm jobs, and why each was requeued or not
 
 A folder belongs to one recipe. Going on with a changed one is refused unless the change cannot alter what the run would
 have been (logging, checkpointing, loader processes, memory layout), or the user allows the field by name.
@@ -27,7 +28,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
-STARTED = ("log.txt", "stacks", "stop", "ray")
+STARTED = ("log.txt", "stacks", "stop", "ray", "slurm.jsonl")
 """What a start that found a mistake leaves in the folder; the next start goes on in it."""
 
 SEEN_AFTER_S = 75.0

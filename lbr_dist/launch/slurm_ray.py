@@ -1,0 +1,103 @@
+"""Ray inside a Slurm allocation: what each node runs, and how to know that all of them are there.
+
+Head and workers are one job step, `srun --ntasks-per-node=1 python -m lbr_dist.launch.slurm_ray node ...`, and the
+driver is another, so that a stop signal reaches the driver alone and Ray lives on until the ranks have stopped. Ray's
+own `symmetric-run` was not taken: it puts both into one step, waits 30 s for nodes whatever their number, and its
+workers linger for a minute. Every port that Ray would take by a fixed number is given, because two jobs may share a
+node; the dashboard and job server listen on loopback, GCS and raylets for the other nodes, and all of it asks for a
+token that is made for this attempt of the job alone.
+
+    node PORT DASHBOARD CLIENT AGENT    run Ray on this node until the step ends (execs `ray start --block`)
+    wait NODES                          return once so many nodes are alive; exit code 1 after WAIT_S
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from lbr_dist.launch.environment import detect
+
+WAIT_S = 180.0
+OBJECT_STORE_BYTES = 256 << 20
+"""Training moves nothing through Ray's object store but small messages."""
+
+
+def start_command(environ: Mapping[str, str], address: str, ports: Sequence[int]) -> list[str]:
+    """`ray start` for this node of the step.
+
+    Args:
+        environ: Slurm's variables, RAY_ADDRESS (the head's host and port), LBR_RAY_FOLDER, LBR_GPUS.
+        address: of this node.
+        ports: of GCS, dashboard and Ray client on the head, and of each node's agent.
+    """
+    gcs, dashboard, client, agent = ports
+    command = ["ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}"]
+    command += [f"--num-cpus={environ['SLURM_CPUS_ON_NODE']}", f"--num-gpus={environ.get('LBR_GPUS') or 0}"]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={agent}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any free one: two raylets of a node must not share
+    if detect(environ).rank > 0:
+        return [*command, f"--address={environ['RAY_ADDRESS']}"]
+    command += ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    return [*command, f"--temp-dir={environ['LBR_RAY_FOLDER']}"]
+
+
+def run_node(ports: Sequence[int]) -> None:
+    """Become `ray start`; nodes other than the head wait until it listens."""
+    host, port = os.environ["RAY_ADDRESS"].rsplit(":", 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        route.connect((host, int(port)))  # sends nothing: asks which of this node's addresses faces the head
+        address = route.getsockname()[0]
+    if detect().rank > 0:
+        _wait_for_port(host, int(port))
+    command = start_command(os.environ, address, ports)
+    del os.environ["RAY_ADDRESS"]  # `ray start` refuses to start a head where one is named
+    os.execvp(sys.executable, [sys.executable, "-m", "ray.scripts.scripts", *command[1:]])
+
+
+def _wait_for_port(host: str, port: int) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return
+
+
+def wait_for_nodes(count: int) -> bool:
+    """Whether so many nodes are alive, before too long."""
+    host, port = os.environ["RAY_ADDRESS"].rsplit(":", 1)
+    _wait_for_port(host, int(port))
+    import ray
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+        if len(alive) >= count:
+            return True
+        if time.monotonic() > deadline:
+            print(f"error: {len(alive)} of {count} nodes joined Ray in {WAIT_S:.0f} s: {alive}", file=sys.stderr)
+            return False
+        time.sleep(0.2)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The scripts' side of this module."""
+    command, *numbers = arguments
+    if command == "node":
+        run_node([int(number) for number in numbers])
+    return 0 if wait_for_nodes(int(numbers[0])) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Evaluate, and export:   sbatch slurm/eval.sh MODEL ... --data SET [options of lbr eval] [-- OUT [options of lbr export]]
+# What follows the -- exports the first model. Both can be repeated; a lost node starts them again.
+#SBATCH --job-name=lbr-eval
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+
+LBR_HOME=${LBR_HOME:-$SLURM_SUBMIT_DIR}
+[ -r "$LBR_HOME/slurm/lib.sh" ] || { echo "error: no slurm/lib.sh in $LBR_HOME: set LBR_HOME to lbr_dist's folder" >&2; exit 2; }
+# shellcheck source=slurm/lib.sh
+. "$LBR_HOME/slurm/lib.sh"
+
+[ $# -gt 0 ] || die "no model: sbatch slurm/eval.sh MODEL ... --data SET [-- OUT]"
+model=$1 evaluation=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  evaluation+=("$1")
+  shift
+done
+on_first_node -m lbr_dist eval "${evaluation[@]}"
+if [ $# -gt 1 ]; then
+  shift
+  on_first_node -m lbr_dist export "$model" "$@"
+fi

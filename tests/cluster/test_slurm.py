@@ -1,0 +1,320 @@
+"""The job scripts on a real Slurm cluster of four nodes: whatever happens, it goes on exactly, or says why not.
+
+Every job trains with ZeRO-3, one rank on each of two nodes. The job that meets its time limit needs minutes, most of
+them asleep, and runs on n3 and n4 from the start; the other tests have n1 and n2.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from slurm_cluster import LONG, PROJECT, SCRIPT, SlurmCluster, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
+
+WORDS = ["aspirin", "salicylate", "drug", "fever", "heart", "blood", "vessel", "rash", "measles", "water", "unknown"]
+STEPS = 100
+TWO = ("--nodes=2", "--nodelist=n1,n2", "--time=10", "--signal=B:USR1@30")
+SHARED = ("--exclusive=user", "--cpus-per-task=1", "--mem=500")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Iterator[SlurmCluster]:
+    """All nodes see `full` in the place: 1 MiB, room for a checkpoint and no more."""
+    if why := SlurmCluster.missing():
+        pytest.skip(why)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), "lbrslurm", "10.213.90", 18917, nodes=4)
+    full = place / "full"
+    full.mkdir()
+    cluster.run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(full))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        cluster.run("umount", str(full))
+    assert "lbrslurm" not in cluster.run("ip", "-br", "link")
+    assert str(cluster.folder) not in cluster.run("ps", "-eo", "args")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> Path:
+    """A folder with a base model, a prepared set, the recipes of both stages, and a Python that can be slowed down."""
+    from lbr_dist.data.record import Record
+    from lbr_dist.data.shards import write_set
+    from lbr_dist.model.tokenizer import Tokenization
+
+    folder, rng = tmp_path_factory.mktemp("place"), random.Random(0)
+    shutil.copytree(tiny_model_dir("llama"), folder / "base")
+
+    def records(prefix: str, count: int) -> list[Record]:
+        texts = [[" ".join(rng.choices(WORDS, k=rng.randint(2, 9))) for _ in "qa"] for _ in range(count)]
+        return [Record(id=f"{prefix}:{i}", question=q, answer=f"{a} {i}") for i, (q, a) in enumerate(texts)]
+
+    splits = {"gl": records("g", 400), "cl": records("c", 80), "eval": records("e", 8)}
+    write_set(folder / "data", splits, Tokenization.load(str(folder / "base")), name="tiny")
+    common = {
+        "model": {"path": "base"},
+        "data": {"sets": [{"path": "data"}], "bin_tokens": 160, "max_x_tokens": 60, "max_y_tokens": 90, "workers": 0},
+        "bottleneck": {"tokens": 1},
+        "optim": {"lr": 3e-3},
+        "deepspeed": "cpu",
+    }
+    steps = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 20}}
+    one = {**common, **steps, "stage": "generative", "output": "runs/one", "batch": {"global_batch": 2}}
+    two = {
+        **common,
+        "duration": {"steps": 3},
+        "stage": "contrastive",
+        "output": "runs/two",
+        "batch": {"global_batch": 8},
+    }
+    (folder / "one.yaml").write_text(yaml.safe_dump(one))
+    (folder / "two.yaml").write_text(yaml.safe_dump(two))
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("with_fault.py")}" "$@"\n')
+    python.chmod(0o755)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submit(cluster: SlurmCluster, place: Path) -> Callable[..., int]:
+    """`sbatch OPTIONS slurm/SCRIPT ARGUMENTS` in the place."""
+
+    def function(script: str, *arguments: str, options: tuple[str, ...] = TWO, **env: str) -> int:
+        return cluster.submit(place, script, *arguments, options=options, **{**environment(place), **env})
+
+    return function
+
+
+def environment(place: Path) -> dict[str, str]:
+    python = str(place / "python")
+    return {"LBR_HOME": str(PROJECT), "LBR_PYTHON": python, "PYTHON_EXEC": python, "LAUNCHER": "srun"}
+
+
+@pytest.fixture(scope="module")
+def limited(submit: Callable[..., int]) -> int:
+    """A job that needs more time than it may have: 100 s of waiting alone, with 105 s at most."""
+    options = ("--nodes=2", "--nodelist=n3,n4", "--time=2", "--signal=B:USR1@15")
+    return submit("stage1.sh", "one.yaml", "output=runs/limited", options=options, PACE="1")
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: SlurmCluster, place: Path, submit: Callable[..., int], limited: int) -> Path:
+    """The run that nothing happens to; the port that its job looks at first is taken."""
+    job = submit("stage1.sh", "one.yaml", options=(*TWO, "--hold"))
+    with taken(cluster, "n1", first_port(job)):
+        cluster.run("scontrol", "release", str(job))
+        cluster.finish(job)
+    assert f"meeting at n1:{first_port(job) + 1}" in cluster.log(job)
+    return place / "runs" / "one"
+
+
+def first_port(job: int) -> int:
+    return 20_000 + 7 * job * 16
+
+
+class taken:  # noqa: N801
+    """A port of a node that somebody listens on."""
+
+    def __init__(self, cluster: SlurmCluster, node: str, port: int) -> None:
+        code = f"import socket, sys; s = socket.create_server(('', {port})); print('up', flush=True); sys.stdin.read()"
+        command = ["bash", str(SCRIPT), "exec", node, sys.executable, "-c", code]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=cluster.env, stdin=pipe, stdout=pipe, text=True)
+
+    def __enter__(self) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "up\n"
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate(timeout=20)  # closes its stdin, at which it ends
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    from lbr_dist.training.tracking import read_rows
+
+    file = run / "metrics.jsonl"
+    return read_rows(file) if file.is_file() else []
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "slurm.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(place: Path, run: str, calm: Path) -> None:
+    """The loss curve is that of the undisturbed run, digit for digit, and every sample was used as planned."""
+    assert [row["loss"] for row in rows(place / "runs" / run)] == [row["loss"] for row in rows(calm)]
+    assert "as planned" in audit(place, f"runs/{run}")
+
+
+def audit(place: Path, run: str) -> str:
+    command = [sys.executable, "-m", "lbr_dist", "audit", run]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=LONG, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_run_to_its_end_although_its_port_is_taken(place: Path, calm: Path) -> None:
+    assert len(rows(calm)) == STEPS
+    assert [row["event"] for row in history(calm)] == ["start", "end"]
+    assert not history(calm)[-1]["requeue"]
+    assert "as planned" in audit(place, "runs/one")
+
+
+def test_the_pipeline_goes_on_from_there(cluster: SlurmCluster, place: Path, calm: Path) -> None:
+    """Stage 1 is found complete; stage 2 (torchrun) starts from it; its evaluation and export follow."""
+    script = str(PROJECT / "slurm" / "pipeline.sh")
+    env = environment(place) | {"LAUNCHER": "torchrun"}
+    printed = cluster.run("bash", script, *TWO, "one.yaml", "two.yaml", "model", cwd=place, **env)
+    jobs = [int(line.split("job ")[1].split()[0]) for line in printed.splitlines()]
+    assert len(jobs) == 3
+    for job in jobs:
+        cluster.finish(job)
+    assert "2 ranks (torchrun)" in cluster.log(jobs[1])
+    assert "weights from runs/one" in cluster.log(jobs[1])
+    assert "Recall@10" in cluster.log(jobs[2])
+    assert (place / "runs" / "two" / "eval" / "eval.json").is_file()
+    assert (place / "model" / "modules.json").is_file()
+    assert "as planned" in audit(place, "runs/two")
+
+
+def test_a_crashed_node(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:
+    run = place / "runs" / "crashed"
+    job = submit("stage1.sh", "one.yaml", "output=runs/crashed")
+    wait_for(lambda: len(rows(run)) >= 30, LONG, lambda: cluster.log(job))
+    cluster.mini("node-down", "n2")
+    wait_for(lambda: cluster.facts(job)["JobState"] == "PENDING", LONG, lambda: cluster.log(job))
+    cluster.mini("node-up", "n2")
+    facts = cluster.finish(job)
+    assert facts["Restarts"] == "1"
+    assert "resuming from runs/crashed/checkpoints/step-0000" in cluster.log(job)
+    assert [row["event"] for row in history(run)] == ["start", "start", "end"]
+    assert_same_run(place, "crashed", calm)
+
+
+def test_two_jobs_at_once_on_the_same_nodes(
+    cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path
+) -> None:
+    """By both launchers; the one is asked to stop in mid-run and goes on."""
+    jobs = {
+        launcher: submit(
+            "stage1.sh", "one.yaml", f"output=runs/{launcher}", options=(*TWO, *SHARED), PACE="0.1", LAUNCHER=launcher
+        )
+        for launcher in ("srun", "torchrun")
+    }
+    wait_for(lambda: len(rows(place / "runs" / "torchrun")) >= 5, LONG, lambda: cluster.log(jobs["torchrun"]))
+    assert {cluster.facts(job)["JobState"] for job in jobs.values()} == {"RUNNING"}
+    cluster.run("scancel", "--batch", "--signal=USR1", str(jobs["torchrun"]))
+    for launcher, job in jobs.items():
+        cluster.finish(job)
+        assert_same_run(place, launcher, calm)
+    first, second = history(place / "runs" / "torchrun")[1], history(place / "runs" / "torchrun")[2]
+    assert (first["code"], first["requeue"]) == (75, True)
+    assert second["step"] == first["step"] > 0
+
+
+def test_mistakes_end_the_job(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:
+    one = (*TWO, *SHARED)
+    typo = submit("stage1.sh", "one.yaml", "optim.lrr=1", options=one)
+    stage = submit("stage1.sh", "two.yaml", options=one)
+    nowhere = submit("stage1.sh", "three.yaml", options=one)
+    with taken(cluster, "n1", 29_500):
+        port = submit("stage1.sh", "one.yaml", "output=runs/port", options=one, MASTER_PORT="29500")
+        cluster.refuse(port, "MASTER_PORT=29500: taken on n1")
+    cluster.refuse(typo, "unknown key optim.lrr; did you mean lr?")
+    cluster.refuse(stage, "stage is contrastive: submit slurm/stage2.sh")
+    cluster.refuse(nowhere, "recipe three.yaml: no such file")
+
+
+def test_a_crash_loop_stops(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:
+    job = submit("stage1.sh", "one.yaml", "output=runs/loop", CRASH="1", LBR_MAX_RESTARTS="1")
+    facts = cluster.wait(job)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "1")
+    assert "2 starts without a new checkpoint" in cluster.log(job)
+    assert [row.get("requeue") for row in history(place / "runs" / "loop")] == [None, True, None, False]
+
+
+def test_a_full_and_a_read_only_file_system(
+    cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path
+) -> None:
+    """The disk fills up in mid-run, on all nodes; then a folder can be read only."""
+    for node in ("n1", "n2"):
+        cluster.on(node, "mkdir", "-p", str(place / "locked"))
+        cluster.on(node, "mount", "--bind", str(place / "locked"), str(place / "locked"))
+        cluster.on(node, "mount", "-o", "remount,ro,bind", str(place / "locked"))
+    locked = submit("stage1.sh", "one.yaml", "output=locked/run")
+    cluster.refuse(locked, "cannot be written on n1: Read-only file system")
+    full = submit("stage1.sh", "one.yaml", "output=full/run")
+    facts = cluster.wait(full)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), cluster.log(full)
+    assert "No space left on device" in cluster.log(full)
+
+
+def test_a_node_that_does_not_see_the_shared_folder(
+    cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path
+) -> None:
+    runs = place / "hidden"
+    runs.mkdir()
+    cluster.on("n2", "mount", "-t", "tmpfs", "tmpfs", str(runs))
+    try:
+        job = submit("stage1.sh", "one.yaml", "output=hidden/run")
+        cluster.refuse(job, f"bad: n2: {runs / 'run'} does not exist")
+        checked = check(cluster, place, "n1,n2", "--shared", str(runs))
+        assert checked.returncode == 2
+        assert f"bad: n2: {runs} is not the same folder as on the first node" in checked.stdout
+    finally:
+        cluster.on("n2", "umount", str(runs))
+
+
+def test_check_measures_every_pair_and_names_the_bad_node(cluster: SlurmCluster, place: Path, calm: Path) -> None:
+    """Then n2's link loses its speed."""
+    good = check(cluster, place, "n1,n2,n3")
+    assert good.returncode == 0, good.stdout
+    assert "3 nodes: all answer, see the same" in good.stdout
+    assert good.stdout.count("+") + good.stdout.count("-") >= 3
+    cluster.on(
+        "n2", "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "1mb", "latency", "50ms"
+    )
+    try:
+        slow = check(cluster, place, "n1,n2,n3")
+    finally:
+        cluster.on("n2", "tc", "qdisc", "del", "dev", "eth0", "root")
+    assert slow.returncode == 2
+    assert "bad: n2: all-reduce with every other node is bad" in slow.stdout
+
+
+def check(cluster: SlurmCluster, place: Path, nodes: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    count = str(len(nodes.split(",")))
+    options = [
+        "--nodes",
+        count,
+        "--nodelist",
+        nodes,
+        "--ntasks-per-node=1",
+        "--mem=100",
+        "--overcommit",
+        "--oversubscribe",
+    ]
+    command = ["srun", *options, sys.executable, "-m", "lbr_dist", "slurm", "check", *arguments]
+    env = {**cluster.env, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+
+
+def test_the_time_limit(cluster: SlurmCluster, place: Path, limited: int, calm: Path) -> None:
+    facts = cluster.finish(limited)
+    run = place / "runs" / "limited"
+    ends = [row for row in history(run) if row["event"] == "end"]
+    assert int(facts["Restarts"]) == len(ends) - 1 >= 1
+    assert all((row["code"], row["asked"], row["requeue"]) == (75, True, True) for row in ends[:-1])
+    assert_same_run(place, "limited", calm)
+    assert "0 steps done again" in audit(place, "runs/limited")

@@ -1,0 +1,245 @@
+"""What a Slurm job decides; the scripts themselves are run by tests/cluster."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.launch import slurm
+from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_step, read_history
+from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
+from lbr_dist.launch.slurm_ray import start_command
+from lbr_dist.launch.torchrun import combined
+from lbr_dist.recipes import parse_recipe
+
+PROJECT = Path(__file__).parents[2]
+JOB = Attempt(job=7, restart=0, nodes="n[1-2]", limit=3)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    raw = {
+        "stage": "generative",
+        "output": str(tmp_path / "run"),
+        "model": {"path": "m"},
+        "data": {"sets": [{"path": "d"}], "max_x_tokens": 8, "max_y_tokens": 8, "bin_tokens": 32},
+        "batch": {"global_batch": 1},
+        "duration": {"steps": 1},
+    }
+    return parse_recipe(raw, "test")
+
+
+def commit(recipe: Recipe, step: int, sequence: int = 0) -> None:
+    folder = Path(recipe.output) / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"step": step, "sequence": sequence or step}))
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "requeue"),
+    [(0, False, False), (0, True, False), (2, False, False), (2, True, False), (75, True, True), (75, False, True),
+     (1, False, True), (137, False, True), (138, True, True)],
+)  # fmt: skip
+def test_what_a_restart_can_mend_is_requeued(code: int, asked: bool, requeue: bool) -> None:
+    assert decide(code, asked=asked, idle=1, limit=3).requeue is requeue
+
+
+@pytest.mark.parametrize("code", [1, 75])
+def test_no_progress_stops_after_the_set_number_of_restarts(recipe: Recipe, code: int) -> None:
+    decisions = []
+    for restart in range(4):
+        attempt = Attempt(7, restart, "n1", limit=3)
+        begin(recipe, attempt)
+        decisions.append(end(recipe, attempt, code, asked=False).requeue)
+    assert decisions == [True, True, True, False]
+
+
+def test_starts_that_had_no_end_count_too(recipe: Recipe) -> None:
+    """A node that takes the job with it leaves no word."""
+    for restart in range(4):
+        begin(recipe, Attempt(7, restart, "n1", limit=3))
+    with pytest.raises(UserError, match="job 7: 4 starts without a new checkpoint"):
+        begin(recipe, Attempt(7, 4, "n1", limit=3))
+    begin(recipe, Attempt(8, 0, "n1", limit=3))  # somebody looked, and submitted it anew
+
+
+def test_progress_starts_the_count_again(recipe: Recipe) -> None:
+    for restart in range(12):
+        attempt = Attempt(7, restart, "n1", limit=3)
+        begin(recipe, attempt)
+        if restart % 3 == 2:
+            commit(recipe, restart)
+        assert end(recipe, attempt, 1, asked=False).requeue
+    assert newest_step(Path(recipe.output)) == 11
+
+
+def test_newest_is_what_was_committed_last_and_damage_is_passed_over(recipe: Recipe) -> None:
+    assert newest_step(Path(recipe.output)) == 0
+    commit(recipe, 500, sequence=4)
+    commit(recipe, 350, sequence=5)
+    commit(recipe, 900, sequence=9)
+    (Path(recipe.output) / "checkpoints" / "step-000900" / "manifest.json").write_text('{"step": 9')
+    assert newest_step(Path(recipe.output)) == 350
+
+
+def test_a_row_torn_by_a_crash_is_left_behind(recipe: Recipe) -> None:
+    begin(recipe, JOB)
+    with (Path(recipe.output) / slurm.HISTORY).open("a") as file:
+        file.write('{"event": "sta')
+    end(recipe, JOB, 1, asked=False)
+    assert [row["event"] for row in read_history(Path(recipe.output))] == ["start", "end"]
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_to_mend(recipe: Recipe) -> None:
+    Path(recipe.output).parent.joinpath("run").write_text("a file")
+    with pytest.raises(UserError, match=r"slurm\.jsonl: cannot be written on"):
+        begin(recipe, JOB)
+
+
+def test_jobs_and_attempts_look_for_ports_at_different_places() -> None:
+    ports = {(job, restart): free_ports(4, Attempt(job, restart, "", 3)) for job in (1, 2) for restart in (0, 1)}
+    assert len({port for found in ports.values() for port in found}) == 16
+    assert all(20_000 <= port < 32_000 for found in ports.values() for port in found)
+
+
+def test_a_taken_port_is_passed_over_and_a_wanted_one_refused() -> None:
+    first = free_ports(1, JOB)[0]
+    with socket.create_server(("", first)):
+        assert free_ports(1, JOB)[0] != first
+        with pytest.raises(UserError, match=f"MASTER_PORT={first}: taken"):
+            free_ports(1, JOB, str(first))
+    assert free_ports(2, JOB, str(first))[0] == first
+
+
+def test_command_line(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lbr_dist.recipes import save_recipe
+
+    file = tmp_path / "recipe.yaml"
+    save_recipe(recipe, file)
+    assert main(["begin", str(file)]) == 2
+    assert "SLURM_JOB_ID is not set" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert main(["begin", "--stage", "contrastive", str(file)]) == 2
+    assert "submit slurm/stage1.sh" in capsys.readouterr().err
+    assert main(["begin", "--stage", "generative", "--ports", "3", str(file), "seed=1"]) == 0
+    assert len(capsys.readouterr().out.split()) == 3
+    assert main(["end", "--code", "75", "--asked", str(file)]) == 0
+    assert capsys.readouterr().out == "requeue\n"
+    assert main(["output", str(file), "output=elsewhere"]) == 0
+    assert main(["evaluated", str(file)]) == 0
+    assert capsys.readouterr().out == "elsewhere\nd\n"
+
+
+def test_torchruns_ranks_decide_its_exit_code() -> None:
+    assert combined([75, 75]) == 75
+    assert combined([75, -15]) == 1
+    assert combined([1, 2]) == 2
+    assert combined([-9]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("n1", ["n1"]),
+        ("gpu[03-05,9]-ib,login", ["gpu03-ib", "gpu04-ib", "gpu05-ib", "gpu9-ib", "login"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("n[098-101]", ["n098", "n099", "n100", "n101"]),
+    ],
+)
+def test_node_lists(text: str, names: list[str]) -> None:
+    assert expand(text) == names
+
+
+def test_a_strange_node_list_is_refused() -> None:
+    with pytest.raises(UserError, match="node list"):
+        expand("n[1-2")
+
+
+@pytest.mark.parametrize("count", range(2, 10))
+def test_rounds_have_every_pair_once_and_no_node_twice(count: int) -> None:
+    pairs = [pair for round_ in rounds(count) for pair in round_]
+    assert sorted(pairs) == [(a, b) for a in range(count) for b in range(a + 1, count)]
+    assert all(len({node for pair in round_ for node in pair}) == 2 * len(round_) for round_ in rounds(count))
+
+
+def test_findings_name_the_node() -> None:
+    def nodes() -> list[Node]:
+        return [Node(f"n{i}", gpus=8) for i in range(4)]
+
+    even = {pair: 10.0 for round_ in rounds(4) for pair in round_}
+    assert findings(nodes(), even) == []
+
+    late = nodes()
+    late[2].skew_s = -7.2
+    assert findings(late, even) == ["n2: its clock is -7.2 s from the other nodes'"]
+    first = nodes()
+    for node in first[1:]:
+        node.skew_s = 3.0
+    assert findings(first, even) == ["n0: its clock is -3.0 s from the other nodes'"]
+
+    poor = nodes()
+    poor[3].gpus = 7
+    assert findings(poor, even) == ["n3: 7 GPUs, others have 8"]
+
+    for count in (3, 4, 9):
+        slow = {pair: (2.0 if 1 in pair else 10.0) for round_ in rounds(count) for pair in round_}
+        expected = ["n1: all-reduce with every other node is bad, as 2.00 GB/s, usual are 10.00"]
+        assert findings([Node(f"n{i}") for i in range(count)], slow) == expected
+    cut = {**even, (0, 3): "timed out"}
+    assert findings(nodes(), cut) == ["n0 and n3: all-reduce is bad: timed out"]
+
+
+def test_ray_takes_no_fixed_port_and_shows_its_dashboard_to_its_own_node_only() -> None:
+    environ = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+               "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "16", "LBR_GPUS": "8",
+               "RAY_ADDRESS": "10.0.0.1:20112", "LBR_RAY_FOLDER": "/scratch/ray-7-0"}  # fmt: skip
+    head = start_command(environ, "10.0.0.1", [20112, 20113, 20114, 20115])
+    assert {"--head", "--port=20112", "--dashboard-host=127.0.0.1", "--dashboard-port=20113", "--num-gpus=8",
+            "--ray-client-server-port=20114", "--node-ip-address=10.0.0.1"} <= set(head)  # fmt: skip
+    worker = start_command({**environ, "SLURM_PROCID": "1"}, "10.0.0.2", [20112, 20113, 20114, 20115])
+    assert {"--address=10.0.0.1:20112", "--min-worker-port=0", "--dashboard-agent-listen-port=20115"} <= set(worker)
+    assert "--head" not in worker
+
+
+def test_scripts_pass_shellcheck() -> None:
+    scripts = sorted([*PROJECT.glob("slurm/*.sh"), PROJECT / "slurm/site.env", *PROJECT.glob("tests/cluster/*.sh")])
+    assert len(scripts) >= 8
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, "-x", *scripts], cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", ["stage1.sh", "stage2.sh", "eval.sh", "prepare.sh"])
+def test_a_script_by_itself_says_what_to_do(script: str, tmp_path: Path) -> None:
+    here = {"PATH": "/usr/bin:/bin"}
+    alone = run(script, {**here, "SLURM_SUBMIT_DIR": str(PROJECT)})
+    assert "error: not in a Slurm job: submit this script with sbatch" in alone
+    lost = run(script, {**here, "SLURM_SUBMIT_DIR": str(tmp_path)})
+    assert f"error: no slurm/lib.sh in {tmp_path}: set LBR_HOME" in lost
+
+
+def run(script: str, env: dict[str, str]) -> str:
+    bash = shutil.which("bash")
+    assert bash
+    done = subprocess.run([bash, PROJECT / "slurm" / script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    return done.stderr
+
+
+def test_a_set_variable_wins_over_the_site_file(tmp_path: Path) -> None:
+    show = f'. "{PROJECT}/slurm/site.env"; echo "$LAUNCHER $LBR_MAX_RESTARTS $LBR_PYTHON"'
+    for env, expected in (({}, None), ({"LAUNCHER": "torchrun", "LBR_MAX_RESTARTS": "9"}, "torchrun 9 python3")):
+        done = subprocess.run(
+            ["bash", "-euc", show], env={"PATH": "/usr/bin:/bin", **env}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split()[1:] == ["3", "python3"] if expected is None else done.stdout.strip() == expected
