@@ -47,6 +47,7 @@ docs: $(VENV)/.installed            ## the pages that are made from the code
 	$(BIN)/python -c 'from lbr_dist.recipes.settings import markdown; print(markdown(), end="")' > docs/settings.md
 
 constraints: $(VENV)/.installed
+	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[paper]'
 	(sed -n '/^#/p' constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+cpu//') > constraints.new
 	mv constraints.new constraints.txt
 
