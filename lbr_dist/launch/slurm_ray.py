@@ -7,7 +7,7 @@ workers linger for a minute. Every port that Ray would take by a fixed number is
 node; the dashboard and job server listen on loopback, GCS and raylets for the other nodes, and all of it asks for a
 token that is made for this attempt of the job alone.
 
-    node PORT DASHBOARD CLIENT AGENT    run Ray on this node until the step ends (execs `ray start --block`)
+    node PORT DASHBOARD CLIENT AGENT    run Ray on this node until the step ends (`ray start --block`)
     wait NODES                          return once so many nodes are alive; exit code 1 after WAIT_S
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -47,17 +48,26 @@ def start_command(environ: Mapping[str, str], address: str, ports: Sequence[int]
     return [*command, f"--temp-dir={environ['LBR_RAY_FOLDER']}"]
 
 
-def run_node(ports: Sequence[int]) -> None:
-    """Become `ray start`; nodes other than the head wait until it listens."""
+def run_node(ports: Sequence[int]) -> int:
+    """Run Ray until the step ends; nodes other than the head wait until it listens.
+
+    Ray gives its own processes 20 to 30 s to come up, which is little on a busy node, or where all nodes read Python from
+    one file system at once: a start that fails is tried again, within WAIT_S.
+    """
     host, port = os.environ["RAY_ADDRESS"].rsplit(":", 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         route.connect((host, int(port)))  # sends nothing: asks which of this node's addresses faces the head
         address = route.getsockname()[0]
     if detect().rank > 0:
         _wait_for_port(host, int(port))
-    command = start_command(os.environ, address, ports)
+    _, *options = start_command(os.environ, address, ports)
+    command = [sys.executable, "-m", "ray.scripts.scripts", *options]
     del os.environ["RAY_ADDRESS"]  # `ray start` refuses to start a head where one is named
-    os.execvp(sys.executable, [sys.executable, "-m", "ray.scripts.scripts", *command[1:]])
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        code = subprocess.call(command)
+        if code == 0 or time.monotonic() > deadline:
+            return code
 
 
 def _wait_for_port(host: str, port: int) -> None:
@@ -75,27 +85,32 @@ def _wait_for_port(host: str, port: int) -> None:
 
 def wait_for_nodes(count: int) -> bool:
     """Whether so many nodes are alive, before too long."""
-    host, port = os.environ["RAY_ADDRESS"].rsplit(":", 1)
+    address = os.environ["RAY_ADDRESS"]
+    host, port = address.rsplit(":", 1)
     _wait_for_port(host, int(port))
     import ray
 
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
     deadline = time.monotonic() + WAIT_S
-    while True:
-        alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+    alive: list[str] = []
+    while time.monotonic() < deadline:
+        try:
+            if not ray.is_initialized():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+        except ConnectionError:  # the head answers, but its own node has not joined yet
+            pass
         if len(alive) >= count:
             return True
-        if time.monotonic() > deadline:
-            print(f"error: {len(alive)} of {count} nodes joined Ray in {WAIT_S:.0f} s: {alive}", file=sys.stderr)
-            return False
         time.sleep(0.2)
+    print(f"error: {len(alive)} of {count} nodes joined Ray in {WAIT_S:.0f} s: {alive}", file=sys.stderr)
+    return False
 
 
 def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
     command, *numbers = arguments
     if command == "node":
-        run_node([int(number) for number in numbers])
+        return run_node([int(number) for number in numbers])
     return 0 if wait_for_nodes(int(numbers[0])) else 1
 
 

@@ -7,7 +7,6 @@ them asleep, and runs on n3 and n4 from the start; the other tests have n1 and n
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -16,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from slurm_cluster import LONG, PROJECT, SCRIPT, SlurmCluster, wait_for
+from slurm_place import STEPS, make_place
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
-WORDS = ["aspirin", "salicylate", "drug", "fever", "heart", "blood", "vessel", "rash", "measles", "water", "unknown"]
-STEPS = 100
 TWO = ("--nodes=2", "--nodelist=n1,n2", "--time=10", "--signal=B:USR1@30")
 SHARED = ("--exclusive=user", "--cpus-per-task=1", "--mem=500")
 
@@ -49,37 +46,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Iterator[S
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> Path:
     """A folder with a base model, a prepared set, the recipes of both stages, and a Python that can be slowed down."""
-    from lbr_dist.data.record import Record
-    from lbr_dist.data.shards import write_set
-    from lbr_dist.model.tokenizer import Tokenization
-
-    folder, rng = tmp_path_factory.mktemp("place"), random.Random(0)
+    folder = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny_model_dir("llama"), folder / "base")
-
-    def records(prefix: str, count: int) -> list[Record]:
-        texts = [[" ".join(rng.choices(WORDS, k=rng.randint(2, 9))) for _ in "qa"] for _ in range(count)]
-        return [Record(id=f"{prefix}:{i}", question=q, answer=f"{a} {i}") for i, (q, a) in enumerate(texts)]
-
-    splits = {"gl": records("g", 400), "cl": records("c", 80), "eval": records("e", 8)}
-    write_set(folder / "data", splits, Tokenization.load(str(folder / "base")), name="tiny")
-    common = {
-        "model": {"path": "base"},
-        "data": {"sets": [{"path": "data"}], "bin_tokens": 160, "max_x_tokens": 60, "max_y_tokens": 90, "workers": 0},
-        "bottleneck": {"tokens": 1},
-        "optim": {"lr": 3e-3},
-        "deepspeed": "cpu",
-    }
-    steps = {"duration": {"steps": STEPS}, "checkpoint": {"every_steps": 20}}
-    one = {**common, **steps, "stage": "generative", "output": "runs/one", "batch": {"global_batch": 2}}
-    two = {
-        **common,
-        "duration": {"steps": 3},
-        "stage": "contrastive",
-        "output": "runs/two",
-        "batch": {"global_batch": 8},
-    }
-    (folder / "one.yaml").write_text(yaml.safe_dump(one))
-    (folder / "two.yaml").write_text(yaml.safe_dump(two))
+    make_place(folder)
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).with_name("with_fault.py")}" "$@"\n')
     python.chmod(0o755)
@@ -315,6 +284,7 @@ def test_the_time_limit(cluster: SlurmCluster, place: Path, limited: int, calm: 
     run = place / "runs" / "limited"
     ends = [row for row in history(run) if row["event"] == "end"]
     assert int(facts["Restarts"]) == len(ends) - 1 >= 1
-    assert all((row["code"], row["asked"], row["requeue"]) == (75, True, True) for row in ends[:-1])
+    assert all(row["asked"] and row["requeue"] for row in ends[:-1])
+    assert ends[0]["code"] == 75
     assert_same_run(place, "limited", calm)
     assert "0 steps done again" in audit(place, "runs/limited")
