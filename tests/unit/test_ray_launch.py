@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
-from lbr_dist.launch import ray_resize, ray_stage, ray_train
+from lbr_dist.launch import ray_pipeline, ray_resize, ray_stage, ray_train
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
 from lbr_dist.launch.ray_resize import StopBeforeResize
 from lbr_dist.launch.ray_train import Request, Stop
@@ -104,6 +105,29 @@ class TestRecipe:
     def test_the_other_stages_recipe_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ray_stage.main("contrastive", ["stage1", f"output={tmp_path}/run"]) == 2
         assert "use stage1.py" in capsys.readouterr().err
+
+
+class TestPipeline:
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Path:
+        two = {**RAW, "stage": "contrastive", "output": "runs/b", "bottleneck": {"tokens": 1}}
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump(RAW))
+        (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
+        (tmp_path / "ratio.yaml").write_text(yaml.safe_dump({**two, "bottleneck": {}}))
+        (tmp_path / "same.yaml").write_text(yaml.safe_dump({**two, "output": "runs/a"}))
+        return tmp_path
+
+    def test_stage_2_starts_from_stage_1(self, files: Path) -> None:
+        one, two = ray_pipeline.recipes(str(files / "one.yaml"), str(files / "two.yaml"), files)
+        assert two.model.start_from == one.output == str(files / "runs/a")
+
+    @pytest.mark.parametrize(
+        ("second", "message"),
+        [("one", "its stage is generative"), ("same", "its output is also that of"), ("ratio", "pass --tokens")],
+    )
+    def test_mistakes_are_found_before_anything_starts(self, files: Path, second: str, message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            ray_pipeline.recipes(str(files / "one.yaml"), str(files / f"{second}.yaml"), files)
 
 
 def test_only_the_owner_reads_a_token(tmp_path: Path) -> None:

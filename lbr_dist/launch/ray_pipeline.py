@@ -1,0 +1,92 @@
+"""The whole path as one Ray job: stage 1, stage 2 from its weights, evaluation, export.
+
+Each part is finished before the next begins, and each can be repeated: a stage that is complete ends at once, so a
+job submitted again after a stop or a failure goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.launch.ray_cluster import cluster, living_nodes
+from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_stage, requested
+from lbr_dist.launch.ray_train import Stop, run_stage
+from lbr_dist.recipes import load_recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the path; a mistake of the user is one line on stderr and exit code 2."""
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    made.add_argument("stage1", help="recipe of stage 1")
+    made.add_argument("stage2", help="recipe of stage 2; its model.start_from is stage 1's run")
+    made.add_argument("out", nargs="?", help="exported model; default: model/ in stage 2's run")
+    made.add_argument("--generate", type=int, default=100, help="questions answered in the evaluation; default: 100")
+    add_cluster_options(made)
+    options = made.parse_args(arguments)
+    try:
+        one, two = recipes(options.stage1, options.stage2, Path.cwd())
+        out = Path.cwd() / options.out if options.out else Path(two.output) / "model"
+        for recipe in (one, two):
+            code = run_stage(recipe, requested(options), resume="auto", allow_change=())
+            if code:
+                return code
+        return finish(two, out, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def recipes(first: str, second: str, here: Path) -> tuple[Recipe, Recipe]:
+    """Both recipes, the second starting from the first's run.
+
+    Raises:
+        UserError: either is wrong, which is found before anything starts.
+    """
+    from lbr_dist.export import fixed_tokens
+
+    one = absolute(load_recipe(first), here)
+    two = absolute(load_recipe(second, [f"model.start_from={one.output}"]), here)
+    check_stage(one, "generative", first)
+    check_stage(two, "contrastive", second)
+    fixed_tokens(two)
+    if one.output == two.output:
+        raise UserError(f"recipe {second}: its output is also that of {first}: set another one")
+    return one, two
+
+
+def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> int:
+    """Evaluate the run on the first set of its recipe and export it, on a node that has what a worker has."""
+    with cluster() as where:
+        import ray
+
+        for number in Stop.NUMBERS:
+            signal.signal(number, lambda *_: os._exit(EXIT_RUN_AGAIN))  # nothing here that is not done again
+        request = requested(options)(living_nodes())
+        print(f"evaluating and exporting {recipe.output} on {where}", file=sys.stderr, flush=True)
+        task = ray.remote(num_cpus=request.bundle.cpus, num_gpus=request.bundle.gpus, max_retries=1)(deliver)
+        try:
+            print(ray.get(task.remote(recipe.output, recipe.data.sets[0].path, str(out), options.generate)))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            raise
+    return 0
+
+
+def deliver(run: str, data: str, out: str, generate: int) -> str:
+    """What the task does: `lbr eval` and `lbr export`; returns what to print."""
+    from lbr_dist.evaluate import default_out, evaluate
+    from lbr_dist.export import export
+
+    folder = default_out([run])
+    evaluate([run], data, folder, generate=generate, progress=False)
+    if Path(out).exists():
+        return f"written: {folder}/eval.json; {out} is there already"
+    return f"written: {folder}/eval.json, {export(run, out)}"

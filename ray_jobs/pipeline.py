@@ -1,0 +1,11 @@
+"""Stage 1, stage 2, evaluation and export on Ray, as one job. Under `ray job submit`, or by itself; docs/ray.md.
+
+python ray_jobs/pipeline.py STAGE1.yaml STAGE2.yaml [OUT] --num-workers 2:8
+"""
+
+import sys
+
+from lbr_dist.launch.ray_pipeline import main
+
+if __name__ == "__main__":
+    sys.exit(main())
