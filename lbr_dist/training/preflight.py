@@ -56,7 +56,7 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     cuda = torch.cuda.is_available()
     changed = check_folder(recipe, resume=resume, allow_change=allow_change)
     regime = load_regime(recipe, world=environment.world, cuda=cuda)
-    _check_nvme(regime)
+    check_nvme(regime)
     tokenization = _check_model(recipe)
     _check_same_model(recipe, resume, allow_change)
     if recipe.model.start_from is not None:
@@ -137,8 +137,12 @@ def check_start(recipe: Recipe) -> None:
         raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
 
 
-def _check_nvme(regime: Regime) -> None:
-    """NVMe offload needs a folder to write to and an operator that DeepSpeed compiles at its first use."""
+def check_nvme(regime: Regime) -> None:
+    """Check what offload to NVMe needs: a folder to write to, and what DeepSpeed compiles its operator from.
+
+    Raises:
+        UserError: names the setting, or what to install.
+    """
     for part in ("offload_optimizer", "offload_param"):
         section = regime.config["zero_optimization"].get(part, {})
         if section.get("device") == "nvme":

@@ -7,11 +7,13 @@ ranks (stop, skip, which checkpoint) comes out of one collective call per step, 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +90,8 @@ def train(
     tracking.start_log(run_dir, environment.rank)
     log.info("%s: %s", run_dir, environment.describe())
     signals = StopRequest(run_dir if environment.rank == 0 else None)
-    with signals as stop, Watchdog(run_dir, environment.rank, recipe.step_timeout) as watchdog:
+    watch = Watchdog(run_dir, environment.rank, recipe.step_timeout)
+    with _full_disk_named(run_dir), signals as stop, watch as watchdog:
         from lbr_dist.training.session import start
 
         session = start(job, resume, on_row)
@@ -104,6 +107,19 @@ def train(
             raise
         finally:
             session.close()
+
+
+@contextmanager
+def _full_disk_named(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{error.filename or run_dir}: {error.strerror}: make room and run again; the run goes on from its newest "
+            "checkpoint"
+        ) from error
 
 
 class _Loop:
@@ -152,31 +168,32 @@ class _Loop:
         share = factor(recipe.optim, plan.step + 1, s.job.total_steps)
         set_rate(s.engine.optimizer, share)
         figures: dict[str, float] = {}
+        cause = ""
         try:
             part, figures = s.objective(plan, [batch.to(s.device) for batch in batches])
             reached = self._meter.gather(part, plan, batches, stop=bool(self._stop.asked()))
             norm, applied = apply_gradients(s.engine)
         except DegenerateEmbeddingError as error:
-            log.warning("%s", error)
+            cause = f" ({error})"
             s.engine.zero_grad()
             reached = self._meter.gather(None, plan, batches, stop=bool(self._stop.asked()))
             norm, applied = math.nan, False
         s.done, s.samples = plan.step + 1, s.samples + plan.samples
         if not (applied and math.isfinite(reached.loss)):
-            self._not_finite(plan, batches, reached.loss, norm, applied)
+            self._not_finite(plan, batches, f"loss {reached.loss:g}, gradient norm {norm:g}{cause}", applied)
         s.audit.step(plan.step, plan.epoch, batches)
         self._meter.log(plan, reached, norm, share * recipe.optim.lr, figures, skipped=not applied)
         return reached.stop
 
-    def _not_finite(self, plan: StepPlan, batches: list[LocalBatch], loss: float, norm: float, applied: bool) -> None:
+    def _not_finite(self, plan: StepPlan, batches: list[LocalBatch], found: str, applied: bool) -> None:
         """Write down the step's samples; then stop, or go on without its gradient."""
         s, recipe = self._s, self._recipe
         file = Path(recipe.output) / f"bad-step-{plan.step + 1}-rank-{s.job.environment.rank}.json"
         ids = [id_ for batch in batches for id_ in batch.ids]
-        file.write_text(json.dumps({"step": plan.step + 1, "loss": str(loss), "grad_norm": str(norm), "ids": ids}))
+        file.write_text(json.dumps({"step": plan.step + 1, "found": found, "ids": ids}))
         s.skipped += 1
         s.checkpointer.wait()  # so that the run can go on from the newest one
-        what = f"step {plan.step + 1}: loss {loss:g}, gradient norm {norm:g}; its sample ids are in {file}"
+        what = f"step {plan.step + 1}: {found}; its sample ids are in {file}"
         if recipe.on_nan == "stop" or applied:
             raise UserError(f"{what}: look at them, lower optim.lr, or set on_nan=skip")
         if s.skipped > recipe.max_skips:

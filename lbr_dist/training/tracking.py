@@ -152,6 +152,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines, which the error stream has too, and not the run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Instead of a traceback for every line."""
+
+
 def start_log(run_dir: Path, rank: int) -> None:
     """Rank 0 writes its log to the run's log.txt and to the error stream; other ranks only warnings, to the latter."""
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -170,7 +177,7 @@ def start_log(run_dir: Path, rank: int) -> None:
     log.addHandler(console)
     if rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+        file = _LogFile(run_dir / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(file)
 

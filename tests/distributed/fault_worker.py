@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,15 @@ from unittest import mock
 import torch
 from training_runs import train_all
 
+from lbr_dist.errors import EXIT_USER_ERROR
+
 
 def train_with(rank: int, world: int, fault: str, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Faults: `nan STEP` (one infinite loss on the last rank), `hang STEP` (the last rank), `vanish STEP PATH` (a file
-    goes away before that step), `none`."""
+    """Train with one fault.
+
+    `nan STEP`: an infinite loss on the last rank. `hang STEP`: the last rank. `signal STEP NUMBER`: the last rank gets
+    it in that step. `vanish STEP PATH`: a file goes away after that step. `none`.
+    """
     kind, *details = fault.split()
     if kind == "none" or (kind != "vanish" and rank != world - 1):
         return train_all(rank, world, recipes)
@@ -27,6 +33,9 @@ def train_with(rank: int, world: int, fault: str, recipes: list[dict[str, Any]])
         if plan.step + 1 == int(details[0]):
             if kind == "hang":
                 time.sleep(3600)
+            if kind == "signal":
+                os.kill(os.getpid(), int(details[1]))
+                return real(self, plan, batches)
             seen[0] += 1
             with mock.patch.object(steps, "poisoned", lambda loss: loss * torch.inf):
                 return real(self, plan, batches)
@@ -48,4 +57,8 @@ def _vanish(rank: int, world: int, step: int, path: Path, recipes: list[dict[str
             path.unlink(missing_ok=True)
 
     with mock.patch.object(AuditLog, "step", noticing), mock.patch.object(shard_reader, "OPEN_FILES", 1):
-        return train_all(rank, world, recipes)
+        results = train_all(rank, world, recipes)
+    if world > 1 and "error" in results[0]:  # as under a launcher: this rank ends at once, the others notice
+        (Path(recipes[0]["output"]) / "told").write_text(results[0]["error"])
+        os._exit(EXIT_USER_ERROR)
+    return results
