@@ -104,8 +104,8 @@ Set `tokenizer.padding_side = "left"` to generate for several prompts at once.""
 
 def _data(recipe: Recipe) -> str:
     lines = []
-    for data_set in recipe.data.sets:
-        split = recipe.split_of(data_set)
+    parts = [recipe.part(task) for task in recipe.tasks]
+    for data_set, split in [(used, part.split_of(used)) for part in parts for used in part.data.sets]:
         try:
             opened = open_set(data_set.path)
             lines.append(f"- {opened.name}, split {split}: {opened.splits[split].records:,} records")

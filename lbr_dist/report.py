@@ -19,7 +19,11 @@ from lbr_dist.errors import UserError
 from lbr_dist.evaluation.report import COLOURS, Metric, bars, markdown_table
 from lbr_dist.recipes import load_recipe
 
-LOSS = {"generative": "loss, nats per target token", "contrastive": "InfoNCE loss, nats per query"}
+LOSS = {
+    "generative": "loss, nats per target token",
+    "contrastive": "InfoNCE loss, nats per query",
+    "joint": "joint loss (see `joint_weight`)",
+}
 SHOWN = (Metric("nDCG@10", ("retrieval", "ndcg_at_10")), Metric("Recall@10", ("retrieval", "recall_at_10")))
 
 

@@ -171,12 +171,18 @@ def _activations(shape: Shape, recipe: Recipe, size: int, micro: int) -> float:
 
 def _loss(shape: Shape, recipe: Recipe, size: int, micro: int, *, host: bool) -> float:
     """The head in stage 1 (logits in chunks, the two gradients it keeps); all embeddings and a tile in stage 2."""
-    if recipe.stage == "generative":
+    total = 0.0
+    if "generative" in recipe.tasks:
         chunk = (1 << 20) if host else (1 << 25)
-        return chunk * (4 + 4 + size) + shape.table * (4 + (size if size == 2 else 0)) + 2 * micro * size * shape.width
-    passages = recipe.batch.global_batch * (2 + recipe.contrastive.hard_negatives)
-    tile = min(recipe.contrastive.tile, recipe.batch.global_batch)
-    return 4.0 * (3 * passages * shape.width + 3 * tile * min(recipe.contrastive.tile, passages))
+        total += chunk * (4 + 4 + size) + shape.table * (4 + (size if size == 2 else 0))
+        total += 2 * micro * size * shape.width
+    if "contrastive" in recipe.tasks:
+        settings = recipe.contrastive
+        passages = recipe.batch.global_batch * (2 + settings.hard_negatives)
+        tile = min(settings.tile, recipe.batch.global_batch)
+        blocks = 1 + settings.query_query + settings.passage_passage
+        total += 4.0 * (3 * passages * shape.width + 3 * tile * min(settings.tile, blocks * passages))
+    return total
 
 
 @dataclass(frozen=True)
@@ -235,12 +241,12 @@ def communication(shape: Shape, recipe: Recipe, *, stage: int, world: int, micro
     trained = trained_elements(shape, recipe)
     if stage < 3:
         return size * share * 2 * trained
-    passes = 3 if recipe.stage == "contrastive" and micros > 1 else 2
+    passes = 3 if "contrastive" in recipe.tasks and micros > 1 else 2
     return size * share * micros * (passes * shape.total + trained)
 
 
 def _cached(recipe: Recipe, micros: list[Any]) -> bool:
-    return recipe.stage == "contrastive" and len(micros) > 1
+    return sum(micro.task == "contrastive" for micro in micros) > 1
 
 
 def _lines(

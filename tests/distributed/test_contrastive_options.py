@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -122,3 +123,38 @@ def test_a_resumed_run_goes_on_exactly(runs: dict[Any, dict[str, Any]], tmp_path
     assert all(torch.equal(weight, wanted[name]) for name, weight in iterate_weights(changed["joint"]["output"]))
     temperatures = [row["temperature"] for row in rows(changed["learned"])]
     assert temperatures == pytest.approx([row["temperature"] for row in rows(runs["learned", 2])], rel=1e-5)
+
+
+def with_zero_embedding(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last rank's first text of step 2 has a zero embedding."""
+    from lbr_dist.training import steps
+
+    real, seen = steps.contrastive_loss, [0]
+
+    def faulty(embeddings: Any, batches: Any, *rest: Any, **more: Any) -> Any:
+        seen[0] += 1
+        if rank == world - 1 and seen[0] % 4 == 2:
+            zeroed = torch.ones_like(embeddings[0])
+            zeroed[0] = 0
+            embeddings = [embeddings[0] * zeroed, *embeddings[1:]]
+        return real(embeddings, batches, *rest, **more)
+
+    with mock.patch.object(steps, "contrastive_loss", faulty):
+        return train_all(rank, world, recipes)
+
+
+def test_a_zero_embedding_stops_the_run_or_is_skipped(runs: dict[Any, dict[str, Any]], tmp_path: Path) -> None:
+    skip = {**runs["learned", 2], "output": str(tmp_path / "skip"), "on_nan": "skip"}
+    joint = {**runs["joint", 2], "output": str(tmp_path / "joint"), "on_nan": "skip"}
+    stop = {**runs["learned", 2], "output": str(tmp_path / "stop"), "on_nan": "stop"}
+    ranks = run_ranks(with_zero_embedding, 2, tmp_path, [skip, joint, stop])
+    for skipped, also_skipped, stopped in ranks:
+        assert skipped == also_skipped == {"step": 4, "code": 0}
+        assert "step 2: loss nan" in stopped["error"]
+        assert "1 embeddings are zero or not finite: " in stopped["error"]
+        assert "(rank 1)" in stopped["error"]
+    named = ranks[0][2]["error"].split(" of sample ")[1].split(" ")[0]
+    assert named in json.loads((tmp_path / "stop" / "bad-step-2-rank-1.json").read_text())["ids"]
+    for raw in (skip, joint):
+        assert [row["step"] for row in rows(raw) if row.get("skipped")] == [2]
+        assert audit(raw["output"]).problems == []

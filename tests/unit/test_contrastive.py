@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import make_tokenizer
@@ -14,7 +16,7 @@ from lbr_dist.data.record import Record, normalised_hash
 from lbr_dist.data.shards import write_set
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.objectives.contrastive import contrastive_loss
+from lbr_dist.objectives.contrastive import contrastive_loss, learned_temperature
 from lbr_dist.objectives.infonce import NO_KEY, DegenerateEmbeddingError, info_nce
 
 TEXTS = [(side, pair) for pair in range(4) for side in ("query", "passage")] + [("negative", 2), ("negative", 0)]
@@ -113,3 +115,70 @@ def test_known_positives_come_from_the_records(tmp_path):
     leaves = [torch.randn(len(batch.ids), 6) for batch in batches]
     _, stats = contrastive_loss(leaves, batches, recipe.contrastive)
     assert stats["masked_known_positive"] == pytest.approx(4 / 12)
+
+
+@pytest.mark.parametrize(("offset", "grad", "passes"), [(5.0, -1.0, False), (5.0, 1.0, True), (-5.0, 1.0, False)])
+def test_a_learned_temperature_stays_in_its_bounds_and_can_come_back(offset, grad, passes):
+    settings = Contrastive(temperature=0.1, learn_temperature={"lowest": 0.05, "highest": 0.2})
+    parameter = torch.tensor(offset, requires_grad=True)
+    tau = learned_temperature(parameter, settings)
+    assert tau.item() == pytest.approx(0.2 if offset > 0 else 0.05)
+    (tau * grad).backward()
+    assert (parameter.grad != 0).item() == passes
+
+
+def test_a_learned_temperature_comes_as_one_more_column():
+    settings = Contrastive(temperature=0.3, learn_temperature={})
+    rows = embeddings()
+    with_column = torch.cat([rows, torch.full((len(rows), 1), 0.1, dtype=rows.dtype)], dim=1).requires_grad_()
+    batches = [batch_of(list(range(len(TEXTS))))]
+    loss, stats = contrastive_loss([with_column], batches, settings)
+    expected, _ = contrastive_loss([rows], batches, Contrastive(), temperature=0.3 * math.exp(0.1))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert stats["temperature"] == pytest.approx(0.3 * math.exp(0.1))
+    column = torch.autograd.grad(loss, with_column)[0][:, -1]
+    assert column[0] != 0
+    assert not column[1:].any()
+
+
+def test_drawn_positives_reach_the_loss(tmp_path):
+    """The text, its hash, and the mask of what was not drawn, in two epochs."""
+    make_tokenizer(tmp_path / "tokenizer")
+    tokens = Tokenization.load(str(tmp_path / "tokenizer"))
+    texts = [(f"answer {row}", f"first other {row}", f"second other {row}") for row in range(6)]
+    records = [
+        Record(f"r{row}", question=f"question {row}", answer=answer, positives=tuple(others), domain=f"d{row % 2}")
+        for row, (answer, *others) in enumerate(texts)
+    ]
+    write_set(tmp_path / "set", {"cl": records}, tokens, name="set", shard_records=10)
+    recipe = Recipe.model_validate(
+        {
+            "stage": "contrastive",
+            "output": "unused",
+            "model": {"path": str(tmp_path / "tokenizer")},
+            "data": {"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 64, "max_x_tokens": 30, "workers": 0},
+            "bottleneck": {"tokens": 1},
+            "batch": {"global_batch": 6},
+            "contrastive": {"positives": "draw", "homogeneous": "domain"},
+            "duration": {"epochs": 2},
+        }
+    )
+    plan, readers = open_data(recipe, tokens)
+    seen = set()
+    for step, batches in Loader(plan, readers, tokens, recipe):
+        assert {ref.row % 2 for ref in step.refs()} in ({0}, {1})
+        known, drawn = {}, {}
+        for batch in batches:
+            for side, pair, name, answer in zip(
+                batch.side_S, batch.pair_S, batch.ids, batch.answer_hash_S, strict=True
+            ):
+                if side == SIDES["passage"]:
+                    drawn[int(pair)] = (int(name[1:]), int(answer))
+            for pair, value in batch.known_M2.tolist():
+                known.setdefault(pair, set()).add(value)
+        for pair, (row, answer) in drawn.items():
+            hashes = [normalised_hash(text) for text in texts[row]]
+            assert known[pair] == set(hashes)
+            seen.add((row, hashes.index(answer)))
+    assert {choice for _, choice in seen} == {0, 1, 2}
+    assert len(seen) > 6

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lbr_dist.config import Optim
-from lbr_dist.training.schedule import factor
+from lbr_dist.training.schedule import factor, moved
 
 
 def test_warm_up_rises_linearly_from_the_first_step() -> None:
@@ -38,3 +38,12 @@ def test_all_warm_up(schedule: str) -> None:
 def test_only_the_share_counts() -> None:
     optim = Optim()
     assert factor(optim, 37, 100) == factor(optim, 37 * 64, 100 * 64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"), [("constant", [2, 2, 2]), ("linear", [2, 3, 6]), ("cosine", [2, 2 + 4 * 0.1464466, 6])]
+)
+def test_a_moved_value_begins_and_ends_where_it_should(shape: str, found: list[float]) -> None:
+    end = None if shape == "constant" else 6.0
+    assert [moved(shape, 2.0, end, step, 101) for step in (0, 25, 100)] == pytest.approx(found)
+    assert moved(shape, 2.0, end, 0, 1) == 2.0
