@@ -102,6 +102,29 @@ def clock(device: str) -> float:
     return time.process_time()
 
 
+def memory_level(device: str) -> float:
+    """MiB in use now; `memory_peak` then gives the highest since. On a CPU the process's resident memory (Linux)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present level
+    return _status("VmRSS")
+
+
+def memory_peak(device: str) -> float:
+    """Highest MiB since `memory_level`."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def take_turns(sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of each side in each round; one more round before them warms up."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}

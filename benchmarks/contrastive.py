@@ -12,15 +12,14 @@ tokenizing and without the optimizer, which are alike.
     st cached N     the same with mini-batches of as many tokens as ours
     st plain        MultipleNegativesRankingLoss: one batch, padded, all activations kept
 
-On a CPU, time is CPU time of one thread, the sides taking turns; memory is the growth of the process's peak over the
-level with model and batch in place, each side in a process of its own.
+On a CPU, time is CPU time of one thread, the sides taking turns; memory is the peak over the level with model and batch
+in place, each side in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -265,15 +264,9 @@ def _memory(side: str, folder: str, batch: int, micro_tokens: int, device: str) 
     """MiB at the peak of a step above what model and batch take."""
     make_side(side, folder, 4, micro_tokens, device)()  # loads kernels, allocates workspaces
     step = make_side(side, folder, batch, micro_tokens, device)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    level = common.memory_level(device)
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return common.memory_peak(device) - level
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
 """InfoNCE in strips against the whole score matrix: time, peak extra memory and error, by batch size.
 
-    python -m benchmarks.infonce [--toy] [--sizes 1024 ...] [--width 512] [--huge] [--out benchmarks/results]
+    python -m benchmarks.infonce [--toy] [--sizes 1024 ...] [--width 512] [--out benchmarks/results]
+    python -m benchmarks.infonce --huge [--rows 1024]
 
 Both sides compute the same loss, forward and backward, from the same float32 embeddings, with the same masks (record
 and answer). "Whole" is what most trainers do: normalise, one [B, B] matrix of scores, masks of that shape, cross
 entropy, autograd. `--two-way` compares the symmetric losses. On CPU, time is CPU time of one thread (the best of
-several turns, the two sides taking turns), so that a busy machine shifts it little; memory is the growth of the
+several turns, the two sides taking turns), so that a busy machine shifts it little; memory is the
 process's peak over the level with the inputs in place, each side in a process of its own. On CUDA: time by events,
 memory by the allocator. The error is that of the gradient relative to its norm, against the whole matrix and, up to
-4,096, of both against float64. `--huge` adds 65,536 x 1,536, in strips only.
+4,096, of both against float64.
+
+`--huge` measures only the memory of 65,536 x 65,536 x 1,536, in strips. The peak does not depend on how many strips
+there are, so that `--rows` queries against 65,536 passages show it in minutes; what the other queries' gradient would
+add is computed and added. `--rows 65536` runs it whole (half an hour of CPU time, seconds on a GPU).
 """
 
 from __future__ import annotations
@@ -17,7 +22,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import time
 from collections.abc import Callable
 from datetime import date
@@ -28,28 +32,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from benchmarks import common
+from lbr_dist.objectives.gather import Ranks
 from lbr_dist.objectives.infonce import info_nce
+from lbr_dist.objectives.strips import StripLoss, Strips
 
 TEMPERATURE = 0.1
 FLOAT64_LIMIT = 4096
+WHOLE_CPU, WHOLE_CUDA = 16384, 65536
+"""Largest batch of which the whole matrix is made."""
 MIB = 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--width", type=int, default=512, help="dimensions of an embedding")
-    parser.add_argument("--huge", action="store_true", help="also 65,536 pairs of width 1,536 (an hour of CPU time)")
+    parser.add_argument("--huge", action="store_true", help="only the memory of 65,536 pairs of width 1,536")
+    parser.add_argument("--rows", type=int, default=1024, help="queries that --huge runs")
     parser.add_argument("--two-way", action="store_true", help="the symmetric loss")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the results go")
     parser.add_argument("--toy", action="store_true", help="small sizes, nothing written: only shows that it runs")
     args = parser.parse_args()
     if args.toy:
-        args.sizes, args.width, args.huge = [256, 512], 32, False
-    rows = [measure(size, args.width, args.device, args.two_way) for size in args.sizes]
+        args.sizes, args.width = [256, 512], 32
     if args.huge:
-        rows.append(measure(65536, 1536, args.device, args.two_way, sides=("strips",)))
+        huge(*((1024, 64, 128) if args.toy else (65536, 1536, args.rows)), args)
+        return
+    rows = []
+    for size in args.sizes:
+        # the whole matrix takes 4 * 3 * size^2 bytes and more: 13 GiB at 32,768
+        sides = ("strips", "whole") if size <= (WHOLE_CUDA if args.device == "cuda" else WHOLE_CPU) else ("strips",)
+        rows.append(measure(size, args.width, args.device, args.two_way, sides))
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu()
     head = {
         "date": date.today().isoformat(),
@@ -78,6 +93,56 @@ def measure(size: int, width: int, device: str, two_way: bool, sides: tuple[str,
             row |= pool.apply(_errors, (size, width, device, two_way))
     print(row, flush=True)
     return row
+
+
+def huge(size: int, width: int, rows: int, args: argparse.Namespace) -> None:
+    """Peak memory of the strips with `rows` of `size` queries, and what it is with all of them."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        found = pool.apply(_short_memory, (size, width, rows, args.device, args.two_way))
+    rest = (size - rows) * width * 4 / MIB
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu()
+    row = {"batch": size, "width": width, "rows": rows, "measured_mib": found, "rest_mib": rest}
+    row |= {"total_mib": found + rest, "two_way": args.two_way, "hardware": hardware, "torch": torch.__version__}
+    text = (
+        f"InfoNCE in strips, {size:,} x {size:,} x {width:,}, forward and backward: peak memory beside the inputs. "
+        f"{hardware}, torch {torch.__version__}, {date.today().isoformat()}.\n\n"
+        f"- {rows:,} queries against {size:,} passages: {found:,.0f} MiB measured\n"
+        f"- the gradient of the other {size - rows:,} queries: {rest:,.0f} MiB\n"
+        f"- together: {found + rest:,.0f} MiB (goal: under 2,048)\n"
+    )
+    print(text)
+    if not args.toy:
+        name = "infonce_huge" + ("_cuda" if args.device == "cuda" else "")
+        (args.out / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+        (args.out / f"{name}.md").write_text(text)
+
+
+def _short_memory(size: int, width: int, rows: int, device: str, two_way: bool) -> float:
+    """MiB at the peak above the inputs, of `rows` queries against `size` passages of the ranks together.
+
+    The passages that are no positive of these queries come as hard negatives, joined to the positives beforehand as a
+    gather leaves them.
+    """
+    torch.set_num_threads(1)
+    _gradient("strips", *_inputs(32, width, device), two_way)
+    query, positive, _ = _inputs(size, width, device)
+    query = query[:rows].detach().clone().requires_grad_()
+    settings = Strips(
+        own_Q=torch.arange(rows, device=device),
+        columns=torch.arange(rows, device=device),
+        queries=rows,
+        temperature=TEMPERATURE,
+        margin=None,
+        two_way=two_way,
+        tile=4096,
+        keys=None,
+        ranks=Ranks.of(None),
+        differentiable=True,
+    )
+    level = common.memory_level(device)
+    loss, _ = StripLoss.apply(query, positive, None, None, settings)
+    torch.autograd.grad(loss, (query, positive))
+    return common.memory_peak(device) - level
 
 
 def strips(query: Tensor, positive: Tensor, keys: Tensor, two_way: bool) -> Tensor:
@@ -117,16 +182,9 @@ def _memory(side: str, size: int, width: int, device: str, two_way: bool) -> flo
     torch.set_num_threads(1)
     _gradient(side, *_inputs(32, width, device), two_way)  # loads kernels and allocates their workspaces
     inputs = _inputs(size, width, device)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _gradient(side, *inputs, two_way)
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    level = common.memory_level(device)
     _gradient(side, *inputs, two_way)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return common.memory_peak(device) - level
 
 
 def _times(sides: tuple[str, ...], size: int, width: int, device: str, two_way: bool) -> dict[str, float]:
