@@ -7,7 +7,7 @@ Definitions are ChEBI's, from `cellxgene-ontology-guide`, which has no synonyms.
   to the first of its names that is one, and an entity takes the compound that names it earliest, since further down
   PubChem lists relatives too ("isourea" under urea).
 
-PyPI alone suffices; with `emboss-data` there are about a quarter more rows, and more of them are of biochemistry.
+PyPI alone suffices; `emboss-data` names other entities, many of biochemistry, that no PubChem table of `chemicals` has.
 Registry numbers and codes (CAS, NSC, EINECS ...) are no names: nobody can know them from chemistry.
 """
 
