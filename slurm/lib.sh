@@ -151,6 +151,7 @@ start_ray() { # start_ray PORT DASHBOARD CLIENT AGENT: a Ray cluster of the allo
   export RAY_ADDRESS="$address:$1" RAY_AUTH_MODE=token RAY_AUTH_TOKEN
   RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
   export LBR_GPUS=${SLURM_GPUS_ON_NODE:-0} LBR_RAY_FOLDER="$LBR_SCRATCH/ray-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
+  export RAY_worker_niceness=0 # Ray's 15 would leave the ranks what others do not want
   unset MASTER_ADDR MASTER_PORT # Ray Train has its own
   mkdir -p "$output/ray"
   "${steps[@]}" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \

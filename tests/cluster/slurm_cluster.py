@@ -23,12 +23,16 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 class SlurmCluster:
-    """A cluster whose state is in `folder`."""
+    """A cluster whose state is in `folder`; `extra`: further lines of its slurm.conf."""
 
-    def __init__(self, folder: Path, name: str, subnet: str, port: int, nodes: int) -> None:
+    def __init__(self, folder: Path, name: str, subnet: str, port: int, nodes: int, extra: str = "") -> None:
         self.folder = folder
         settings = {"DIR": str(folder), "MODE": "netns", "NAME": name, "SUBNET": subnet, "PORT": str(port)}
         settings |= {"NODES": str(nodes), "CPUS": "4", "MEM": "8000"}
+        if extra:
+            folder.mkdir(exist_ok=True)
+            (folder / "extra.conf").write_text(extra)
+            settings["EXTRA"] = str(folder / "extra.conf")
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "LBR_"))},
             **{f"MINI_SLURM_{key}": value for key, value in settings.items()},
