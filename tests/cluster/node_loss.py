@@ -37,7 +37,12 @@ def main() -> None:
 class Transcript:
     def __init__(self, cluster: SlurmCluster, place: Path) -> None:
         self._cluster, self._place = cluster, place
-        self._env = {"LBR_HOME": str(PROJECT), "LBR_PYTHON": sys.executable, "PYTHONPATH": str(PROJECT)}
+        self._env = {
+            "LBR_HOME": str(PROJECT),
+            "LBR_PYTHON": sys.executable,
+            "PYTHONPATH": str(PROJECT),
+            "LAUNCHER": "srun",
+        }
 
     def write(self) -> None:
         self._show("sinfo -N -o '%N %T'")

@@ -204,6 +204,19 @@ def test_two_jobs_at_once_on_the_same_nodes(
     assert second["step"] == first["step"] > 0
 
 
+def test_ray_in_the_allocation(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:
+    """Asked to stop in mid-run, it is requeued and goes on."""
+    run = place / "runs" / "ray"
+    job = submit("stage1.sh", "one.yaml", "output=runs/ray", LAUNCHER="ray", LBR_PYTHON=sys.executable)
+    wait_for(lambda: len(rows(run)) >= 5, LONG, lambda: cluster.log(job))
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job))
+    facts = cluster.finish(job)
+    assert facts["Restarts"] == "1"
+    assert [row.get("code") for row in history(run)] == [None, 75, None, 0]
+    assert "2 ranks (ray" in cluster.log(job)
+    assert_same_run(place, "ray", calm)
+
+
 def test_mistakes_end_the_job(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:
     one = (*TWO, *SHARED)
     typo = submit("stage1.sh", "one.yaml", "optim.lrr=1", options=one)
