@@ -6,11 +6,12 @@
 A step is forward, backward and AdamW over the same samples. The pairs, by length of the whole sample:
 
     SFT       [X ; Y], Y sees X                against   IB-GL            [X ; Z ; Y], Y sees Z only
-    PT        D, every token predicted         against   reconstruction   [D ; Z ; D], the second D sees Z only (D as long as Y)
+    PT        D, every token predicted         against   reconstruction   [D ; Z ; D], the second D sees Z only
 
 each once packed (this project) and once dense (`benchmarks/dense.py`: a padded batch through transformers' SDPA, the
-bottleneck as a mask [B, 1, L, L]). |X| = |Y|, R = 500 as in the paper; random tokens. The row `medicine` has the
-lengths of real question-answer rows instead (`benchmarks/lengths.py`), padded to the longest of a batch on the dense side.
+bottleneck as a mask [B, 1, L, L]). |X| = |Y| = |D|, R = 500 as in the paper; random tokens. The row `medicine`
+has the lengths of real question-answer rows instead (`benchmarks/lengths.py`), padded to the longest of a batch on the
+dense side.
 Packed and dense compute the same loss (checked). What a backend derives from a batch's lengths is part of each step.
 """
 
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: cpu, or 135m on a GPU")
     parser.add_argument("--attention", nargs="+", default=["auto"], choices=["auto", "varlen", "flex", "sdpa"])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens a sample")
-    parser.add_argument("--tokens", type=int, default=2048 if device == "cpu" else 16384, help="least tokens of a step")
+    parser.add_argument("--tokens", type=int, default=1024 if device == "cpu" else 16384, help="least tokens of a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
     args = parser.parse_args()
@@ -72,11 +73,7 @@ def measure_shape(shape: str, attention: str, args: argparse.Namespace) -> None:
     dtype = "float32" if args.device == "cpu" else "bfloat16"
     model = random_model(shape, attention_setting=attention, dtype=dtype, device=args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    rows = []
-    for name in ["medicine", *args.lengths]:
-        samples = real_samples(args.tokens) if name == "medicine" else even_samples(name, args.tokens)
-        rows.append({"tokens": name, **measure(model, optimizer, samples, args.rounds, args.device)})
-        print(rows[-1], flush=True)
+    rows: list[dict[str, Any]] = []
     command = "python -m benchmarks.bottleneck"
     name = "bottleneck"
     if args.device == "cuda":
@@ -84,12 +81,11 @@ def measure_shape(shape: str, attention: str, args: argparse.Namespace) -> None:
         name += f"_{shape}_{attention}_cuda"
     about = head(command, args.device, shape=shape, attention=attention, dtype=dtype, rounds=args.rounds, toy=args.toy)
     lines = title("Step time through the bottleneck", about)
-    lines += [
-        f"Model `{shape}`, {dtype}, attention {attention}; medians of {args.rounds} rounds (range in the JSON).",
-        "",
-    ]
-    lines += table(COLUMNS, rows)
-    save(args.out, name, about, rows, lines)
+    lines += [f"Model `{shape}`, {dtype}, attention {attention}; medians of rounds (all in the JSON).", ""]
+    for row in ["medicine", *args.lengths]:
+        samples = real_samples(args.tokens) if row == "medicine" else even_samples(row, args.tokens)
+        rows.append({"tokens": row, **measure(model, optimizer, samples, args.rounds, args.device)})
+        save(args.out, name, about, rows, [*lines, *table(COLUMNS, rows)])
 
 
 Pair = tuple[list[Sample], list[Sample]]

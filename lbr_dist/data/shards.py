@@ -163,7 +163,8 @@ class PreparedSet:
         paths = tuple(self._index_path(shard) for shard in info.shards)
         tables = [self._read_index(path, shard) for path, shard in zip(paths, info.shards, strict=True)]
         whole = pa.concat_tables(tables)
-        columns = {name: whole.column(name).to_numpy() for name in whole.column_names}
+        # by DLPack, since `to_numpy` first imports pandas
+        columns = {name: np.from_dlpack(whole.column(name).combine_chunks()) for name in whole.column_names}
         shard = np.repeat(np.arange(len(tables), dtype=np.int32), [table.num_rows for table in tables])
         return SplitIndex(shard=shard, tables=paths, **columns)
 
@@ -185,7 +186,7 @@ class PreparedSet:
     def _read_index(self, path: Path, shard: ShardInfo) -> pa.Table:
         columns = ["offset", "size", "question_tokens", "answer_tokens", "text_tokens", "answer_hash"]
         try:
-            table = pq.read_table(path, columns=columns)
+            table = _read_table(path, columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: damaged index ({error}): prepare the set again") from error
         metadata = table.schema.metadata or {}
@@ -302,5 +303,11 @@ def _read_manifest(root: str) -> dict[str, Any]:
     return manifest
 
 
+def _read_table(path: Path, columns: list[str]) -> pa.Table:
+    """`pq.read_table` would first import pyarrow's data sets and file systems, which takes half a second."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns=columns)
+
+
 def _column(path: Path, name: str) -> Any:
-    return pq.read_table(path, columns=[name]).column(name).combine_chunks()
+    return _read_table(path, [name]).column(name).combine_chunks()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any, Self
 
 import numpy as np
@@ -134,9 +135,8 @@ def pack(samples: Sequence[Sample], *, bottleneck_vectors: int, hide_x: bool, ca
     total_S = lengths.sum(1)
     starts_S = np.cumsum(total_S) - total_S
 
-    tokens_T = np.fromiter(
-        (t for s in samples for part in (s.x, (0,) * s.z, s.y) for t in part), np.int64, total_S.sum()
-    )
+    parts = chain.from_iterable((s.x, (0,) * s.z, s.y) for s in samples)
+    tokens_T = np.fromiter(chain.from_iterable(parts), np.int64, total_S.sum())
     z_positions_N = _ranges(starts_S + x_S, z_S)
     z_index_T = np.full(len(tokens_T), -1, dtype=np.int64)
     z_index_T[z_positions_N] = _ranges(bottleneck_vectors - z_S, z_S)
