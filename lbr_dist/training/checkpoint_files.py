@@ -2,7 +2,8 @@
 
 The safetensors layout (8 bytes of header length, a JSON header, the raw tensors) is written here by hand, because the
 library's own writer takes all tensors at once and copies each: streaming needs one chunk of memory, checksums the bytes
-on their way out, and turns a full disk into an ordinary `OSError`. Reading is left to the library.
+on their way out, and turns a full disk into an ordinary `OSError`. Large files are read by hand too: the library maps
+them into memory, and every page that was read then counts as this process's until the file is closed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 import xxhash
@@ -111,6 +112,52 @@ def write_tensors(
             sink.write(tensor_bytes(tensor))
         _sync(file)
     return Written(sink.bytes, sink.hash.hexdigest())
+
+
+class TensorFileReader:
+    """Random access to a safetensors file by plain reads.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is not a safetensors file.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, path.open("rb", buffering=0)
+        length = int.from_bytes(self._file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        self._data = 8 + length
+        self._entries: dict[str, Any] = json.loads(self._file.read(length))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read_into(self, out: torch.Tensor, name: str, start: int) -> None:
+        """Fill `out` (1-D, any device and dtype) with a tensor's flat elements from `start` on.
+
+        Raises:
+            ValueError: no such tensor, or the file ends before it.
+        """
+        if name not in self._entries:
+            raise ValueError(f"it has no tensor {name}")
+        entry = self._entries[name]
+        dtype = DTYPES[entry["dtype"]]
+        first, last = entry["data_offsets"]
+        if (start + out.numel()) * dtype.itemsize > last - first:
+            raise ValueError(f"{name} has {(last - first) // dtype.itemsize} elements")
+        as_is = out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous()
+        target = out if as_is else torch.empty(out.numel(), dtype=dtype)
+        rest = tensor_bytes(target)
+        self._file.seek(self._data + first + start * dtype.itemsize)
+        while len(rest):
+            count = self._file.readinto(rest[:CHUNK_BYTES])
+            if not count:
+                raise ValueError("it is truncated")
+            rest = rest[count:]
+        if not as_is:
+            out.copy_(target)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

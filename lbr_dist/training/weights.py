@@ -14,7 +14,15 @@ from typing import Any, Literal
 import torch
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_files import DTYPES, NAMES, TensorSpec, replace_bytes, write_bytes, write_tensors
+from lbr_dist.training.checkpoint_files import (
+    DTYPES,
+    NAMES,
+    TensorFileReader,
+    TensorSpec,
+    replace_bytes,
+    write_bytes,
+    write_tensors,
+)
 from lbr_dist.training.checkpoint_format import Kind, Manifest, Parameter, read_manifest, resolve
 
 OPEN_FILES = 128
@@ -36,7 +44,7 @@ class SliceReader:
             for index, start, end in entry.slices:
                 key = (entry.kind, manifest.parameters[index].name)
                 self._runs.setdefault(key, []).append((start, end, name))
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._open: OrderedDict[str, TensorFileReader] = OrderedDict()
 
     def read_into(self, out: torch.Tensor, kind: Kind, key: str, parameter: str, start: int) -> None:
         """Fill `out` (1-D) with the parameter's flat elements from `start` on.
@@ -48,8 +56,7 @@ class SliceReader:
         for run_start, run_end, file in self._runs.get((kind, parameter), ()):
             low, high = max(start, run_start), min(end, run_end)
             if low < high:
-                stored = self._file(file).get_slice(tensor_name(kind, key, parameter))
-                out[low - start : high - start].copy_(stored[low - run_start : high - run_start])
+                self._read(file, out[low - start : high - start], tensor_name(kind, key, parameter), low - run_start)
                 filled += high - low
         if filled != out.numel():
             raise UserError(f"{self.checkpoint}: {kind} of {parameter}: {out.numel() - filled} elements are missing")
@@ -60,19 +67,17 @@ class SliceReader:
         self.read_into(flat, "weights" if parameter.trained else "frozen", "weight", parameter.name, 0)
         return flat.view(parameter.shape)
 
-    def _file(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._open:
-            while len(self._open) >= OPEN_FILES:
-                self._open.popitem(last=False)
-            path = self.checkpoint / name
-            try:
-                self._open[name] = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); `lbr checkpoint verify` tells more") from None
-        self._open.move_to_end(name)
-        return self._open[name]
+    def _read(self, file: str, out: torch.Tensor, tensor: str, start: int) -> None:
+        path = self.checkpoint / file
+        try:
+            if file not in self._open:
+                while len(self._open) >= OPEN_FILES:
+                    self._open.popitem(last=False)[1].close()
+                self._open[file] = TensorFileReader(path)
+            self._open.move_to_end(file)
+            self._open[file].read_into(out, tensor, start)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); `lbr checkpoint verify` tells more") from None
 
 
 def read_rank_state(path: Path) -> dict[str, Any]:

@@ -69,17 +69,29 @@ def write_checkpoint(checkpoint: Path, recipe: Recipe, model: LbrModel, step: in
         files[str(extra.relative_to(checkpoint))] = FileEntry(
             kind="extra", bytes=extra.stat().st_size, xxh128=checksum(extra)
         )
+    write_manifest(checkpoint, parameters, files, step=step)
+
+
+def write_manifest(
+    checkpoint: Path,
+    parameters: list[Parameter],
+    files: dict[str, FileEntry],
+    *,
+    step: int = 1,
+    world: int = 1,
+    tied: dict[str, str] | None = None,
+) -> None:
     manifest = Manifest(
         format=FORMAT,
         step=step,
         sequence=step,
         attempt="test",
         created="2026-01-01T00:00:00Z",
-        world_size=1,
+        world_size=world,
         zero_stage=3,
         versions={},
         parameters=parameters,
-        tied={},
+        tied=tied or {},
         optimizer=OptimizerEntry(family="adam", keys=[], step=step),
         engine={},
         state={},
