@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,21 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.errors import UserError
+from lbr_dist.launch.local import free_port
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a cluster that we start: training moves nothing through Ray's object store but small messages."""
 
 LOCAL = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: a cluster of one machine, so every socket is on loopback
     "RAY_AUTH_MODE": "token",
     "RAY_worker_niceness": "0",  # Ray's 15 leaves a run what every other program on the machine does not want
 }
 """Environment of a cluster that we start. What is set already stays as it is."""
 
+TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
+
 
 @contextmanager
 def cluster() -> Iterator[str]:
     """Join the cluster of RAY_ADDRESS, or run one on this machine for as long as the context lasts.
+
+    Inside another such context it is that one's cluster. A process starts at most one: Ray keeps its first token.
 
     Yields:
         How to name the cluster in messages.
@@ -40,12 +45,12 @@ def cluster() -> Iterator[str]:
         UserError: there is none at RAY_ADDRESS, or it wants another token.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield f"the cluster at {address}"
+        return
     with tempfile.TemporaryDirectory(prefix="lbr-ray-") as folder:
         if not address:
-            for name, value in LOCAL.items():
-                os.environ.setdefault(name, value)
-            if os.environ["RAY_AUTH_MODE"] == "token" and not token_given(os.environ):
-                os.environ["RAY_AUTH_TOKEN_PATH"] = str(make_token(Path(folder) / "token"))
+            os.environ.update(_local_environment(os.environ, Path(folder)))
         import ray
 
         try:
@@ -54,26 +59,38 @@ def cluster() -> Iterator[str]:
             else:
                 context = ray.init(
                     address="local",
-                    num_cpus=os.cpu_count(),
                     include_dashboard=True,  # Ray Train's own actors ask its state API
                     object_store_memory=OBJECT_STORE_BYTES,
                 )
             if context.dashboard_url:
                 os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's page on Train runs
         except ray.exceptions.AuthenticationError as error:
+            raise UserError(f"RAY_AUTH_MODE is token, and there is none ({_first_line(error)}): {TOKEN}") from None
+        except ConnectionError as error:  # also what a wrong token comes to
             raise UserError(
-                f"RAY_ADDRESS {address}: the cluster refuses this token ({_first_line(error)}): set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
-            ) from None
-        except ConnectionError as error:
-            raise UserError(
-                f"RAY_ADDRESS {address}: no cluster answers there ({_first_line(error)}): start one, or unset "
-                "RAY_ADDRESS for one on this machine"
+                f"RAY_ADDRESS {address}: no cluster answers there, or not to this token ({_first_line(error)}): "
+                f"{TOKEN}; start a cluster, or unset RAY_ADDRESS for one on this machine"
             ) from None
         try:
             yield f"the cluster at {address}" if address else "this machine"
         finally:
             ray.shutdown()
+            if not address:
+                del os.environ["RAY_ADDRESS"]
+
+
+def _local_environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """What a cluster of our own finds in its environment: loopback only, a token, and which cluster it is."""
+    port = str(free_port())
+    made = {
+        **{name: value for name, value in LOCAL.items() if name not in environ},
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: of one machine, so every socket is on loopback
+        "RAY_GCS_SERVER_PORT": port,
+        "RAY_ADDRESS": f"127.0.0.1:{port}",  # Ray's own actors else look for clusters, and find another one's
+    }
+    if {**environ, **made}["RAY_AUTH_MODE"] == "token" and not token_given(environ):
+        made["RAY_AUTH_TOKEN_PATH"] = str(make_token(folder / "token"))
+    return made
 
 
 def make_token(file: Path) -> Path:

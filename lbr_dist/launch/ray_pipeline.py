@@ -33,11 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         one, two = recipes(options.stage1, options.stage2, Path.cwd())
         out = Path.cwd() / options.out if options.out else Path(two.output) / "model"
-        for recipe in (one, two):
-            code = run_stage(recipe, requested(options), resume="auto", allow_change=())
-            if code:
-                return code
-        return finish(two, out, options)
+        with cluster() as where:
+            for recipe in (one, two):
+                code = run_stage(recipe, requested(options), resume="auto", allow_change=())
+                if code:
+                    return code
+            print(f"evaluating and exporting {two.output} on {where}", file=sys.stderr, flush=True)
+            print(finish(two, out, options))
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -61,23 +64,21 @@ def recipes(first: str, second: str, here: Path) -> tuple[Recipe, Recipe]:
     return one, two
 
 
-def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> int:
+def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> str:
     """Evaluate the run on the first set of its recipe and export it, on a node that has what a worker has."""
-    with cluster() as where:
-        import ray
+    import ray
 
-        for number in Stop.NUMBERS:
-            signal.signal(number, lambda *_: os._exit(EXIT_RUN_AGAIN))  # nothing here that is not done again
-        request = requested(options)(living_nodes())
-        print(f"evaluating and exporting {recipe.output} on {where}", file=sys.stderr, flush=True)
-        task = ray.remote(num_cpus=request.bundle.cpus, num_gpus=request.bundle.gpus, max_retries=1)(deliver)
-        try:
-            print(ray.get(task.remote(recipe.output, recipe.data.sets[0].path, str(out), options.generate)))
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from None
-            raise
-    return 0
+    for number in Stop.NUMBERS:
+        signal.signal(number, lambda *_: os._exit(EXIT_RUN_AGAIN))  # nothing here that cannot be done again
+    bundle = requested(options)(living_nodes()).bundle
+    task = ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, max_retries=1)(deliver)
+    try:
+        written: str = ray.get(task.remote(recipe.output, recipe.data.sets[0].path, str(out), options.generate))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+    return written
 
 
 def deliver(run: str, data: str, out: str, generate: int) -> str:

@@ -1,8 +1,9 @@
-"""A growing run saves before it is restarted: otherwise the steps since its last checkpoint would be done twice.
+"""What must be known when Ray Train restarts the workers of an attempt by itself: to grow, or before a preemption.
 
-Ray Train resizes by ending the workers and starting others, without notice. Its controller calls this first; the run
-is asked to stop in the ordinary way, and the controller goes on when it has, or after a while in any case, since the
-newest checkpoint is always there to go on from.
+It resizes by ending the workers and starting others, without notice, and the steps since the last checkpoint would be
+done twice. Its controller calls this first; the run is asked to stop in the ordinary way, and the controller goes on
+when it has, or after a while in any case, since the newest checkpoint is always there to go on from. And the new
+workers are to go on from there, whatever the first ones were told to resume from.
 """
 
 from __future__ import annotations
@@ -13,17 +14,33 @@ from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from lbr_dist.launch.ray_train import newest_checkpoint
+from lbr_dist.launch.ray_worker import RESUME
 from lbr_dist.training.signals import request_stop, stop_requested
 
 WAIT_S = 300.0
 
 
-class StopBeforeResize(ControllerCallback, WorkerGroupCallback):
-    """Callback of Ray Train's controller."""
+class Restarts(ControllerCallback, WorkerGroupCallback):
+    """Callback of Ray Train's controller.
 
-    def __init__(self, run_dir: str) -> None:
-        self._run_dir = Path(run_dir)
+    Args:
+        run_dir: of the run.
+        attempt: folder of the attempt, where the workers look for what to resume from.
+        resume: what the attempt's first workers resume from.
+    """
+
+    def __init__(self, run_dir: str, attempt: str, resume: str) -> None:
+        self._run_dir, self._attempt, self._resume = Path(run_dir), Path(attempt), resume
         self._running = False
+        self._first, self._before = True, newest_checkpoint(self._run_dir)
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Tell the workers what to resume from."""
+        if not self._first and (self._resume == "never" or newest_checkpoint(self._run_dir) != self._before):
+            self._resume = "auto"  # this attempt's own work
+        self._first = False
+        (self._attempt / RESUME).write_text(self._resume, encoding="utf-8")
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """Workers run from here on."""

@@ -162,7 +162,7 @@ def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from lbr_dist.launch.ray_resize import StopBeforeResize
+    from lbr_dist.launch.ray_resize import Restarts
 
     api: Any = ray.train  # to a type checker its names are those of the older Train
     job = ray.get_runtime_context().get_job_id()
@@ -171,7 +171,6 @@ def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_
         work,  # type: ignore[arg-type]  # what it returns, the result carries
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
-            "resume": resume,
             "allow_change": allow_change,
             "attempt": str(folder),
             "source": f"ray, job {job}",
@@ -187,7 +186,7 @@ def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=api.FailureConfig(max_failures=0),
-            callbacks=[StopBeforeResize(recipe.output)],
+            callbacks=[Restarts(recipe.output, str(folder), resume)],
         ),
     )
 

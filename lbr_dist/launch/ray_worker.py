@@ -15,14 +15,15 @@ from lbr_dist.launch.environment import Environment
 
 STARTED = "started"
 """File in the attempt's folder: rank 0 runs."""
+RESUME = "resume"
+"""File in the attempt's folder: what these workers resume from."""
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank.
 
     Args:
-        config: `recipe` (a resolved recipe as a mapping), `resume`, `allow_change`, `attempt` (folder), `source` (for
-            the log).
+        config: `recipe` (a resolved recipe as a mapping), `allow_change`, `attempt` (folder), `source` (for the log).
 
     Returns:
         `step`, `total_steps` and `exit_code` of the outcome.
@@ -39,7 +40,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
 
     outcome = train(
         parse_recipe(config["recipe"], "the driver's recipe"),
-        resume=config["resume"],
+        resume=(Path(config["attempt"]) / RESUME).read_text(encoding="utf-8"),
         allow_change=config["allow_change"],
         environment=environment,
         on_row=Gauges(config["recipe"]["output"]) if environment.rank == 0 else None,

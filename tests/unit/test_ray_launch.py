@@ -15,7 +15,7 @@ import yaml
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch import ray_pipeline, ray_resize, ray_stage, ray_train
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
-from lbr_dist.launch.ray_resize import StopBeforeResize
+from lbr_dist.launch.ray_resize import Restarts
 from lbr_dist.launch.ray_train import Request, Stop
 from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.signals import StopRequest, request_stop, stop_requested
@@ -225,7 +225,7 @@ class TestStopFile:
 
 
 class TestResize:
-    def decide(self, callback: StopBeforeResize) -> float:
+    def decide(self, callback: Restarts) -> float:
         began = time.monotonic()
         callback.before_controller_execute_resize_decision(argparse.Namespace(num_workers=3))
         return time.monotonic() - began
@@ -241,14 +241,14 @@ class TestResize:
 
         thread = threading.Thread(target=rank_zero)
         thread.start()
-        callback = StopBeforeResize(str(tmp_path))
+        callback = Restarts(str(tmp_path), str(tmp_path), "auto")
         callback.after_worker_group_training_start(None)
         self.decide(callback)
         thread.join(10)
         assert heard == ["a resize to 3 workers"]
 
     def test_nobody_is_waited_for_at_the_start_or_after_a_failure(self, tmp_path: Path) -> None:
-        callback = StopBeforeResize(str(tmp_path))
+        callback = Restarts(str(tmp_path), str(tmp_path), "auto")
         assert self.decide(callback) < 5
         callback.after_worker_group_training_start(None)
         callback.before_controller_execute_failure_decision(None)
@@ -259,6 +259,22 @@ class TestResize:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(ray_resize, "WAIT_S", 0.3)
-        callback = StopBeforeResize(str(tmp_path))
+        callback = Restarts(str(tmp_path), str(tmp_path), "auto")
         callback.after_worker_group_training_start(None)
         assert 0.3 <= self.decide(callback) < 60
+
+    @pytest.mark.parametrize(
+        ("resume", "told"),
+        [("auto", ["auto"] * 3), ("never", ["never", "auto", "auto"]), ("/step-5", ["/step-5", "/step-5", "auto"])],
+    )
+    def test_later_workers_go_on_from_the_attempts_own_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str, told: list[str]
+    ) -> None:
+        newest = [None]
+        monkeypatch.setattr(ray_resize, "newest_checkpoint", lambda run_dir: newest[0])
+        callback, heard = Restarts(str(tmp_path), str(tmp_path), resume), []
+        for checkpoint in (None, None, ("step", 1)):
+            newest[0] = checkpoint  # type: ignore[call-overload]
+            callback.before_worker_group_start(None)
+            heard.append((tmp_path / "resume").read_text())
+        assert heard == told

@@ -1,0 +1,343 @@
+"""Jobs on a real Ray cluster of three nodes, each in a network and process table of its own.
+
+A killed worker, a lost node and its return: the run goes on by itself, with the samples and losses of a run that
+nothing happened to. It is held at chosen steps (`ray_gate`), so nothing depends on how fast this machine is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import PROJECT, SlurmCluster, wait_for
+
+from lbr_dist.launch.ray_cluster import make_token
+from lbr_dist.recipes import parse_recipe, save_recipe
+from lbr_dist.training.audit import audit
+from lbr_dist.training.tracking import read_rows
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
+
+STEPS = 24
+SUBNET = "10.213.88"
+HEAD = f"{SUBNET}.1"
+PORTS = {
+    "metrics-export-port": 8080,
+    "dashboard-agent-grpc-port": 8081,
+    "dashboard-agent-listen-port": 8082,
+    "runtime-env-agent-port": 8083,
+}
+"""Chosen by Ray, they must be reported within 15 s of a node's start, else it ends."""
+QUICK = {
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "2000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_worker_niceness": "0",
+}
+"""A lost node is noticed within seconds, and workers get their share of a busy machine."""
+
+
+class RayCluster:
+    """Ray on the nodes of a mini_slurm cluster."""
+
+    def __init__(self, nodes: SlurmCluster, folder: Path) -> None:
+        self._nodes, self.folder = nodes, folder
+        (folder / "gate").mkdir()
+        self.hold(STEPS)
+        self.env = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": f"{PROJECT}:{Path(__file__).parent}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(make_token(folder / "token")),
+            "RAY_ADDRESS": f"{HEAD}:6379",
+            "LBR_TEST_GATE": str(folder / "gate"),
+            **QUICK,
+        }
+
+    def start(self, node: str) -> None:
+        address = f"{SUBNET}.{node[1:]}"
+        where = ["--head", "--port=6379", "--dashboard-host=127.0.0.1"]
+        self.on(
+            node,
+            "ray",
+            "start",
+            *(where if node == "n1" else [f"--address={HEAD}:6379"]),
+            f"--node-ip-address={address}",
+            *(f"--{name}={port}" for name, port in PORTS.items()),
+            "--num-cpus=1",
+            "--num-gpus=0",
+            "--object-store-memory=80000000",
+            "--disable-usage-stats",
+            timeout=180,
+            RAY_ADDRESS="",
+        )
+
+    def on(self, node: str, *command: str, timeout: float = 60, **env: str) -> str:
+        given = [f"{key}={value}" for key, value in {**self.env, **env}.items() if value]
+        return self._nodes.on(node, "env", "-u", "RAY_ADDRESS", *given, *command, timeout=timeout)
+
+    def begin(self, log: Path, *command: str) -> subprocess.Popen[bytes]:
+        """Run a command on the head node in the background."""
+        given = [f"{key}={value}" for key, value in self.env.items()]
+        script = str(Path(__file__).with_name("mini_slurm.sh"))
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                ["bash", script, "exec", "n1", "env", *given, *command],
+                env=self._nodes.env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=PROJECT,
+            )
+
+    def drive(self, *arguments: str, driver: str = "stage1") -> tuple[int, str]:
+        """A driver on the head node, as a plain script; exit code and output."""
+        log = self.folder / "driver.log"
+        process = self.begin(log, "python", f"{PROJECT}/ray_jobs/{driver}.py", *arguments)
+        try:
+            return process.wait(300), log.read_text(errors="replace")
+        finally:
+            process.kill()
+
+    def hold(self, step: int) -> None:
+        """Let the run finish this step and no later one."""
+        temporary = self.folder / "gate" / "until.tmp"
+        temporary.write_text(str(step))
+        temporary.replace(self.folder / "gate" / "until")
+
+    def kill_worker(self, node: str) -> None:
+        self.on(node, "pkill", "-9", "-f", "ray::RayTrainWorker")
+
+    def lose(self, node: str) -> None:
+        self._nodes.mini("node-down", node)
+
+    def recover(self, node: str) -> None:
+        self._nodes.mini("node-up", node)
+        self.start(node)
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    if why := SlurmCluster.missing():
+        pytest.skip(why)
+    nodes = SlurmCluster(tmp_path_factory.mktemp("mray"), "mray", SUBNET, 18817, nodes=3)
+    try:
+        nodes.start()
+        cluster = RayCluster(nodes, tmp_path_factory.mktemp("ray"))
+        for node in ("n1", "n2", "n3"):
+            cluster.start(node)
+        yield cluster
+    finally:
+        nodes.stop()
+    assert "mray" not in nodes.run("ip", "-br", "link")
+
+
+@pytest.fixture(scope="module")
+def recipe(ray: RayCluster, tiny_model_dir: Callable[..., Path]) -> Callable[..., Path]:
+    """Factory: `recipe(name, **sections)` writes the recipe of a run `runs/name`."""
+    from lbr_dist.data.record import Record
+    from lbr_dist.data.shards import write_set
+    from lbr_dist.model.tokenizer import Tokenization
+
+    model, data = tiny_model_dir("llama"), ray.folder / "data"
+    data.mkdir()
+    records = [Record(id=f"g:{i}", question=f"fever and rash {i}", answer="measles " * (1 + i % 7)) for i in range(120)]
+    splits = {"gl": records[:100], "cl": records[100:110], "eval": records[110:]}
+    write_set(data, splits, Tokenization.load(str(model)), name="tiny", shard_records=40)
+
+    def write(name: str, **sections: Any) -> Path:
+        raw: dict[str, Any] = {
+            "stage": "generative",
+            "output": str(ray.folder / "runs" / name),
+            "model": {"path": str(model)},
+            "data": {
+                "sets": [{"path": str(data)}],
+                "bin_tokens": 160,
+                "max_x_tokens": 60,
+                "max_y_tokens": 90,
+                "workers": 0,
+            },
+            "bottleneck": {"tokens": 2},
+            "batch": {"global_batch": 4},
+            "optim": {"lr": 3e-3},
+            "duration": {"steps": STEPS},
+            "checkpoint": {"every_steps": 2},
+            "deepspeed": "zero3",
+            **sections,
+        }
+        file = ray.folder / f"{name}.yaml"
+        save_recipe(parse_recipe(raw, name), file)
+        return file
+
+    return write
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+
+
+def starts(run: Path) -> list[dict[str, Any]]:
+    """Where each start began and how many ranks it had, from rank 0's audit log."""
+    lines = (run / "audit" / "rank-0.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "start" in row]
+
+
+def test_a_killed_worker_a_lost_node_and_its_return(ray: RayCluster, recipe: Callable[..., Path]) -> None:
+    """Scenario 4."""
+    calm = ray.folder / "runs" / "calm"
+    code, output = ray.drive(str(recipe("calm")), "--num-workers", "3")
+    assert code == 0, output
+    meeting = re.search(r"3 ranks \(ray, job \w+\), meeting at ([\d.]+):", (calm / "log.txt").read_text())
+    rank_zero = re.search(r"\(ip=([\d.]+), pid=\d+\) world_rank=0", output)
+    assert meeting
+    assert rank_zero
+    assert meeting[1] == rank_zero[1]
+
+    run, log = ray.folder / "runs" / "held", ray.folder / "job.log"
+    ray.hold(5)
+    job = ray.begin(
+        log,
+        *("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", "."),
+        *("--runtime-env-json", json.dumps({"worker_process_setup_hook": "ray_gate.install"}), "--"),
+        *("python", "ray_jobs/stage1.py", str(recipe("held")), "--num-workers", "2:3"),
+    )
+
+    def until(step: int, starts_: int, timeout: float = 240) -> None:
+        def reached() -> bool:
+            assert job.poll() is None, log.read_text(errors="replace")
+            return len(rows(run)) >= step and len(starts(run)) == starts_
+
+        wait_for(reached, timeout, lambda: log.read_text(errors="replace")[-6000:])
+
+    try:
+        until(5, 1)
+        assert_metrics(ray, run)
+        ray.kill_worker("n2")
+        ray.hold(9)
+        until(9, 2)
+        ray.lose("n3")
+        ray.hold(13)
+        until(13, 3)
+        ray.recover("n3")
+        wait_for(lambda: len(starts(run)) == 4, 240, lambda: log.read_text(errors="replace")[-6000:])
+        ray.hold(STEPS)
+        assert job.wait(240) == 0, log.read_text(errors="replace")[-6000:]
+    finally:
+        job.kill()
+        ray.hold(STEPS)
+
+    found = starts(run)
+    assert [row["world"] for row in found] == [3, 3, 2, 3]
+    assert [row["start"] for row in found[:3]] == [0, 4, 8]  # the newest committed checkpoint
+    assert found[3]["start"] in (14, 15), "the return of a node costs no step: the run saved before it grew"
+    result = audit(run)
+    assert result.problems == []
+    assert result.steps == STEPS
+    assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
+    for row, expected in zip(rows(run), rows(calm), strict=True):
+        assert math.isclose(row["loss"], expected["loss"], rel_tol=1e-4), (row, expected)
+
+
+def assert_metrics(ray: RayCluster, run: Path) -> None:
+    """The run's numbers are where Ray's dashboard and Prometheus get them; rank 0's node exports them."""
+    address = re.findall(rf"meeting at ({SUBNET}\.\d)", (run / "log.txt").read_text())[-1]
+    look = f"import urllib.request; print(urllib.request.urlopen('http://{address}:{PORTS['metrics-export-port']}/metrics').read().decode())"
+    wait_for(
+        lambda: re.search(rf'ray_lbr_loss{{[^}}]*run="{run}"', ray.on("n1", "python", "-c", look)),
+        90,
+        lambda: "no ray_lbr_loss",
+    )
+
+
+def test_what_cannot_work_is_said_at_once(ray: RayCluster, recipe: Callable[..., Path]) -> None:
+    """Scenario 5, on Ray: exit code 2, one attempt."""
+    code, output = ray.drive(str(recipe("wide")), "--num-workers", "9", "--cpus-per-worker", "2")
+    assert code == 2, output
+    assert f"--num-workers 9 of 2 CPUs each: the cluster at {HEAD}:6379 has room for 0" in output
+    assert f"{HEAD}: 1 CPU, 0 GPUs" in output
+
+    code, output = ray.drive(str(recipe("wide")), "--num-workers", "2", "--resume", "/nowhere")  # seen by a worker
+    assert code == 2, output
+    assert "error: /nowhere: not a run nor a checkpoint of lbr" in output
+    assert "restart 1 of" not in output
+
+
+def test_the_whole_path_as_one_job(ray: RayCluster, recipe: Callable[..., Path]) -> None:
+    one = recipe("one", duration={"steps": 4}, bottleneck={"tokens": 1})
+    two = recipe(
+        "two",
+        stage="contrastive",
+        batch={"global_batch": 8, "micro_tokens": 160},
+        duration={"steps": 2},
+        bottleneck={"tokens": 1},
+    )
+    for _ in range(2):  # the second time everything is there already
+        code, output = ray.drive(str(one), str(two), "--num-workers", "2", "--generate", "2", driver="pipeline")
+        assert code == 0, output
+    run = ray.folder / "runs" / "two"
+    assert f"weights from {ray.folder / 'runs' / 'one'}" in (run / "log.txt").read_text()
+    assert json.loads((run / "eval" / "eval.json").read_text())["models"][0]["retrieval"]
+    assert (run / "model" / "modules.json").is_file()
+    assert audit(run).problems == []
+
+
+def test_two_jobs_at_once(ray: RayCluster, recipe: Callable[..., Path]) -> None:
+    """Scenario 6, on Ray."""
+    jobs = {}
+    for name in ("left", "right"):
+        log = ray.folder / f"{name}.log"
+        jobs[name] = (
+            log,
+            ray.begin(log, "python", f"{PROJECT}/ray_jobs/stage1.py", str(recipe(name)), "--num-workers", "1"),
+        )
+    for name, (log, job) in jobs.items():
+        assert job.wait(300) == 0, log.read_text(errors="replace")
+        assert audit(ray.folder / "runs" / name).problems == []
+    left, right = (rows(ray.folder / "runs" / name) for name in jobs)
+    assert [row["loss"] for row in left] == [row["loss"] for row in right]
+
+
+def test_an_operator_stops_a_run_with_a_file(ray: RayCluster, recipe: Callable[..., Path]) -> None:
+    run, log = ray.folder / "runs" / "stopped", ray.folder / "stopped.log"
+    job = ray.begin(
+        log, "python", f"{PROJECT}/ray_jobs/stage1.py", str(recipe("stopped", duration={"steps": 100_000})),
+        "--num-workers", "1",
+    )  # fmt: skip
+    try:
+        wait_for(lambda: len(rows(run)) >= 2, 240, lambda: log.read_text(errors="replace"))
+        (run / "stop").write_text("maintenance")
+        assert job.wait(120) == 75, log.read_text(errors="replace")
+    finally:
+        job.kill()
+    assert "stopped by maintenance after step" in (run / "log.txt").read_text()
+
+
+def test_the_cluster_is_locked(ray: RayCluster) -> None:
+    """The dashboard, which takes jobs, listens on loopback; a client without the token gets nowhere."""
+    listening = ray.on("n1", "ss", "-ltnH")
+    assert re.search(r"127\.0\.0\.1:8265\s", listening)
+    assert not re.search(rf"({HEAD}|\*|0\.0\.0\.0|\[::\]):8265\s", listening)
+    assert ray.on("n1", "ray", "job", "list", "--address", "http://127.0.0.1:8265")
+    with pytest.raises(AssertionError, match=r"(?i)auth|token"):
+        ray.on("n1", "ray", "job", "list", "--address", "http://127.0.0.1:8265", RAY_AUTH_MODE="disabled")
+    wrong = make_token(ray.folder / "wrong")
+    code, output = drive_with(ray, RAY_AUTH_TOKEN_PATH=str(wrong))
+    assert code == 2, output
+    assert "no cluster answers there, or not to this token" in output
+
+
+def drive_with(ray: RayCluster, **env: str) -> tuple[int, str]:
+    before = ray.env
+    ray.env = {**before, **env}
+    try:
+        return ray.drive("stage1", "output=/nowhere", "--num-workers", "1")
+    finally:
+        ray.env = before
