@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from lbr_dist.blocks import BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
-from lbr_dist.data.execute import Executor, Here
+from lbr_dist.data.execute import Executor, current
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts
 
@@ -61,7 +61,7 @@ def encode_file(
         device: default: CUDA where there is one.
         block: texts in a part.
         progress: a bar on a terminal.
-        executor: where blocks are embedded; default: here.
+        executor: where blocks are embedded; default: the current one.
 
     Raises:
         UserError: no such file or field, a row without a text (its line is named), `out` exists, or the parts beside it
@@ -86,7 +86,7 @@ def encode_file(
     resumed = total = count = cut = 0
     with _Bar(progress, source) as advance:
         work = EncodeBlock(model, side, parts, device)
-        for done in (executor or Here()).stream([source.absolute()], read, work):
+        for done in (executor or current()).stream([source.absolute()], read, work, model=True):
             resumed += done.texts * done.resumed
             total, count, cut = total + done.texts, count + 1, cut + done.cut
             advance(done.texts)

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from lbr_dist.blocks import BLOCK_TEXTS
-from lbr_dist.data.execute import Executor, Here
+from lbr_dist.data.execute import Executor, current
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
@@ -92,7 +92,7 @@ def mine(
         device: default: CUDA where there is one.
         overwrite: replace a set made from other input.
         block: texts embedded and committed at a time.
-        executor: where texts are embedded; default: here.
+        executor: where texts are embedded; default: the current one.
 
     Raises:
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else.
@@ -115,7 +115,7 @@ def mine(
     if done is not None:
         return MineReport(out, done, unchanged=True)
     with workspace(out) as work, Progress() as progress:
-        job = _Job(model, opened, rule, resumable(work.absolute(), origin), progress, executor or Here())
+        job = _Job(model, opened, rule, resumable(work.absolute(), origin), progress, executor or current())
         job.mine("given" if given else index, device, block)
         target = work / "set"
         target.mkdir()

@@ -1,36 +1,32 @@
-"""First pass: every source row once, to a file of checked records and a few numbers for each.
+"""What memory holds of the records of a preparation: hashes and numbers in flat arrays, never the texts.
 
-The text goes to a spool file on disk; what stays in memory are hashes and offsets in flat arrays, about 100 bytes a
-record, so memory grows with the number of records and not with the text. Bad rows are counted by reason here.
+About 100 bytes a record, so memory grows with the number of records and not with the text. A `TextDigest` is the part
+that is made for one block, by whichever process; `TextTable` joins them in order.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from lbr_dist.data.fields import REASONS, Converter, Entity, RowError
-from lbr_dist.data.minhash import Sketches
-from lbr_dist.data.readers import rows
-from lbr_dist.data.record import Record, batches, normalise
-from lbr_dist.data.sources import Part
+from lbr_dist.data.fields import REASONS
+from lbr_dist.data.minhash import SketchBlock, Sketches
+from lbr_dist.data.record import Record, normalise
 from lbr_dist.errors import UserError
 
-HOPELESS = 1000
-"""A source whose first so many rows are all bad stops the run at once: its fields were not understood."""
+if TYPE_CHECKING:
+    from pathlib import Path
+
 NO_ENTITY = 0
 
 
 class BadRows:
-    """Bad rows counted by reason, with where the first of each was."""
+    """Rows read, and the bad ones among them by reason, with where the first of each was."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -41,6 +37,13 @@ class BadRows:
         """Count `count` bad rows; the first of a reason is remembered."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         self.first.setdefault(reason, f"{where}: {detail}")
+
+    def merge(self, other: BadRows) -> None:
+        """Count those of rows that come after."""
+        self.rows += other.rows
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            self.first.setdefault(reason, other.first[reason])
 
     @property
     def total(self) -> int:
@@ -88,23 +91,73 @@ class Texts:
         return Texts(self.record[mask], self.hash[mask], self.sketch[mask])
 
 
+@dataclass(frozen=True)
+class TextDigest:
+    """`Texts` of some records, counted from 0, with the sketches themselves."""
+
+    owner: np.ndarray
+    """int64: number of the record in the block."""
+    hash: np.ndarray
+    """uint64: hash of its normal form."""
+    sketches: SketchBlock
+
+    @classmethod
+    def of(cls, batch: Sequence[Record], first: int = 0) -> TextDigest:
+        """Digest a batch of records, the first of which counts as record `first`."""
+        owners, forms = [], []
+        for owner, record in enumerate(batch, first):
+            for text in compared_texts(record):
+                owners.append(owner)
+                forms.append(normalise(text))
+        hashes = [xxhash.xxh64_intdigest(form.encode()) for form in forms]
+        return cls(np.array(owners, np.int64), np.array(hashes, np.uint64), SketchBlock.of(forms))
+
+    @classmethod
+    def join(cls, digests: Sequence[TextDigest]) -> TextDigest:
+        """One digest of several batches."""
+        parts = [cls.of([]), *digests]
+        before = np.cumsum([0, *(len(part.sketches.signatures) for part in parts)])
+        rows = [
+            np.where(part.sketches.rows >= 0, part.sketches.rows + base, -1)
+            for part, base in zip(parts, before, strict=False)
+        ]
+        sketches = SketchBlock(
+            np.concatenate(rows),
+            np.concatenate([part.sketches.signatures for part in parts]),
+            np.concatenate([part.sketches.keys for part in parts], axis=1),
+        )
+        return cls(
+            np.concatenate([part.owner for part in parts]), np.concatenate([part.hash for part in parts]), sketches
+        )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As named arrays, for a file."""
+        sketches = {item.name: getattr(self.sketches, item.name) for item in fields(self.sketches)}
+        return {"text_owner": self.owner, "text_hash": self.hash, **sketches}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> TextDigest:
+        """Inverse of `arrays`."""
+        sketches = SketchBlock(**{item.name: arrays[item.name] for item in fields(SketchBlock)})
+        return cls(arrays["text_owner"], arrays["text_hash"], sketches)
+
+
 class TextTable:
-    """Collects `Texts` batch by batch."""
+    """Collects `Texts` block by block."""
 
     def __init__(self, folder: Path) -> None:
         self.sketches = Sketches(folder)
         self._record, self._hash, self._sketch = array("q"), array("Q"), array("q")
 
-    def add(self, first: int, records: list[Record]) -> None:
+    def add(self, first: int, records: Sequence[Record]) -> None:
         """Add the texts of records `first`, `first + 1`, ..."""
-        owners, forms = [], []
-        for number, record in enumerate(records, first):
-            for text in compared_texts(record):
-                owners.append(number)
-                forms.append(normalise(text))
-        self._record.extend(owners)
-        self._hash.extend(xxhash.xxh64_intdigest(form.encode()) for form in forms)
-        self._sketch.frombytes(self.sketches.add(forms).tobytes())
+        self.append(first, TextDigest.of(records))
+
+    def append(self, first: int, digest: TextDigest) -> None:
+        """Add what a digest holds, its record 0 being record `first`."""
+        self._record.frombytes((digest.owner + first).tobytes())
+        self._hash.frombytes(digest.hash.tobytes())
+        self._sketch.frombytes(self.sketches.append(digest.sketches).tobytes())
 
     def finish(self) -> Texts:
         """All texts; nothing can be added any more."""
@@ -145,101 +198,3 @@ class Numbers:
     """int64: number of the file."""
     line: np.ndarray
     """int64: line, row or sample in it."""
-
-
-class Collector:
-    """Reads parts one after the other; `finish` ends the pass."""
-
-    def __init__(self, folder: Path, *, seed: int, entity: Entity | None, paragraphs: bool) -> None:
-        self.bad = BadRows()
-        self.parts: list[Part] = []
-        self.table = TextTable(folder / "sketches")
-        self._seed, self._entity, self._paragraphs = seed, entity, paragraphs
-        self._path = folder / "spool"
-        self._file = self._path.open("wb", buffering=1 << 20)
-        self._offsets = array("q", [0])
-        self._columns: dict[str, array[int]] = {
-            name: array(code)
-            for name, code in zip(Numbers.__dataclass_fields__, ("b", "b", "Q", "Q", "Q", "Q", "q", "q"), strict=True)
-        }
-
-    def read(self, part: Part, convert: Converter, *, external: bool, advance: Callable[[int], None]) -> None:
-        """Read all rows of a part.
-
-        Raises:
-            UserError: the file is damaged, or its first rows are all bad.
-        """
-        self.parts.append(part)
-        for batch in batches(self._records(part, convert, external)):
-            self.table.add(len(self._offsets) - 1 - len(batch), batch)
-            advance(len(batch))
-
-    def _records(self, part: Part, convert: Converter, external: bool) -> Iterator[Record]:
-        """The part's good rows, each already in the spool when it is handed on."""
-        bad_before, rows_before = self.bad.total, self.bad.rows
-        for number, row in rows(part, paragraphs=self._paragraphs):
-            self.bad.rows += 1
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                record = convert(row)
-            except RowError as error:
-                self.bad.add(error.reason, f"{part.name} {part.unit} {number}", error.detail)
-                if self.bad.total - bad_before == self.bad.rows - rows_before == HOPELESS:
-                    self.bad.check(0)
-                continue
-            self._add(record, row, number, external)
-            yield record
-
-    def finish(self) -> tuple[Spool, Numbers, Texts]:
-        """End of the pass."""
-        self._file.close()
-        types = {"b": np.bool_, "Q": np.uint64, "q": np.int64}
-        columns: dict[str, Any] = {
-            name: np.frombuffer(data, types[data.typecode]) for name, data in self._columns.items()
-        }
-        return Spool(self._path, np.frombuffer(self._offsets, np.int64)), Numbers(**columns), self.table.finish()
-
-    def close(self) -> None:
-        """Close all files, after an error."""
-        self._file.close()
-        self.table.sketches.close()
-
-    def _add(self, record: Record, row: Any, number: int, external: bool) -> None:
-        data = record.to_json()
-        self._file.write(data)
-        self._offsets.append(self._offsets[-1] + len(data))
-        name = record.id.encode()
-        group = self._entity.of(row, record) if self._entity else None
-        content = "\0".join((*compared_texts(record), "", *record.negatives))
-        values = {
-            "is_text": record.is_text,
-            "external": external,
-            "id_hash": xxhash.xxh3_64_intdigest(name),
-            "content_hash": xxhash.xxh3_64_intdigest(content.encode()),
-            "entity": NO_ENTITY if group is None else xxhash.xxh3_64_intdigest(group.encode("utf-8", "replace")),
-            "order": xxhash.xxh3_64_intdigest(name, self._seed),
-            "part": len(self.parts) - 1,
-            "line": number,
-        }
-        for column, value in values.items():
-            self._columns[column].append(value)
-
-
-class Spool:
-    """The records of the first pass, by number."""
-
-    def __init__(self, path: Path, offsets: np.ndarray) -> None:
-        self._offsets = offsets
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, number: int) -> Record:
-        start, end = int(self._offsets[number]), int(self._offsets[number + 1])
-        return Record.from_dict(json.loads(os.pread(self._descriptor, end - start, start)))
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)

@@ -9,6 +9,8 @@ block is the same wherever it is done, so the output is too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 Source = TypeVar("Source")
@@ -24,6 +26,8 @@ class Executor(Protocol):
         sources: Iterable[Source],
         read: Callable[[Source], Iterable[Block]],
         work: Callable[[Block], Result],
+        *,
+        model: bool = False,
     ) -> Iterator[Result]:
         """Results, in any order.
 
@@ -32,6 +36,7 @@ class Executor(Protocol):
             read: the blocks of a source, each small enough for memory. Picklable, as `work` is.
             work: may keep what is expensive to load (a model, a tokenizer) in attributes that are made at its first
                 call and left out when it is pickled.
+            model: the work holds a model: it belongs into few processes that stay, each with a device of its own.
         """
         ...
 
@@ -44,11 +49,31 @@ class Here:
         sources: Iterable[Source],
         read: Callable[[Source], Iterable[Block]],
         work: Callable[[Block], Result],
+        *,
+        model: bool = False,
     ) -> Iterator[Result]:
         """See `Executor`."""
         for source in sources:
             for block in read(source):
                 yield work(block)
+
+
+_current: ContextVar[Executor] = ContextVar("executor", default=Here())  # noqa: B039 (it holds nothing)
+
+
+def current() -> Executor:
+    """The executor of commands that are given none."""
+    return _current.get()
+
+
+@contextmanager
+def executing(executor: Executor) -> Iterator[None]:
+    """Make `executor` the current one."""
+    token = _current.set(executor)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def alone(task: Source) -> tuple[Source]:

@@ -58,6 +58,9 @@ class RowError(Exception):
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return RowError, (self.reason, self.detail)
+
 
 @dataclass(frozen=True)
 class Entity:
@@ -113,7 +116,7 @@ class Converter:
             RowError: it cannot be used.
         """
         if self.kind is None:
-            self.kind = self._detect(row)
+            self.kind = self.detect(row)
         if self.kind == "corpus":
             text = self._text(self._get(row, "text"), "text")
             return Record(id=self._id(row, text), text=text)
@@ -135,7 +138,12 @@ class Converter:
             positives=positives,
         )
 
-    def _detect(self, row: Mapping[str, Any]) -> str:
+    def detect(self, row: Mapping[str, Any]) -> str:
+        """The kind that the row's fields tell.
+
+        Raises:
+            RowError: they tell none.
+        """
         has = {role: self._find(row, role) is not None for role in ("question", "answer", "options", "text")}
         if has["question"] and has["options"]:
             return "multiple-choice"

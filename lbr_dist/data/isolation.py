@@ -14,8 +14,9 @@ import xxhash
 
 from lbr_dist.data.collect import Texts
 from lbr_dist.data.minhash import MIN_WORDS, Sketches, windows, word_hashes
-from lbr_dist.data.record import normalise
+from lbr_dist.data.record import batches, normalise
 from lbr_dist.data.split import CL, EVAL, EXTERNAL, FLUSH, GL, TEXT, UNUSED
+from lbr_dist.data.spool import SpoolSlice
 
 NAMES = {GL: "gl", CL: "cl", EVAL: "eval", TEXT: "gl texts", EXTERNAL: "external evaluation"}
 APART = ((GL, CL), (GL, EVAL), (CL, EVAL), (TEXT, EVAL), (GL, EXTERNAL), (CL, EXTERNAL), (TEXT, EXTERNAL))
@@ -152,6 +153,19 @@ class Containment:
                 if length <= room and _whole(hashes[place : place + length]) in self._whole:
                     found[owner] = True
         return found
+
+
+class HoldsTarget:
+    """Says of plain texts in the spool whether they hold one of the targets; picklable."""
+
+    def __init__(self, containment: Containment) -> None:
+        self._containment = containment
+
+    def __call__(self, task: tuple[np.ndarray, SpoolSlice]) -> np.ndarray:
+        """Numbers of the records that do; a task has the numbers, and where the records are."""
+        numbers, records = task
+        found = [self._containment.holds([r.document for r in batch]) for batch in batches(records.records())]
+        return numbers[np.concatenate([np.zeros(0, bool), *found])]
 
 
 def _whole(hashes: np.ndarray) -> int:

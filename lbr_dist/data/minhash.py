@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,27 @@ def windows(hashes: np.ndarray, size: int) -> np.ndarray:
     return mixed
 
 
+@dataclass(frozen=True)
+class SketchBlock:
+    """Sketches of some texts, wherever they were made."""
+
+    rows: np.ndarray
+    """int64 [texts]: row of each text's sketch in the block, -1 for a text that is too short."""
+    signatures: np.ndarray
+    """uint32 [sketches, HASHES]."""
+    keys: np.ndarray
+    """uint64 [BANDS, sketches]: equal where the band's signature rows are."""
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> SketchBlock:
+        """Sketch normalised texts."""
+        numbers, signatures = sketch(texts)
+        rows = np.full(len(texts), -1, np.int64)
+        rows[numbers] = np.arange(len(numbers))
+        bands = [_key(signatures[:, band * ROWS : (band + 1) * ROWS]) for band in range(BANDS)]
+        return cls(rows, signatures, np.stack(bands))
+
+
 class Sketches:
     """Signatures of many texts in files: one of all signatures, and one of keys for each band."""
 
@@ -135,13 +157,15 @@ class Sketches:
 
     def add(self, texts: Sequence[str]) -> np.ndarray:
         """Sketch normalised texts; returns for each its row here, -1 for one too short, int64 [texts]."""
-        numbers, signatures = sketch(texts)
-        rows = np.full(len(texts), -1, np.int64)
-        rows[numbers] = np.arange(self.count, self.count + len(numbers))
-        self.count += len(numbers)
-        self._signatures.write(signatures.tobytes())
-        for band, file in enumerate(self._bands):
-            file.write(_key(signatures[:, band * ROWS : (band + 1) * ROWS]).tobytes())
+        return self.append(SketchBlock.of(texts))
+
+    def append(self, block: SketchBlock) -> np.ndarray:
+        """Take sketches over; returns for each text of the block its row here, int64 [texts]."""
+        rows = np.where(block.rows >= 0, block.rows + self.count, -1)
+        self.count += len(block.signatures)
+        self._signatures.write(block.signatures.tobytes())
+        for keys, file in zip(block.keys, self._bands, strict=True):
+            file.write(keys.tobytes())
         return rows
 
     def close(self) -> None:

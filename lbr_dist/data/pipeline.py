@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,19 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbr_dist.data.collect import Collector, Numbers, Spool, Texts, compared_texts
-from lbr_dist.data.fields import Converter, Entity
-from lbr_dist.data.isolation import Containment, crossings
+from lbr_dist.data.collect import Numbers, Texts, compared_texts
+from lbr_dist.data.execute import Executor, alone
+from lbr_dist.data.first_pass import DigestRows, FirstPass, PartJob, first_pass
+from lbr_dist.data.isolation import Containment, HoldsTarget, crossings
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.proof import prove
-from lbr_dist.data.record import Record, batches, normalised_hash
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.record import batches
+from lbr_dist.data.second_pass import WriteShard, write_shards
+from lbr_dist.data.shard_writer import write_manifest
 from lbr_dist.data.sources import Part
 from lbr_dist.data.split import CL, EVAL, EXTERNAL, GL, SIDES, TEXT, UNUSED, assign, common_texts, components
+from lbr_dist.data.spool import SpoolSlice
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
+
+
+SLICE = 8192
+"""Records that are compared with the evaluation side in one task."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +50,20 @@ class Settings:
 
 
 class Pipeline:
-    """One preparation in the folder `work`; the finished set is in `work/set` after `run`."""
+    """One preparation; after `run` the finished set is in `folder / "set"`."""
 
     def __init__(
-        self, work: Path, settings: Settings, tokens: Tokenization, origin: dict[str, Any], progress: Progress
+        self,
+        folder: Path,
+        settings: Settings,
+        tokens: Tokenization,
+        origin: dict[str, Any],
+        progress: Progress,
+        executor: Executor,
     ) -> None:
-        self.work, self.settings, self.tokens = work, settings, tokens
-        self.origin, self.progress = origin, progress
+        """`folder` may hold the committed blocks and shards of an earlier run of the same preparation."""
+        self.folder, self.settings, self.tokens = folder, settings, tokens
+        self.origin, self.progress, self.executor = origin, progress, executor
         self.dropped: dict[str, int] = {}
 
     def run(self, parts: list[Part], outside: list[Part]) -> dict[str, Any]:
@@ -59,51 +72,48 @@ class Pipeline:
         Raises:
             UserError: too many bad rows, no rows, or sizes that cannot be met.
         """
-        entity = Entity.parse(self.settings.entity) if self.settings.entity else None
-        collector = Collector(self.work, seed=self.settings.seed, entity=entity, paragraphs=self.settings.paragraphs)
+        self.read = self._read(parts, outside)
+        spool, numbers, texts = self.read.spool, self.read.numbers, self.read.texts
         try:
-            self._read(collector, parts, outside)
-            spool, numbers, texts = collector.finish()
-        finally:
-            collector.close()
-        try:
-            alive = self._deduplicate(collector, numbers)
-            collector.bad.check(self.settings.max_bad_share)
+            alive = self._deduplicate()
+            self.read.bad.check(self.settings.max_bad_share)
             if not (alive & ~numbers.external).any():
                 raise UserError(f"{', '.join(part.name for part in parts)}: no records: the sources are empty")
             self.common = common_texts(texts.of(alive), numbers, spool)
-            side, labels = self._sides(spool, numbers, texts.of(alive), collector)
-            evaluation = texts.of((side == EVAL) | (side == EXTERNAL)).hash.astype(np.int64)
-            manifest = self._write(spool, numbers, side, set(evaluation.tolist()))
+            side, labels = self._sides(texts.of(alive))
+            manifest = self._write(side, texts.of((side == EVAL) | (side == EXTERNAL)).hash.astype(np.int64))
             with self.progress.phase("proving isolation"):
                 isolation = prove(
-                    self.work / "set",
-                    self.work / "proof",
-                    lambda: (batch for _, batch in _chunks(spool, side == EXTERNAL)),
+                    self.folder / "set",
+                    self.folder / "proof",
+                    list(self._slices(side == EXTERNAL)),
+                    self.executor,
                     similarity=self.settings.similarity,
                     common=self.common,
                 )
         finally:
             spool.close()
-        report = self._report(collector, manifest, isolation, _component_report(numbers, side, labels))
+        report = self._report(manifest, isolation, _component_report(numbers, side, labels))
         text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-        (self.work / "set" / "report.json").write_text(text, encoding="utf-8")
+        (self.folder / "set" / "report.json").write_text(text, encoding="utf-8")
         return report
 
-    def _read(self, collector: Collector, parts: list[Part], outside: list[Part]) -> None:
+    def _read(self, parts: list[Part], outside: list[Part]) -> FirstPass:
+        settings, blocks = self.settings, self.folder / "blocks"
+        blocks.mkdir(exist_ok=True)
+        jobs = [PartJob(number, part, number >= len(parts)) for number, part in enumerate((*parts, *outside))]
+        work = DigestRows(
+            blocks, seed=settings.seed, entity=settings.entity, max_chars=settings.max_chars, domain=settings.domain
+        )
         with self.progress.phase("reading rows") as advance:
-            for number, part in enumerate((*parts, *outside)):
-                convert = Converter(
-                    "corpus" if part.format == "text" and part.source.kind is None else part.source.kind,
-                    part.source.fields,
-                    max_chars=self.settings.max_chars,
-                    domain=self.settings.domain,
-                    source=part.base,
-                )
-                collector.read(part, convert, external=number >= len(parts), advance=advance)
+            return first_pass(
+                jobs, work, self.executor, folder=blocks, sketches=self.folder / "sketches",
+                paragraphs=settings.paragraphs, advance=advance,
+            )  # fmt: skip
 
-    def _deduplicate(self, collector: Collector, numbers: Numbers) -> np.ndarray:
+    def _deduplicate(self) -> np.ndarray:
         """Mask of the records that stay: the first of each id. A repetition with other content is a bad row."""
+        numbers = self.read.numbers
         own = np.flatnonzero(~numbers.external)
         _, first, inverse = np.unique(numbers.id_hash[own], return_index=True, return_inverse=True)
         original = own[first][inverse]
@@ -111,9 +121,9 @@ class Pipeline:
         conflict = again & (numbers.content_hash[own] != numbers.content_hash[original])
         if conflict.any():
             number = own[conflict][0]
-            part = collector.parts[numbers.part[number]]
+            part = self.read.parts[numbers.part[number]]
             where = f"{part.name} {part.unit} {numbers.line[number]}"
-            collector.bad.add(
+            self.read.bad.add(
                 "duplicate_id", where, "its id came before, with other content", count=int(conflict.sum())
             )
         self.dropped["repeated_row"] = int((again & ~conflict).sum())
@@ -121,11 +131,9 @@ class Pipeline:
         alive[own[again]] = False
         return alive
 
-    def _sides(
-        self, spool: Spool, numbers: Numbers, texts: Texts, collector: Collector
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _sides(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Side of each record, int8 [records], and its component, int64 [records]."""
-        sketches, similarity = collector.table.sketches, self.settings.similarity
+        numbers, sketches, similarity = self.read.numbers, self.read.sketches, self.settings.similarity
         alive = np.zeros(len(numbers.is_text), bool)
         alive[texts.record] = True
         common = np.array([text.hash for text in self.common], np.uint64)
@@ -149,65 +157,68 @@ class Pipeline:
                 self.dropped["text_like_evaluation"] += plain
                 self.dropped["record_like_evaluation"] += len(losers) - plain
                 side[losers] = UNUSED
-            self._drop_containing(spool, side)
+            self._drop_containing(side)
         return side, labels
 
-    def _drop_containing(self, spool: Spool, side: np.ndarray) -> None:
+    def _drop_containing(self, side: np.ndarray) -> None:
         """Drop plain texts that quote a whole evaluation question or answer."""
-        held = ([text for record in batch for text in compared_texts(record)] for _, batch in
-                _chunks(spool, (side == EVAL) | (side == EXTERNAL)))  # fmt: skip
-        containment = Containment(held)
-        self.dropped["text_contains_evaluation"] = 0
-        for members, batch in _chunks(spool, side == TEXT):
-            holds = containment.holds([record.document for record in batch])
-            side[members[holds]] = UNUSED
-            self.dropped["text_contains_evaluation"] += int(holds.sum())
+        held = self._slices((side == EVAL) | (side == EXTERNAL))
+        containment = Containment(
+            [text for record in batch for text in compared_texts(record)]
+            for _, records in held
+            for batch in batches(records.records())
+        )
+        found = self.executor.stream(self._slices(side == TEXT), alone, HoldsTarget(containment))
+        members = np.concatenate([np.zeros(0, np.int64), *found])
+        side[members] = UNUSED
+        self.dropped["text_contains_evaluation"] = len(members)
 
-    def _write(self, spool: Spool, numbers: Numbers, side: np.ndarray, evaluation: set[int]) -> dict[str, Any]:
-        """Second pass: each side's records in their shuffled order."""
-        self.dropped["negative_that_is_evaluation"] = 0
+    def _write(self, side: np.ndarray, evaluation: np.ndarray) -> dict[str, Any]:
+        """Second pass: each side's records in their shuffled order; `evaluation` are hashes of evaluation texts."""
+        settings, order = self.settings, self.read.numbers.order
+        owner, hashes = self.read.negative_owner, self.read.negative_hash
+        leak = np.isin(hashes, evaluation) & np.isin(side[owner], (GL, CL))
+        self.dropped["negative_that_is_evaluation"] = int(leak.sum())
+        unwanted: dict[int, frozenset[int]] = {}
+        for number, name in zip(owner[leak].tolist(), hashes[leak].tolist(), strict=True):
+            unwanted[number] = unwanted.get(number, frozenset()) | {name}
+        masks = {"gl": (side == GL) | (side == TEXT), "cl": side == CL, "eval": side == EVAL}
+        members = {split: np.flatnonzero(mask) for split, mask in masks.items()}
+        target, marks = self.folder / "set", self.folder / "shards"
+        for folder in (marks, *(target / split for split in masks)):
+            folder.mkdir(parents=True, exist_ok=True)
         with self.progress.phase("writing shards", int((side != UNUSED).sum())) as advance:
-
-            def records(chosen: np.ndarray) -> Iterator[Record]:
-                members = np.flatnonzero(chosen)
-                for number in members[np.argsort(numbers.order[members], kind="stable")]:
-                    record = spool[int(number)]
-                    yield self._clean(record, evaluation) if side[number] in (GL, CL) and record.negatives else record
-                    advance(1)
-
-            target = self.work / "set"
-            target.mkdir()
-            return write_set(
-                target,
-                {
-                    "gl": records((side == GL) | (side == TEXT)),
-                    "cl": records(side == CL),
-                    "eval": records(side == EVAL),
-                },
-                self.tokens,
-                name=self.settings.name,
-                seed=self.settings.seed,
-                source=self.origin,
-                tokenizer_path=self.tokens.path,
-                shard_records=self.settings.shard_records,
-                shard_bytes=int(self.settings.shard_mib * (1 << 20)),
+            infos = write_shards(
+                self.read.spool,
+                {split: found[np.argsort(order[found], kind="stable")] for split, found in members.items()},
+                WriteShard(target, marks, self.tokens),
+                self.executor,
+                unwanted=unwanted,
+                shard_records=settings.shard_records,
+                shard_bytes=int(settings.shard_mib * (1 << 20)),
+                advance=advance,
             )
+        tokenizer = {"fingerprint": self.tokens.fingerprint, "path": self.tokens.path}
+        return write_manifest(
+            target, infos, name=settings.name, seed=settings.seed, source=self.origin, tokenizer=tokenizer
+        )
 
-    def _clean(self, record: Record, evaluation: set[int]) -> Record:
-        """The record without hard negatives that are an evaluation text."""
-        kept = tuple(text for text in record.negatives if normalised_hash(text) not in evaluation)
-        self.dropped["negative_that_is_evaluation"] += len(record.negatives) - len(kept)
-        return dataclasses.replace(record, negatives=kept)
+    def _slices(self, mask: np.ndarray) -> Iterator[tuple[np.ndarray, SpoolSlice]]:
+        """The records of a mask in pieces: their numbers, and where they are."""
+        members = np.flatnonzero(mask)
+        for start in range(0, len(members), SLICE):
+            numbers = members[start : start + SLICE]
+            yield numbers, self.read.spool.take(numbers)
 
     def _report(
-        self, collector: Collector, manifest: dict[str, Any], isolation: dict[str, Any], components: dict[str, Any]
+        self, manifest: dict[str, Any], isolation: dict[str, Any], components: dict[str, Any]
     ) -> dict[str, Any]:
         return {
             "format": 1,
             "name": self.settings.name,
             "seed": self.settings.seed,
             "set": manifest["fingerprint"],
-            "rows": {"read": collector.bad.rows, "bad": collector.bad.report()},
+            "rows": {"read": self.read.bad.rows, "bad": self.read.bad.report()},
             "records": {
                 name: {"records": info["records"], "texts": info["texts"], "shards": len(info["shards"])}
                 for name, info in manifest["splits"].items()
@@ -226,12 +237,3 @@ def _component_report(numbers: Numbers, side: np.ndarray, labels: np.ndarray) ->
     _, counts = np.unique(labels[chosen], return_counts=True)
     pairs = np.unique(labels[chosen] * len(SIDES) + side[chosen])
     return {"count": len(counts), "largest": int(counts.max()), "on_two_sides": len(pairs) - len(counts)}
-
-
-def _chunks(spool: Spool, mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[Record]]]:
-    """The records of a mask, in batches, with their numbers."""
-    members = np.flatnonzero(mask)
-    start = 0
-    for batch in batches(spool[int(number)] for number in members):
-        yield members[start : start + len(batch)], batch
-        start += len(batch)

@@ -15,10 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbr_dist.data.execute import Executor, current
 from lbr_dist.data.fields import Entity, check_fields
+from lbr_dist.data.first_pass import BLOCK_CHARACTERS, BLOCK_ROWS
 from lbr_dist.data.pipeline import Pipeline, Settings
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.publish import check_target, finished, publish, workspace
+from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.sources import Part, Source, expand
 from lbr_dist.data.split import SIDES, parse_sizes
 from lbr_dist.errors import UserError
@@ -76,6 +78,7 @@ def prepare(
     shard_records: int = 8192,
     shard_mib: float = 256,
     overwrite: bool = False,
+    executor: Executor | None = None,
 ) -> PrepareReport:
     """Turn source files into a prepared set.
 
@@ -99,6 +102,7 @@ def prepare(
         seed: of the order and of the choice of sides.
         shard_records, shard_mib: bounds of one shard.
         overwrite: replace a set made from other input.
+        executor: where rows are digested and shards written; default: the current one.
 
     Raises:
         UserError: bad sources, settings or rows, an `out` that holds something else, or a full disk.
@@ -136,8 +140,9 @@ def prepare(
         done = finished(out, origin, overwrite, partial(_difference, new=origin))
         if done is not None:
             return PrepareReport(out, done, unchanged=True)
-        report = Pipeline(work, settings, tokens, origin, progress).run(parts, outside)
-        publish(work / "set", out)
+        folder = resumable(work.absolute(), {**origin, "blocks": [BLOCK_ROWS, BLOCK_CHARACTERS]})
+        report = Pipeline(folder, settings, tokens, origin, progress, executor or current()).run(parts, outside)
+        publish(folder / "set", out)
     return PrepareReport(out, report, unchanged=False)
 
 

@@ -88,9 +88,25 @@ class ShardWriter:
     `shard_bytes` gets a shard of its own.
     """
 
-    def __init__(self, root: Path, split: str, tokenizer: str, *, shard_records: int, shard_bytes: int) -> None:
-        """`tokenizer`: fingerprint of the one that the token counts are of."""
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        tokenizer: str,
+        *,
+        shard_records: int,
+        shard_bytes: int,
+        first_shard: int = 0,
+        first_record: int = 0,
+    ) -> None:
+        """Start writing.
+
+        Args:
+            tokenizer: fingerprint of the one that the token counts are of.
+            first_shard, first_record: shards and records of the split that others write before these.
+        """
         self.root, self.split, self.tokenizer = root, split, tokenizer
+        self._first_shard, self._first_record = first_shard, first_record
         self.shard_records, self.shard_bytes = shard_records, shard_bytes
         self.info = SplitInfo()
         self._tar: IO[bytes] | None = None
@@ -120,14 +136,14 @@ class ShardWriter:
         data = record.to_json()
         if len(data) >= LARGEST_MEMBER:
             raise UserError(f"record {record.id}: {len(data)} bytes do not fit in a tar member: lower --max-chars")
-        padded = -(-len(data) // BLOCK) * BLOCK
+        padded = _padded(len(data))
         if self._tar is not None:
             full = len(self._rows["id"]) >= self.shard_records
             if full or self._bytes + BLOCK + padded + 2 * BLOCK > self.shard_bytes:
                 self._close_shard()
         if self._tar is None:
             self._open_shard()
-        self._put(_header(f"{self.info.records:09d}.json", len(data)))
+        self._put(_header(f"{self._first_record + self.info.records:09d}.json", len(data)))
         row = {"id": record.id, "offset": self._bytes, "size": len(data), **tokens}
         row["answer_hash"] = normalised_hash(record.document)
         row["domain"] = record.domain
@@ -138,7 +154,7 @@ class ShardWriter:
         self.info.texts += record.is_text
 
     def _open_shard(self) -> None:
-        self._name = f"{self.split}/{len(self.info.shards):06d}"
+        self._name = f"{self.split}/{self._first_shard + len(self.info.shards):06d}"
         self._tar = (self.root / f"{self._name}.tar").open("wb", buffering=1 << 20)
         self._rows = {name: [] for name in INDEX_SCHEMA.names}
         self._hash.reset()
@@ -172,6 +188,18 @@ class ShardWriter:
                 index_xxh128=xxhash.xxh3_128_hexdigest(index_data),
             )
         )
+
+
+def shard_starts(sizes: Sequence[int], *, shard_records: int, shard_bytes: int) -> list[int]:
+    """First record of each shard that `ShardWriter` makes of records with JSON of these sizes in bytes."""
+    starts, used = list[int](), 0
+    for record, size in enumerate(sizes):
+        member = BLOCK + _padded(size)
+        if not starts or record - starts[-1] >= shard_records or used + member + 2 * BLOCK > shard_bytes:
+            starts.append(record)
+            used = 0
+        used += member
+    return starts
 
 
 def write_set(
@@ -230,6 +258,10 @@ def manifest_fingerprint(manifest: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
 
 
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
 def _template() -> bytes:
     """A USTAR header of an empty member with no name, its checksum field blank (as the checksum is computed)."""
     header = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
@@ -278,13 +310,13 @@ class TokenCounter:
             self._known[key] = len(ids)
         counts = [[-1 if key is None else self._known[key] for key in row] for row in keys]
         columns = []
-        for record, (question, answer, text, *others) in zip(records, counts, strict=True):
+        for record, (question, answer, plain, *others) in zip(records, counts, strict=True):
             split = len(record.negatives)
             columns.append(
                 {
                     "question_tokens": question,
                     "answer_tokens": answer,
-                    "text_tokens": text,
+                    "text_tokens": plain,
                     "negative_tokens": others[:split],
                     "positive_tokens": others[split:],
                 }

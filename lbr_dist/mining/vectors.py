@@ -44,7 +44,7 @@ def embed(
         work = EncodeBlock(model, side, parts, device)
         blocks = 0
         with progress.phase(f"embedding: {side}", len(rows_N)) as advance:
-            for done in executor.stream([side], read, work):
+            for done in executor.stream([side], read, work, model=True):
                 blocks += 1
                 advance(done.texts)
         _join([part_file(parts, number) for number in range(1, blocks + 1)], len(rows_N), file)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from lbr_dist.data import first_pass, shard_writer
 from lbr_dist.data import record as record_module
-from lbr_dist.data import shard_writer
 from lbr_dist.data.isolation import Crossings
 from lbr_dist.data.prepare import PrepareReport, prepare
 from lbr_dist.data.record import normalise
@@ -195,27 +195,80 @@ def test_two_runs_for_one_folder(sources: list[str], tmp_path: Path) -> None:
     os.close(lock)
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_nothing_is_left_when_writing_fails(
-    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
-) -> None:
+def fail_in_writing(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
     real = shard_writer.ShardWriter._put
     calls = 0
 
     def put(self: Any, data: bytes) -> None:
         nonlocal calls
         calls += 1
-        if calls == 100:
+        if calls == 300:
             raise failure
         real(self, data)
 
     monkeypatch.setattr(shard_writer.ShardWriter, "_put", put)
-    expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
-    with pytest.raises(expected) as caught:
+
+
+def test_nothing_is_left_when_the_disk_is_full(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_in_writing(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UserError, match=r"the disk is full .* nothing was left behind: free space"):
         run(sources, tmp_path / "out")
-    if expected is UserError:
-        assert "the disk is full (No space left on device); nothing was left behind: free space" in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt.gz", "qa.jsonl"]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks and shards that were committed are taken over, unless the sources have changed."""
+    monkeypatch.setattr(first_pass, "BLOCK_ROWS", 50)
+    settings: dict[str, Any] = {"shard_records": 30, "name": "same"}
+    run(sources, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        fail_in_writing(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(sources, tmp_path / "out", **settings)
+    assert [path.name for path in (tmp_path / ".out.preparing").iterdir()] == ["resume"]
+    digested, written = [], []
+    real_write, real_records = shard_writer.ShardWriter.write, first_pass.DigestRows._records
+    monkeypatch.setattr(
+        shard_writer.ShardWriter, "write", lambda self, *rest: written.append(len(rest[0])) or real_write(self, *rest)
+    )
+    monkeypatch.setattr(
+        first_pass.DigestRows, "_records", lambda *rest: digested.append(rest[1].number) or real_records(*rest)
+    )
+    run(sources, tmp_path / "out", **settings)
+    shards = [len(info.shards) for info in open_set(tmp_path / "whole").splits.values()]
+    assert digested == []
+    assert 0 < len(written) < sum(shards)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / ".out.preparing").exists()
+
+
+def test_what_was_committed_for_other_input_is_not_used(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_in_writing(patch, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(sources, tmp_path / "out", name="same")
+    write(Path(sources[0]), domain(seed=5))
+    run(sources, tmp_path / "out", name="same")
+    run(sources, tmp_path / "whole", name="same")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_blocks_do_not_change_the_output(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(sources, tmp_path / "one", name="same", shard_records=30)
+    monkeypatch.setattr(first_pass, "BLOCK_ROWS", 7)
+    monkeypatch.setattr("lbr_dist.data.pipeline.SLICE", 11)
+    run(sources, tmp_path / "many", name="same", shard_records=30)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_bad_rows_are_counted_by_reason_and_the_first_is_named(tmp_path: Path) -> None:
@@ -254,7 +307,7 @@ def test_bad_rows_are_counted_by_reason_and_the_first_is_named(tmp_path: Path) -
 
 
 def test_hopeless_source_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbr_dist.data.collect.HOPELESS", 20)
+    monkeypatch.setattr("lbr_dist.data.first_pass.HOPELESS", 20)
     path = write(tmp_path / "a.jsonl", [{"frage": "q", "antwort": "a"}] * 500)
     with pytest.raises(UserError, match=r"20 of 20 rows are bad.*a.jsonl line 1: cannot tell .* fields frage, antwort"):
         run([str(path)], tmp_path / "out")
@@ -364,6 +417,7 @@ def test_real_tokenizer(tiny_model_dir: Callable[..., Path], sources: list[str],
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "BATCH_CHARACTERS", 20_000)
     monkeypatch.setattr("lbr_dist.data.minhash._WORD_CHUNK", 1 << 14)
+    monkeypatch.setattr("lbr_dist.data.first_pass.BLOCK_CHARACTERS", 20_000)
     rng = random.Random(0)
     sizes, peaks = [], []
     for words in (20, 20, 1500):  # the first run also imports and fills tables
