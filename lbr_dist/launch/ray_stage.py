@@ -79,9 +79,9 @@ def requested(options: argparse.Namespace) -> Callable[[list[Node]], Request]:
 
 
 def check_stage(recipe: Recipe, stage: str, name: str) -> None:
-    """Check that a driver was given a recipe of its stage."""
-    if recipe.stage != stage:
-        other = "stage2.py" if recipe.stage == "contrastive" else "stage1.py"
+    """Check that a driver was given a recipe of its stage; that of stage 2 runs joint recipes too."""
+    if stage != ("contrastive" if recipe.stage == "joint" else recipe.stage):
+        other = "stage1.py" if recipe.stage == "generative" else "stage2.py"
         raise UserError(f"recipe {name}: its stage is {recipe.stage}, this driver's is {stage}: use {other}")
 
 

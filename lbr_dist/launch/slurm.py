@@ -33,7 +33,7 @@ MAX_RESTARTS = 3
 """Restarts without a new checkpoint after which a job is not started again."""
 PORTS, BLOCK = range(20_000, 32_000), 16
 """Below Linux's ephemeral ports, in blocks: each job and each of its attempts begins at a block of its own."""
-_SCRIPTS = {"generative": "slurm/stage1.sh", "contrastive": "slurm/stage2.sh"}
+_SCRIPTS = {"generative": "slurm/stage1.sh", "contrastive": "slurm/stage2.sh", "joint": "slurm/stage2.sh"}
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _run(given: argparse.Namespace) -> int:
     elif given.command == "evaluated":
         print(recipe.data.sets[0].path)
     elif given.command == "begin":
-        if given.stage and recipe.stage != given.stage:
+        if given.stage and _SCRIPTS[recipe.stage] != _SCRIPTS[given.stage]:
             raise UserError(f"recipe {given.recipe}: stage is {recipe.stage}: submit {_SCRIPTS[recipe.stage]}")
         attempt = Attempt.from_environment(os.environ)
         ports = free_ports(given.ports, attempt, os.environ.get("MASTER_PORT"))
