@@ -29,9 +29,14 @@ def train(
         from lbr_dist.launch.local import launch
 
         sys.exit(launch(loaded, nproc, resume=resume, allow_change=allow_change or ()))
+    from lbr_dist.training.run import ContactLostError
     from lbr_dist.training.run import train as run
 
-    sys.exit(run(loaded, resume=resume, allow_change=allow_change or ()).exit_code)
+    try:
+        sys.exit(run(loaded, resume=resume, allow_change=allow_change or ()).exit_code)
+    except ContactLostError as error:  # a consequence: the rank that caused it has the traceback
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def plan(
