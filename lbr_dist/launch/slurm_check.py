@@ -23,7 +23,7 @@ from typing import Any
 from lbr_dist.errors import UserError
 from lbr_dist.launch.environment import Environment, detect
 from lbr_dist.launch.slurm import Attempt, free_ports
-from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
+from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds, table
 
 CONNECT_S = 60.0
 """Time that the slowest node has to start Python and to connect."""
@@ -298,18 +298,10 @@ class _Server:
     def _report(self, shared: Sequence[Path], quick: bool) -> bool:
         found = findings(self._nodes, self._speeds)
         if not quick:
-            _print_table(self._nodes, self._speeds)
+            print("\n".join(table(self._nodes, self._speeds)))
         for finding in found:
             print(f"bad: {finding}")
         if not found:
             folders = ", ".join(map(str, shared))
             print(f"{len(self._nodes)} nodes: all answer, see the same {folders}, and agree on the time")
         return not found
-
-
-def _print_table(nodes: Sequence[Node], speeds: Mapping[tuple[int, int], float | str]) -> None:
-    print(f"{'node':<16} {'clock':>9} {'GPUs':>5}  all-reduce with another node, GB/s: lowest, highest")
-    for index, node in enumerate(nodes):
-        own = [speed for pair, speed in speeds.items() if index in pair and isinstance(speed, float)]
-        span = f"{min(own):.2f}  {max(own):.2f}" if own else "-"
-        print(f"{node.name:<16} {node.skew_s * 1e3:>+6.0f} ms {node.gpus:>5}  {span}")

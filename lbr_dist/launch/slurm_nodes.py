@@ -73,6 +73,16 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
     return found
 
 
+def table(nodes: Sequence[Node], speeds: Mapping[tuple[int, int], float | str]) -> list[str]:
+    """What was measured, a line for each node; arguments as for `findings`."""
+    lines = [f"{'node':<16} {'clock':>9} {'GPUs':>5}  all-reduce with another node, GB/s: lowest, highest"]
+    for index, node in enumerate(nodes):
+        own = [speed for pair, speed in speeds.items() if index in pair and isinstance(speed, float)]
+        span = f"{min(own):.2f}  {max(own):.2f}" if own else "-"
+        lines.append(f"{node.name:<16} {node.skew_s * 1e3:>+6.0f} ms {node.gpus:>5}  {span}")
+    return lines
+
+
 def findings(nodes: Sequence[Node], speeds: Mapping[tuple[int, int], float | str]) -> list[str]:
     """What is wrong, each with the node or the pair at fault.
 
