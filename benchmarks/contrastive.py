@@ -23,6 +23,7 @@ import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def ours(side: str, folder: str, batch: int, micro_tokens: int, device: str) -> 
             cache=side == "ours",
         )
         for closure in closures:
-            closure().backward()  # type: ignore[no-untyped-call]
+            closure().backward()
         model.zero_grad()
         return float(result()[0])
 
@@ -210,10 +211,11 @@ def micro_batches(queries: list[list[int]], passages: list[list[int]], micro_tok
 
 def theirs(side: str, folder: str, batch: int, micro_tokens: int, device: str) -> Step:
     """sentence-transformers with one of its two losses."""
-    from sentence_transformers import SentenceTransformer, losses, models
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses, modules
 
-    transformer = models.Transformer(folder)
-    pooling = models.Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
+    transformer = modules.Transformer(folder)
+    pooling = modules.Pooling(transformer.get_embedding_dimension(), pooling_mode="lasttoken")
     model = SentenceTransformer(modules=[transformer, pooling], device=device).train()
     scale = 1 / SETTINGS.temperature
     loss: Any
@@ -251,7 +253,7 @@ def _times(folder: str, batch: int, micro_tokens: int, device: str, rounds: int)
     def keep(side: str) -> None:
         found[side] = steps[side]()
 
-    seconds = common.take_turns({side: (lambda side=side: keep(side)) for side in SIDES_OF}, rounds, device)
+    seconds = common.take_turns({side: partial(keep, side) for side in SIDES_OF}, rounds, device)
     if max(found.values()) - min(found.values()) > 1e-3:
         raise SystemExit(f"the sides compute different losses: {found}")
     parts = texts(batch)

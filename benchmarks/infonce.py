@@ -58,7 +58,8 @@ def main() -> None:
     if args.toy:
         args.sizes, args.width = [256, 512], 32
     if args.huge:
-        huge(*((1024, 64, 128) if args.toy else (65536, 1536, args.rows)), args)
+        size, width, queries = (1024, 64, 128) if args.toy else (65536, 1536, args.rows)
+        huge(size, width, queries, args)
         return
     rows = []
     for size in args.sizes:
@@ -101,8 +102,8 @@ def huge(size: int, width: int, rows: int, args: argparse.Namespace) -> None:
         found = pool.apply(_short_memory, (size, width, rows, args.device, args.two_way))
     rest = (size - rows) * width * 4 / MIB
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu()
-    row = {"batch": size, "width": width, "rows": rows, "measured_mib": found, "rest_mib": rest}
-    row |= {"total_mib": found + rest, "two_way": args.two_way, "hardware": hardware, "torch": torch.__version__}
+    row: dict[str, Any] = {"batch": size, "width": width, "rows": rows, "measured_mib": found, "rest_mib": rest}
+    row |= {"total_mib": found + rest, "two_way": args.two_way, "hardware": hardware, "torch": str(torch.__version__)}
     text = (
         f"InfoNCE in strips, {size:,} x {size:,} x {width:,}, forward and backward: peak memory beside the inputs. "
         f"{hardware}, torch {torch.__version__}, {date.today().isoformat()}.\n\n"

@@ -20,6 +20,8 @@ class Case(NamedTuple):
     margin: float | None = None
     keys: bool = False
     tile: int = 4096
+    extra: bool = False
+    """With both extra terms and nested dimensions."""
 
 
 CASES = {
@@ -29,9 +31,18 @@ CASES = {
         Case((9, 3), (0, 5), two_way=True, keys=True, margin=0.1),
         Case((20, 30), (40, 3), two_way=True, tile=4),
         Case((7, 0), (3, 0), two_way=True, keys=True),
+        Case((7, 0), (3, 0), two_way=True, keys=True, extra=True),
     ],
-    3: [Case((5, 4, 4), (3, 0, 8), keys=True, margin=0.2), Case((30, 20, 31), (0, 2, 0), two_way=True, tile=4)],
-    4: [Case((4, 3, 4, 3), (1, 0, 2, 7), two_way=True, keys=True), Case((8, 8, 0, 8), (0, 0, 0, 0), margin=0.3)],
+    3: [
+        Case((5, 4, 4), (3, 0, 8), keys=True, margin=0.2),
+        Case((30, 20, 31), (0, 2, 0), two_way=True, tile=4),
+        Case((30, 20, 31), (0, 2, 0), two_way=True, tile=4, extra=True),
+    ],
+    4: [
+        Case((4, 3, 4, 3), (1, 0, 2, 7), two_way=True, keys=True),
+        Case((8, 8, 0, 8), (0, 0, 0, 0), margin=0.3),
+        Case((4, 3, 4, 3), (1, 0, 2, 7), keys=True, margin=0.2, extra=True),
+    ],
 }
 
 
@@ -69,6 +80,9 @@ def loss_of(case, weight, rank=None, step=0):
         margin=case.margin,
         two_way=case.two_way,
         tile=case.tile,
+        query_query=case.extra,
+        passage_passage=case.extra,
+        dims=[(8, 2.0), (3, 1.0)] if case.extra else None,
         **keys,
     )
 
