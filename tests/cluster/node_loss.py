@@ -92,7 +92,8 @@ class Transcript:
             command or shlex.split(line), cwd=self._place, env={**self._cluster.env, **self._env},
             capture_output=True, text=True, timeout=LONG, check=True,
         )  # fmt: skip
-        print(f"\n$ {line}\n{done.stdout.replace(str(self._place) + '/', '')}", end="", flush=True)
+        output = done.stdout.replace(f"{self._place}/", "").replace(str(self._place), ".")
+        print(f"\n$ {line}\n{output}", end="", flush=True)
 
 
 if __name__ == "__main__":
