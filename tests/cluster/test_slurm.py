@@ -79,7 +79,7 @@ def environment(place: Path) -> dict[str, str]:
 def limited(submit: Callable[..., int]) -> int:
     """A job that needs more time than it may have: 100 s of waiting alone, with 105 s at most."""
     options = ("--nodes=2", "--nodelist=n3,n4", "--time=2", "--signal=B:USR1@15")
-    return submit("stage1.sh", "one.yaml", "output=runs/limited", options=options, PACE="1")
+    return submit("stage1.sh", "one.yaml", "output=runs/limited", options=options, PACE="1", LBR_MAX_RESTARTS="20")
 
 
 @pytest.fixture(scope="module")
