@@ -272,10 +272,17 @@ def test_a_node_that_does_not_see_the_shared_folder(
 
 def test_check_measures_every_pair_and_names_the_bad_node(cluster: SlurmCluster, place: Path, calm: Path) -> None:
     """Then n2's link loses its speed."""
-    good = check(cluster, place, "n1,n2,n3")
-    assert good.returncode == 0, good.stdout
-    assert "3 nodes: all answer, see the same" in good.stdout
-    assert [line.split()[0] for line in good.stdout.splitlines()[1:4]] == ["n1", "n2", "n3"]
+    printed = ""
+
+    def good() -> bool:  # pairs share this machine's cores: one may look slow for want of them
+        nonlocal printed
+        done = check(cluster, place, "n1,n2,n3")
+        printed = done.stdout
+        return done.returncode == 0
+
+    wait_for(good, LONG, lambda: printed)
+    assert "3 nodes: all answer, see the same" in printed
+    assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["n1", "n2", "n3"]
     cluster.on(
         "n2", "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "200mbit", "burst", "1mb", "latency", "50ms"
     )
