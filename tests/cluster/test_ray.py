@@ -280,7 +280,7 @@ def test_the_whole_path_as_one_job(ray: RayCluster, recipe: Callable[..., Path])
         bottleneck={"tokens": 1},
     )
     for _ in range(2):  # the second time everything is there already
-        code, output = ray.drive(str(one), str(two), "--num-workers", "2", "--generate", "2", driver="pipeline")
+        code, output = ray.drive(str(one), str(two), "--num-workers", "1", "--generate", "2", driver="pipeline")
         assert code == 0, output
     run = ray.folder / "runs" / "two"
     assert f"weights from {ray.folder / 'runs' / 'one'}" in (run / "log.txt").read_text()
