@@ -352,3 +352,16 @@ def test_an_instruction_that_merges_with_the_text_is_refused(made: Any, tmp_path
     recipe = make_recipe(tmp_path, "contrastive", contrastive={"passage_instruction": "Passage:\n"})
     with pytest.raises(UserError, match=r"contrastive\.passage_instruction"):
         make_loader(recipe, tokens)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_any_way_to_start_processes_will_do(made: Any, method: str) -> None:
+    """Python 3.14 no longer forks by default; a job's parts must survive being pickled."""
+    root, tokens = made
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        found = batches_of(make_loader(make_recipe(root, data={"workers": 1}), tokens))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert same(found, batches_of(make_loader(make_recipe(root), tokens)))
