@@ -51,8 +51,8 @@ def start_command(environ: Mapping[str, str], address: str, ports: Sequence[int]
 def run_node(ports: Sequence[int]) -> int:
     """Run Ray until the step ends; nodes other than the head wait until it listens.
 
-    Ray gives its own processes 20 to 30 s to come up, which is little on a busy node, or where all nodes read Python from
-    one file system at once: a start that fails is tried again, within WAIT_S.
+    Ray gives its own processes 20 to 30 s to come up, which is little on a busy node, or where all nodes read Python
+    from one file system at once: a start that fails is tried again, within WAIT_S.
     """
     host, port = os.environ["RAY_ADDRESS"].rsplit(":", 1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
