@@ -8,13 +8,13 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = true
 
-.PHONY: quickstart test test-unit test-distributed test-cluster test-gpu lint format docs constraints clean
+.PHONY: quickstart test test-unit test-distributed test-cluster test-gpu bench bench-gpu lint format docs constraints clean
 
 quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot and an exported model in about 10 minutes
 	$(BIN)/python -m benchmarks.quickstart --out quickstart
 
 test: $(VENV)/.installed            ## every test that one machine without a GPU can run
-	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu tests/cluster
+	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu
 
 test-unit: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/unit
@@ -28,6 +28,13 @@ test-cluster: $(VENV)/.installed    ## as root: real Slurm and Ray clusters of s
 test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/gpu
 
+bench: $(VENV)/.installed           ## the speed benchmarks on this CPU, one after the other
+	for name in bottleneck padding loader startup zero_overhead; do \
+	    OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+bench-gpu: $(VENV)/.installed       ## tests/gpu and the GPU benchmarks, ten minutes at most
+	PYTHON=$(BIN)/python benchmarks/gpu_all.sh
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -40,7 +47,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv -c constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[test,quickstart,dev]'
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[test,quickstart,dev]'
 	touch $@
 
 docs: $(VENV)/.installed            ## the pages that are made from the code
