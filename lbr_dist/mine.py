@@ -115,7 +115,8 @@ def mine(
     if done is not None:
         return MineReport(out, done, unchanged=True)
     with workspace(out) as work, Progress() as progress:
-        job = _Job(model, opened, rule, resumable(work.absolute(), origin), progress, executor or current())
+        folder = resumable(work.absolute(), {**origin, "queries": QUERIES})
+        job = _Job(model, opened, rule, folder, progress, executor or current())
         job.mine("given" if given else index, device, block)
         target = work / "set"
         target.mkdir()

@@ -33,8 +33,11 @@ TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token 
 
 
 @contextmanager
-def cluster() -> Iterator[str]:
+def cluster(*, dashboard: bool = True) -> Iterator[str]:
     """Join the cluster of RAY_ADDRESS, or run one on this machine for as long as the context lasts.
+
+    Args:
+        dashboard: of a cluster that is run here; Ray Train's own actors ask its state API.
 
     Inside another such context it is that one's cluster. A process starts at most one: Ray keeps its first token.
 
@@ -59,7 +62,7 @@ def cluster() -> Iterator[str]:
             else:
                 context = ray.init(
                     address="local",
-                    include_dashboard=True,  # Ray Train's own actors ask its state API
+                    include_dashboard=dashboard,
                     object_store_memory=OBJECT_STORE_BYTES,
                 )
             if context.dashboard_url:

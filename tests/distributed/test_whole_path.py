@@ -105,3 +105,24 @@ def test_damaged_and_foreign_data_end_before_training(place: Path) -> None:
     assert "error: " in foreign
     assert not (place / "runs" / "foreign" / "checkpoints").exists()
     assert "other bottleneck" in lbr(place, "train", "two.yaml", "bottleneck.tokens=2", "output=runs/x", code=2)
+
+
+def test_mined_negatives_are_trained_on(place: Path) -> None:
+    prepare(place, "plain")
+    mined = lbr(place, "mine", "hf:base?pooling=mean", "plain", "--out", "mined", "-n", "2", "--share", "2")
+    assert "80 negatives for 40 queries" in mined
+    assert "nothing to do" in lbr(
+        place, "mine", "hf:base?pooling=mean", "plain", "--out", "mined", "-n", "2", "--share", "2"
+    )
+    options = ("model.start_from=null", "data.sets.0.path=mined", "contrastive.hard_negatives=2", "duration.steps=2")
+    lbr(place, "train", "two.yaml", "output=runs/mined", *options)
+    rows = [json.loads(line) for line in (place / "runs/mined/metrics.jsonl").open()]
+    negatives = [row["effective_negatives"] for row in rows if "effective_negatives" in row]
+    assert len(negatives) == 2
+    assert all(40 < count <= 15 + 32 for count in negatives)  # of 16 pairs; another's negative may be one's own answer
+    assert "its cl side is empty" in lbr(place, "mine", "bm25", only_gl(place), "--out", "none", code=2)
+
+
+def only_gl(folder: Path) -> str:
+    lbr(folder, "prepare", "qa.jsonl", "--out", "gl", "--tokenizer", "base", "--cl", "0", "--eval", "0")
+    return "gl"

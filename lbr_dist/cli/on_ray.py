@@ -1,0 +1,92 @@
+"""The command line of `ray_jobs/prepare.py`, `encode.py` and `mine.py`: the `lbr` command's own, on a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
+
+
+def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -> int:
+    """Run a command of `lbr_dist.cli` with its blocks on Ray; a mistake of the user is exit code 2.
+
+    Args:
+        command: one that takes `out`.
+        arguments: the command's own, and those of `cluster_options`.
+    """
+    from lbr_dist.cli import quiet
+    from lbr_dist.data.execute import executing
+    from lbr_dist.launch.ray_cluster import cluster
+
+    quiet()
+    options, rest = cluster_options().parse_known_args(arguments)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=cluster_options().format_usage())(_checked(command))
+    try:
+        if {"-h", "--help"} & set(rest):
+            app(rest, standalone_mode=False)
+            return 0
+        with cluster(dashboard=False):
+            from lbr_dist.launch.ray_data import RayData
+
+            executor = RayData(
+                workers=options.num_workers,
+                cpus_per_worker=options.cpus_per_worker,
+                gpus_per_worker=options.gpus_per_worker,
+            )
+            with executing(executor):
+                app(rest, standalone_mode=False)
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except _usage_error() as error:
+        error.show()
+        return EXIT_USER_ERROR
+
+
+def cluster_options() -> argparse.ArgumentParser:
+    """The options that say what is asked of the cluster."""
+    made = argparse.ArgumentParser(add_help=False, usage="on Ray also: [--num-workers N] [--cpus-per-worker N] "
+                                                         "[--gpus-per-worker N]", allow_abbrev=False)  # fmt: skip
+    made.add_argument("--num-workers", type=_positive)
+    made.add_argument("--cpus-per-worker", type=_positive, default=1)
+    made.add_argument("--gpus-per-worker", type=int)
+    return made
+
+
+def _checked(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, refusing output that Ray would remove with the job's working directory."""
+    from lbr_dist.launch.ray_stage import UNPACKED
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        if UNPACKED in Path.cwd().parts and not Path(values["out"]).is_absolute():
+            raise UserError(
+                f"{values['out']}: is relative to the job's working directory, a copy that each node removes: name an "
+                "absolute path on storage that all nodes share"
+            )
+        command(**values)
+
+    return run
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
+
+
+def _usage_error() -> type[Any]:
+    import click
+
+    return click.UsageError

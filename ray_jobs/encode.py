@@ -1,0 +1,12 @@
+"""Texts to vectors: `lbr encode` with its blocks on a Ray cluster. Under `ray job submit`, or by itself; docs/ray.md.
+
+python ray_jobs/encode.py MODEL TEXTS.jsonl VECTORS.parquet [--num-workers N]
+"""
+
+import sys
+
+from lbr_dist.cli.models import encode
+from lbr_dist.cli.on_ray import main
+
+if __name__ == "__main__":
+    sys.exit(main(encode))

@@ -1,0 +1,12 @@
+"""Hard negatives: `lbr mine` with its blocks on a Ray cluster. Under `ray job submit`, or by itself; docs/ray.md.
+
+python ray_jobs/mine.py MODEL SET --out MINED [--num-workers N]
+"""
+
+import sys
+
+from lbr_dist.cli.data import mine
+from lbr_dist.cli.on_ray import main
+
+if __name__ == "__main__":
+    sys.exit(main(mine))

@@ -1,0 +1,12 @@
+"""Raw files to shards: `lbr prepare` with its blocks on Ray. Under `ray job submit`, or by itself; docs/ray.md.
+
+python ray_jobs/prepare.py SOURCES... --out SET --tokenizer MODEL [--num-workers N]
+"""
+
+import sys
+
+from lbr_dist.cli.data import prepare
+from lbr_dist.cli.on_ray import main
+
+if __name__ == "__main__":
+    sys.exit(main(prepare))
