@@ -1,0 +1,34 @@
+#!/bin/bash
+# Everything that needs one CUDA GPU, in one call of at most ten minutes: tests/gpu and the GPU benchmarks.
+#
+#     benchmarks/gpu_all.sh [OUT]        # default: benchmarks/results
+#
+# Needs torch, transformers, pydantic, numpy, xxhash, peft and pytest; no DeepSpeed, webdataset, ray or mteb. Each part has
+# its own time limit, so that a slow one does not cost the results of the next; the exit code is that of the tests.
+set -u
+cd "$(dirname "$0")/.."
+out=${1:-benchmarks/results}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+
+part() {                              # part NAME SECONDS COMMAND...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name"
+    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
+    local code=$?
+    tail -n 25 "$out/$name.log"
+    echo "== $name: exit code $code"
+    return $code
+}
+
+part tests_gpu 120 "$python" -m pytest tests/gpu -p no:cacheprovider
+tests=$?
+part mfu 210 "$python" -m benchmarks.mfu --out "$out"
+part bottleneck 110 "$python" -m benchmarks.bottleneck --shape 135m --rounds 3 --out "$out"
+part bottleneck_flex 60 "$python" -m benchmarks.bottleneck --shape 135m --attention flex --rounds 2 \
+    --lengths 1024 4096 --out "$out"
+part bottleneck_large 60 "$python" -m benchmarks.bottleneck --shape 1.5b --rounds 2 --tokens 8192 \
+    --lengths 1024 4096 --out "$out"
+part infonce 35 "$python" -m benchmarks.infonce --sizes 1024 4096 16384 --out "$out"
+exit $tests
