@@ -111,7 +111,7 @@ def test_prepare(place: Path, tmp_path: Path, executor: Any, monkeypatch: pytest
     assert report["dropped"]["negative_that_is_evaluation"] > 0
     assert report["dropped"]["text_contains_evaluation"] > 0
     assert checksums(tmp_path / "there") == checksums(tmp_path / "here")
-    with pytest.raises(UserError, match="1 of 470 rows are bad"):
+    with pytest.raises(UserError, match="1 of 472 rows are bad"):
         make_set(place, tmp_path / "bad", max_bad_share=0, executor=executor)
 
 
