@@ -1,0 +1,121 @@
+"""Each speed benchmark runs at a toy size, in this process, and writes a result that says so."""
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import common, dense, lengths, loader, mfu, padding
+from lbr_dist.config import Bottleneck
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def call(name, *options, result=None):
+        threads = torch.get_num_threads()
+        monkeypatch.setattr(sys, "argv", [name, "--toy", "--out", str(tmp_path), *options])
+        try:
+            importlib.import_module(f"benchmarks.{name}").main()
+        finally:
+            torch.set_num_threads(threads)
+        text = (tmp_path / f"{result or name}.md").read_text()
+        assert "Toy sizes: these figures mean nothing" in text
+        found = json.loads((tmp_path / f"{result or name}.json").read_text())
+        assert found["date"]
+        assert found["hardware"]
+        return found["rows"], text
+
+    return call
+
+
+def test_bottleneck(run):
+    rows, _ = run("bottleneck", "--device", "cpu")
+    assert [row["tokens"] for row in rows] == ["medicine", 32]
+    assert all(math.isfinite(row[name]) and row[name] > 0 for row in rows for name in ("ib", "rec", "dense_ib"))
+
+
+def test_padding(run):
+    rows, _ = run("padding", "--device", "cpu")
+    assert [row["source"] for row in rows] == list(padding.SOURCES)
+    assert all(set(row["seconds"]) == {"packed", *padding.PADDED} for row in rows)
+
+
+def test_mfu(run):
+    rows, text = run("mfu", "--device", "cpu")
+    assert {row["variant"] for row in rows} >= {"base", "checkpointing", "logits"}
+    assert "matrix products" in text  # the profile
+    assert mfu.kind_of("sm90_xmma_gemm_bf16") == "matrix products"
+    assert mfu.kind_of("something else") == "other"
+
+
+def test_loader(run):
+    rows, text = run("loader")
+    sides = {row["side"] for row in rows}
+    installed = {side for side in loader.SIDES if side == "lbr" or importlib.util.find_spec(side)}
+    assert sides == installed
+    for side in set(loader.SIDES) - installed:
+        assert f"{loader.NAMES.get(side, side)} is not installed" in text
+    assert {(row["side"], row["where"]) for row in rows} >= {("lbr", "local"), ("lbr", "http")}
+
+
+def test_zero_overhead(run):
+    rows, _ = run("zero_overhead")
+    assert [(row["case"], row["ranks"]) for row in rows] == [("plain torch", 1), ("ZeRO-3", 2)]
+    assert all(row["cpu_s"] > 0 for row in rows)
+
+
+def test_startup(run):
+    rows, _ = run("startup")
+    parts = {row["part"]: row for row in rows}
+    assert parts["checkpoint: load"]["start_wall"] is None  # a first start loads none, a restart does
+    assert parts["checkpoint: load"]["restart_wall"] > 0
+    for kind in ("start", "restart"):
+        assert 0 <= parts["the rest"][f"{kind}_wall"] < parts["whole"][f"{kind}_wall"]  # nothing counts twice
+        assert parts["first step"][f"{kind}_wall"] > 0
+
+
+def test_dense_side_hides_x_only_behind_a_bottleneck():
+    samples = padding.make_samples(("medicine",), 2)
+    batch = dense.collate(samples)
+    s = samples[0]
+    y = len(s.x) + s.z
+    assert not batch.mask[0, 0, y, : len(s.x)].any()
+    assert batch.mask[0, 0, y, len(s.x) : y + 1].all()
+    assert not batch.mask[0, 0, y, y + 1 :].any()
+
+
+def test_budget_batches_keep_order_and_budget():
+    samples = padding.make_samples(("code",), 40)
+    batches = padding.by_budget(samples, 2048)
+    assert [s for batch in batches for s in batch] == samples
+    assert all(len(b) == 1 or len(b) * max(map(padding.tokens, b)) <= 2048 for b in batches)
+
+
+def test_lengths_are_of_every_source():
+    assert all(x > 0 and y > 1 for x, y in lengths.load("medicine", "code", "chemistry"))
+    assert min(lengths.documents("medicine.corpus")) >= 8
+    assert Bottleneck().length(1) == 1
+
+
+def test_ratio_is_the_median_of_rounds():
+    assert common.ratio([2, 9, 4], [1, 3, 4]) == (2, 1, 3)
+
+
+def test_gpu_benchmarks_import_without_what_a_gpu_machine_may_lack():
+    """`benchmarks/gpu_all.sh` promises to need no DeepSpeed, webdataset, ray or mteb."""
+    code = (
+        "import sys\n"
+        "for name in ('deepspeed', 'webdataset', 'ray', 'mteb'): sys.modules[name] = None\n"
+        "import benchmarks.bottleneck, benchmarks.padding, benchmarks.mfu, benchmarks.infonce\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr
