@@ -15,6 +15,7 @@ have been (logging, checkpointing, loader processes, memory layout), or the user
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -54,6 +55,9 @@ HARMLESS = (
 )
 """Fields, or whole sections, that may change on resume. `duration` may: a longer run has another learning rate from
 there on, which is what whoever extends it asks for."""
+
+SET_PATH = re.compile(r"data\.sets\.\d+\.path")
+"""Harmless too: sets are compared by their content when a checkpoint is chosen, wherever they have moved."""
 
 
 def has_run(folder: Path) -> bool:
@@ -97,7 +101,11 @@ def check_same(folder: Path, recipe: Recipe, allow_change: Sequence[str] = ()) -
         UserError: it is another run; the differing fields are named.
     """
     changed = differences(load_run_recipe(folder), recipe)
-    refused = {field: pair for field, pair in changed.items() if not covered(field, (*HARMLESS, *allow_change))}
+    refused = {
+        field: pair
+        for field, pair in changed.items()
+        if not (covered(field, (*HARMLESS, *allow_change)) or SET_PATH.fullmatch(field))
+    }
     if refused:
         listed = "; ".join(f"{field} was {old!r} and is {new!r}" for field, (old, new) in refused.items())
         raise UserError(

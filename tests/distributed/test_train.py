@@ -234,14 +234,16 @@ def test_a_model_or_set_that_changed_under_a_run_is_refused(place: tuple[Path, P
 
 
 def test_changes_that_are_allowed(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:
-    """A longer run, other logging and another ZeRO stage go on without asking; a rate only when allowed by name."""
+    """A longer run, other logging, a moved set and another ZeRO stage go on without asking; another rate does not."""
     folder = place[0]
     output = cut_off(both["one"]["output"], folder / "changed")
     changed = {**both["one"], "output": output, "duration": {"epochs": 3.5}, "deepspeed": "zero1"}
     changed |= {"tracking": {"every_steps": 2}, "optim": {**both["one"]["optim"], "lr": 1e-4}}
+    changed["data"] = {**both["one"]["data"], "sets": [{"path": str(shutil.copytree(place[2], folder / "moved-set"))}]}
     (refused, accepted) = run(folder, 1, [changed, {**changed, "train.allow_change": ["optim.lr"]}])
     assert "optim.lr" in refused["error"]
     assert "tracking" not in refused["error"]
+    assert "data.sets" not in refused["error"]
     assert accepted["code"] == 0
     assert accepted["step"] > len(losses(both["one"]["output"]))
     assert "optim.lr was 0.003 and is now 0.0001" in (Path(output) / "log.txt").read_text()
