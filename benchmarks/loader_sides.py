@@ -127,9 +127,8 @@ def open_lbr(
         steps = Loader(plan, readers, finish.tokenization, recipe, start_step=resume or 0)
         return (step.samples for step, _ in steps)
     order = ([ref.row for ref in plan.step(n).refs()] for n in range(resume or 0, plan.steps_per_epoch(0)))
-    return _counts(
-        DataLoader(_Rows(reader, finish), sampler=order, batch_size=None, num_workers=workers, collate_fn=_same)
-    )
+    rows: Any = _Rows(reader, finish)
+    return _counts(DataLoader(rows, sampler=order, batch_size=None, num_workers=workers, collate_fn=_same))
 
 
 class _Rows:

@@ -60,10 +60,8 @@ def make_inputs(folder: Path) -> None:
     for name, sizes in SHAPES.items():
         torch.manual_seed(0)
         heads = sizes["hidden_size"] // 64
-        settings = LlamaConfig(
-            **sizes, num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True
-        )
-        LlamaForCausalLM(settings).save_pretrained(folder / name)
+        shape: dict[str, Any] = {**sizes, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
+        LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).save_pretrained(folder / name)
         make_tokenizer(folder / name)
     rng = random.Random(0)
     records = [

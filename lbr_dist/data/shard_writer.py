@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -204,7 +204,7 @@ def shard_starts(sizes: Sequence[int], *, shard_records: int, shard_bytes: int) 
 
 def write_set(
     root: Path,
-    splits: dict[str, Iterable[Record]],
+    splits: Mapping[str, Iterable[Record]],
     tokens: Tokens,
     *,
     name: str,
