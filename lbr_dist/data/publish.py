@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.shards import open_set
+from lbr_dist.disk import sync
 from lbr_dist.errors import UserError
 
 RESUME = "resume"
@@ -131,13 +132,13 @@ def resumable(work: Path, job: Any) -> Path:
 def publish(folder: Path, out: Path) -> None:
     """Flush `folder` to disk and rename it to `out`, in place of an older one."""
     for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
     old = _old(out)
     if out.exists():
         out.rename(old)
     folder.rename(out)
-    _sync(out.parent)
+    sync(out.parent)
     _remove(old)
 
 
@@ -167,11 +168,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 
+from lbr_dist.disk import sync
+
 CHUNK_BYTES = 16 * 2**20
 
 TEMPORARY = ".tmp-"
@@ -191,16 +193,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
     write_bytes(temporary, data)
     temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Force a folder's entries (new names, renames) to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def checksum(path: Path) -> str:

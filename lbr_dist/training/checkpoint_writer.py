@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lbr_dist.disk import sync
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
@@ -198,7 +199,7 @@ class CheckpointWriter:
                 data = content if isinstance(content, bytes) else content.read_bytes()
                 written = files.write_bytes(folder / name, data)
                 entries[name] = FileEntry(kind="extra", bytes=written.bytes, xxh128=written.xxh128)
-            files.sync_folder(folder)
+            sync(folder)
         except OSError as error:
             return {}, _explain(error, self.team.rank, folder)
         return entries, None
@@ -222,13 +223,13 @@ class CheckpointWriter:
         try:
             files.write_bytes(temporary / layout.MANIFEST, layout.encode_manifest(manifest))
             for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
-                files.sync_folder(folder)
-            files.sync_folder(temporary)
+                sync(folder)
+            sync(temporary)
             replaced = final.with_name(f"{layout.REPLACED}{final.name}")
             if final.exists():
                 final.rename(replaced)
             temporary.rename(final)
-            files.sync_folder(self.folder)
+            sync(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
             self._sequence += 1
             files.replace_bytes(self.folder / layout.LATEST, f"{final.name}\n".encode())
