@@ -16,7 +16,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -171,11 +170,15 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_leave_with_trainer, daemon=True).start()
 
 
-def _leave_with(parent: int) -> None:
-    """End this process when its trainer is gone (SIGKILL): torch's own watch waits for batches that nobody takes."""
-    while os.getppid() == parent:
-        time.sleep(1)
+def _leave_with_trainer() -> None:
+    """End this process when its trainer is gone (SIGKILL): torch's own watch waits for batches that nobody takes.
+
+    The trainer is not always the system's parent: with forkserver, Python's default from 3.14 on, the server is.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
     os._exit(1)

@@ -290,6 +290,7 @@ import multiprocessing, os, sys, time
 sys.path[:0] = sys.argv[1:2]
 import test_loader
 from pathlib import Path
+multiprocessing.set_start_method(sys.argv[3])
 root = Path(sys.argv[2])
 recipe = test_loader.make_recipe(root, data={"workers": 2, "prefetch": 64}, batch={"global_batch": 1},
     duration={"steps": 1000})
@@ -300,9 +301,10 @@ time.sleep(600)
 """
 
 
-def test_no_loader_process_survives_a_killed_trainer(made: Any) -> None:
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_no_loader_process_survives_a_killed_trainer(made: Any, method: str) -> None:
     """Their batches fill the pipe that nobody reads any more: an ordinary exit would wait on it for ever."""
-    command = [sys.executable, "-c", ORPHANS, f"{Path(__file__).parent}", f"{made[0]}"]
+    command = [sys.executable, "-c", ORPHANS, f"{Path(__file__).parent}", f"{made[0]}", method]
     paths = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parents[2])))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}) as run:
         assert run.stdout is not None
