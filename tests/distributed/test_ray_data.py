@@ -30,8 +30,10 @@ WORDS = [f"word{i}" for i in range(400)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One cluster for all tests, on loopback and with a token; its address and token are in the environment."""
+    """One cluster for all tests, on loopback. Without a token: Ray reads the mode once in a process, when it is
+    imported, and in this one other tests have imported it before."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
         with ray_cluster.cluster(dashboard=False):
