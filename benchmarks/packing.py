@@ -32,6 +32,7 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from benchmarks import common
 from lbr_dist.config import Recipe
 from lbr_dist.data.loader import Loader
 from lbr_dist.data.packing import assign_bins
@@ -74,11 +75,7 @@ def main() -> None:
 
 
 def hardware() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    return {"cpu": cpu, "platform": platform.system(), "threads": 1, "torch": torch.__version__}
+    return {"cpu": common.cpu_name(), "platform": platform.system(), "threads": 1, "torch": torch.__version__}
 
 
 def measure(path: Path, folder: Path, toy: bool) -> dict[str, Any]:
