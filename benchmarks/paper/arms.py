@@ -26,7 +26,7 @@ class Arm:
     """One trained model."""
 
     title: str
-    stage: Literal["generative", "contrastive"]
+    stage: Literal["generative", "contrastive", "joint"]
     start: str | None = "base"
     """The arm whose weights it starts from; None: the backbone as it is."""
     settings: tuple[str, ...] = ()
@@ -53,6 +53,13 @@ ARMS: dict[str, Arm] = {
     "pt_cl": Arm("PT + CL", "contrastive", "pt", PLAIN, "gl_cl"),
     "ib_gl_reconstruct_cl": Arm("IB-GL (PT, reconstruction) + CL", "contrastive", "ib_gl_reconstruct", rate="lbr"),
     "ib_gl_prefix_cl": Arm("IB-GL (PT, prefix) + CL", "contrastive", "ib_gl_prefix", rate="lbr"),
+    "joint": Arm("one stage, both losses, w = 0.5", "joint"),
+    "joint_moving": Arm(
+        "one stage, both losses, w from 0.1 to 0.9",
+        "joint",
+        settings=("joint.weight=0.1", "joint.final_weight=0.9", "joint.schedule=linear"),
+        rate="joint",
+    ),
 }
 for _ratio in RATIOS:
     ARMS[f"ratio_{_ratio}"] = Arm(

@@ -48,6 +48,9 @@ EXPERIMENTS = {
         bm25=False,
         costs=True,
     ),
+    "joint": Experiment(
+        "Beyond the paper: one joint stage or two", ("cl", "lbr", "joint", "joint_moving"), bm25=False, costs=True
+    ),
     "figure3": Experiment(
         "Figure 3: share of the samples that goes into GL",
         tuple(

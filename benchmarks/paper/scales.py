@@ -27,6 +27,8 @@ class Scale:
     """Questions of the tables, one per entity."""
     generative: tuple[str, ...]
     contrastive: tuple[str, ...]
+    joint: tuple[str, ...]
+    """As many bins and pairs as the two stages have together."""
     language_model: tuple[str, ...] | None
     """Settings of the run that makes the base language model; None: the backbone is one already."""
     generative_rates: tuple[float, ...]
@@ -53,6 +55,7 @@ SCALES = {
         test=1000,
         generative=("duration.steps=1200",),
         contrastive=("duration.steps=50",),
+        joint=("joint.bins=6", "batch.global_batch=64", "duration.steps=200"),
         language_model=("optim.lr=2e-3", "duration.steps=600"),
         generative_rates=(1e-3, 2e-3, 4e-3),
         contrastive_rates=(5e-4, 1e-3, 2e-3),
@@ -75,6 +78,15 @@ SCALES = {
             "duration.steps=null",
             "duration.epochs=4",
         ),
+        joint=(
+            "model.dtype=bfloat16",
+            "data.bin_tokens=8192",
+            "joint.bins=1",
+            "batch.global_batch=128",
+            "batch.micro_tokens=65536",
+            "duration.steps=null",
+            "duration.epochs=4",
+        ),
         language_model=None,
         generative_rates=(5e-5, 1e-4, 2e-4),
         contrastive_rates=(5e-5, 1e-4, 2e-4),
@@ -86,6 +98,7 @@ SCALES = {
         test=20,
         generative=("duration.steps=2",),
         contrastive=("duration.steps=2", "batch.global_batch=8"),
+        joint=("duration.steps=2", "batch.global_batch=8"),
         language_model=("duration.steps=2",),
         generative_rates=(1e-3,),
         contrastive_rates=(1e-3,),

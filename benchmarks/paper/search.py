@@ -1,7 +1,8 @@
 """The search for learning rates: the same effort for every arm, on questions that no table uses.
 
 Stage 1's rate is chosen by what it is for: the dev score after a stage 2 with the middle rate. Then each stage 2 arm
-gets its own rate from the same grid. Seed 0; everything tried is written down.
+gets its own rate from the same grid, and the joint stage one from the grid of stage 1. Seed 0; everything tried is
+written down.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def search(place: Workplace) -> dict[str, Any]:
         found = {rate: score(arm, rate, start, f"{prefix}{arm}-{rate:g}") for rate in scale.contrastive_rates}
         trials += [{"arm": arm, "rate": rate, "judged_by": arm, "dev": value} for rate, value in found.items()]
         rates[arm] = max(found, key=lambda rate: found[rate])
+    found = {rate: score("joint", rate, None, f"joint-{rate:g}") for rate in scale.generative_rates}
+    trials += [{"arm": "joint", "rate": rate, "judged_by": "joint", "dev": value} for rate, value in found.items()]
+    rates["joint"] = max(found, key=lambda rate: found[rate])
     return {"domain": place.domain, "rates": rates, "trials": trials}
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from typing import Any
 
 from benchmarks import jsonl
 from benchmarks.commands import Lbr, side_by_side
+from benchmarks.paper.tables import figure
 from lbr_dist.cli import quiet
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -140,16 +140,10 @@ def spread(seeds: list[dict[str, Any]], arms: Sequence[tuple[str, str]]) -> str:
         cells = [
             figure([model["retrieval"]["ndcg_at_10"] for model in models], 3),
             figure([model["retrieval"]["recall_at_10"] for model in models], 3),
-            figure([model["separation"]["sr"] for model in models], 2) if "separation" in models[0] else "–",
+            figure([model["separation"]["sr"] for model in models if "separation" in model], 2),
         ]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def figure(values: list[float], digits: int) -> str:
-    """`mean ± deviation`, or the value alone."""
-    text = f"{statistics.fmean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main() -> None:

@@ -31,7 +31,10 @@ def prepare(
         str | None, typer.Option(help="FIELD or FIELD~REGEX: rows with the same value stay on one side.")
     ] = None,
     decontaminate: Annotated[
-        list[str] | None, typer.Option(help="Evaluation set from elsewhere; connected training rows are dropped.")
+        list[str] | None,
+        typer.Option(
+            help="Evaluation set from elsewhere; connected training rows are dropped. Of its own kind, not of --kind."
+        ),
     ] = None,
     paragraphs: Annotated[
         bool, typer.Option(help="Plain text holds documents separated by blank lines, not one per line.")

@@ -92,7 +92,8 @@ def prepare(
         sizes: "gl", "cl", "eval" to a count ("5000"), a share ("0.2") of the question-answer records, or "rest";
             None: eval 0.05, cl 0.25, gl the rest. Plain texts always go to gl.
         entity: `FIELD` or `FIELD~REGEX`: rows of the same group share a side.
-        decontaminate: evaluation sets from elsewhere; training records connected to them are dropped.
+        decontaminate: evaluation sets from elsewhere; training records connected to them are dropped. `kind` says
+            nothing of them: a corpus is often cleaned of questions.
         paragraphs: plain-text files hold documents separated by blank lines, not one per line.
         similarity: estimated Jaccard similarity (word shingles) from which texts are near-duplicates, 0.5 to 1.
         max_chars: longest field in characters; longer ones are bad rows.
@@ -129,7 +130,8 @@ def prepare(
     check_target(out)
     tokens = Tokenization.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
     with workspace(out) as work, Progress() as progress:
-        parts, outside = (_parts(named, kind, fields or {}, work) for named in (sources, decontaminate))
+        parts = _parts(sources, kind, fields or {}, work)
+        outside = _parts(decontaminate, None, fields or {}, work)
         with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
             origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
             for name_of, group in (("sources", parts), ("decontaminate", outside)):

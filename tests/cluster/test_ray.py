@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -258,7 +259,7 @@ def assert_metrics(ray: RayCluster, run: Path) -> None:
 
 
 def test_what_cannot_work_is_said_at_once(ray: RayCluster, recipe: Callable[..., Path]) -> None:
-    """Scenario 5, on Ray: exit code 2, one attempt."""
+    """Scenario 5, on Ray: exit code 2, one attempt; a loss that is not a number is no reason to start again either."""
     code, output = ray.drive(str(recipe("wide")), "--num-workers", "9", "--cpus-per-worker", "2")
     assert code == 2, output
     assert f"--num-workers 9 of 2 CPUs each: the cluster at {HEAD}:6379 has room for 0" in output
@@ -267,6 +268,12 @@ def test_what_cannot_work_is_said_at_once(ray: RayCluster, recipe: Callable[...,
     code, output = ray.drive(str(recipe("wide")), "--num-workers", "2", "--resume", "/nowhere")  # seen by a worker
     assert code == 2, output
     assert "error: /nowhere: not a run nor a checkpoint of lbr" in output
+    assert "restart 1 of" not in output
+
+    wild = {"lr": 1e30, "warmup": 0}
+    code, output = ray.drive(str(recipe("wild", optim=wild)), "--num-workers", "1")
+    assert code == 2, output
+    assert "lower optim.lr, or set on_nan=skip" in output
     assert "restart 1 of" not in output
 
 
@@ -287,6 +294,41 @@ def test_the_whole_path_as_one_job(ray: RayCluster, recipe: Callable[..., Path])
     assert json.loads((run / "eval" / "eval.json").read_text())["models"][0]["retrieval"]
     assert (run / "model" / "modules.json").is_file()
     assert audit(run).problems == []
+
+
+def test_data_as_jobs(ray: RayCluster, tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    """Prepared, mined and encoded on the nodes, each a submitted job; the bytes are those of one machine."""
+    rng, source, model = random.Random(0), ray.folder / "rows.jsonl", str(tiny_model_dir("llama"))
+    answers = [" ".join(rng.choices(["fever", "rash", "aspirin", "heart", "measles"], k=8)) for _ in range(150)]
+    rows = [{"id": f"r{i}", "question": f"What of {i}?", "answer": f"{answer} {i}"} for i, answer in enumerate(answers)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def data(place: Path, run: Callable[..., None]) -> dict[str, bytes]:
+        place.mkdir(exist_ok=True)
+        encoder = f"hf:{model}?pooling=mean"
+        small = ("--name", "rows", "--shard-records", "40")
+        run("prepare", str(source), "--out", str(place / "set"), "--tokenizer", model, *small)
+        run("mine", encoder, str(place / "set"), "--out", str(place / "mined"), "--device", "cpu", "--share", "2")
+        run("encode", encoder, str(source), str(place / "vectors.parquet"), "--device", "cpu")
+        return {str(file.relative_to(place)): file.read_bytes() for file in place.rglob("*") if file.is_file()}
+
+    def here(command: str, *arguments: str) -> None:
+        subprocess.run([sys.executable, "-m", "lbr_dist", command, *arguments], check=True, timeout=300)
+
+    def there(command: str, *arguments: str) -> None:
+        log = ray.folder / f"{command}.log"
+        submit = ("ray", "job", "submit", "--address", "http://127.0.0.1:8265", "--working-dir", ".", "--")
+        job = ray.begin(log, *submit, "python", f"ray_jobs/{command}.py", *arguments, "--num-workers", "3")
+        try:
+            assert job.wait(300) == 0, log.read_text(errors="replace")
+        finally:
+            job.kill()
+
+    expected = data(tmp_path / "here", here)
+    found = data(ray.folder / "there", there)
+    assert len(expected) > 10
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
 
 
 def test_two_jobs_at_once(ray: RayCluster, recipe: Callable[..., Path]) -> None:

@@ -222,12 +222,30 @@ def test_mistakes_end_the_job(cluster: SlurmCluster, place: Path, submit: Callab
     typo = submit("stage1.sh", "one.yaml", "optim.lrr=1", options=one)
     stage = submit("stage1.sh", "two.yaml", options=one)
     nowhere = submit("stage1.sh", "three.yaml", options=one)
+    wild = submit("stage1.sh", "one.yaml", "output=runs/wild", "optim.lr=1e30", "optim.warmup=0", options=one)
     with taken(cluster, "n1", 29_500):
         port = submit("stage1.sh", "one.yaml", "output=runs/port", options=one, MASTER_PORT="29500")
         cluster.refuse(port, "MASTER_PORT=29500: taken on n1")
     cluster.refuse(typo, "unknown key optim.lrr; did you mean lr?")
     cluster.refuse(stage, "stage is contrastive: submit slurm/stage2.sh")
     cluster.refuse(nowhere, "recipe three.yaml: no such file")
+    cluster.refuse(wild, "lower optim.lr, or set on_nan=skip")  # the loss was not a number
+    assert [row.get("requeue") for row in history(place / "runs" / "wild")] == [None, False]
+
+
+def test_data_is_prepared_by_a_job(cluster: SlurmCluster, place: Path, submit: Callable[..., int]) -> None:
+    """Twice: the second finds the set made. A mistake is not repeated."""
+    source = place / "rows.jsonl"
+    rows = [{"id": f"r{i}", "question": f"What of {i}?", "answer": f"measles {i} times"} for i in range(50)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("rows.jsonl", "--out", "prepared", "--tokenizer", "base")
+    one = ("--nodes=1", "--nodelist=n1", "--time=10", *SHARED)
+    for said in ("50 rows", "up to date"):
+        job = submit("prepare.sh", *arguments, options=one)
+        cluster.finish(job)
+        assert said in cluster.log(job)
+    bad = submit("prepare.sh", "nowhere.jsonl", *arguments[1:], options=one)
+    cluster.refuse(bad, "nowhere.jsonl")
 
 
 def test_a_crash_loop_stops(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:

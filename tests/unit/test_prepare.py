@@ -351,6 +351,16 @@ def test_decontamination_drops_whole_components(sources: list[str], tmp_path: Pa
     assert not [text for text in texts if normalise(rows[0]["answer"]) in text]
 
 
+def test_a_corpus_is_decontaminated_of_questions(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [{"id": str(i), "text": sentence(rng)} for i in range(60)]
+    outside = [{"question": "unheard of", "answer": texts[7]["text"]}]
+    corpus, questions = write(tmp_path / "corpus.jsonl", texts), write(tmp_path / "questions.jsonl", outside)
+    run([str(corpus)], tmp_path / "out", kind="corpus", sizes={"cl": 0}, decontaminate=[str(questions)])
+    kept = {row["id"] for row in everything(tmp_path / "out")["gl"]}
+    assert kept == {row["id"] for row in texts} - {"7"}
+
+
 def test_negatives_that_are_evaluation_answers_are_removed(tmp_path: Path) -> None:
     rows = [
         {"id": str(i), "question": f"q {i}", "answer": f"a {i}", "negatives": ["x", f"A {i - 1}."]} for i in range(60)
