@@ -23,8 +23,18 @@ NAMES: dict[str, tuple[str, ...]] = {
     "question": ("question", "query", "prompt", "instruction", "stem", "problem", "anchor"),
     "answer": ("answer", "response", "output", "completion", "document", "passage", "positive", "pos"),
     "document": ("document", "passage", "positive", "pos", "text", "answer", "response"),
-    "options": ("options", "choices"),
-    "right": ("answer_idx", "answer_index", "answerKey", "answer_key", "correct", "correct_option", "label", "answer"),
+    "options": ("options", "choices", "opa,opb,opc,opd"),
+    "right": (
+        "answer_idx",
+        "answer_index",
+        "answerKey",
+        "answer_key",
+        "correct",
+        "correct_option",
+        "cop",
+        "label",
+        "answer",
+    ),
     "text": ("text", "content", "document", "passage", "body", "abstract"),
     "id": ("id", "_id", "uid", "qid"),
     "domain": ("domain",),
@@ -32,10 +42,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     "negatives": ("negatives", "negative", "hard_negatives", "neg"),
     "positives": ("positives",),
 }
-"""Field names that are recognised for each role, the first that a row has wins."""
+"""Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
+fields of one role."""
 
 MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "negatives", "positives")
 """Roles that a field mapping may name."""
+
+MOST_FORMS = 1000
+"""Forms of rows (field names in order) whose roles are remembered."""
 
 REASONS = {
     "missing_field": "a field is missing",
@@ -108,6 +122,7 @@ class Converter:
     ) -> None:
         self.kind, self.fields, self.max_chars = kind, dict(fields), max_chars
         self.domain, self.source = domain, source
+        self._found: dict[tuple[str, tuple[str, ...]], str | None] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> Record:
         """The row's record.
@@ -160,11 +175,24 @@ class Converter:
         )
 
     def _find(self, row: Mapping[str, Any], role: str) -> str | None:
-        """Name of the row's field for a role; None: it has none."""
+        """Name of the row's field for a role, several joined by commas; None: it has none."""
+        key = role, tuple(row)
+        if key not in self._found:
+            if len(self._found) >= MOST_FORMS:
+                self._found.clear()
+            self._found[key] = self._look(row, role)
+        return self._found[key]
+
+    def _look(self, row: Mapping[str, Any], role: str) -> str | None:
         mapped = self.fields.get("answer" if role in ("right", "document") else role)
         if mapped is not None:
             return mapped if all(part in row for part in mapped.split(",")) else None
-        return next((name for name in NAMES[role] if name in row), None)
+        lower = {name.lower(): name for name in reversed(row)}
+        for name in NAMES[role]:
+            parts = [part if part in row else lower.get(part.lower()) for part in name.split(",")]
+            if None not in parts:
+                return ",".join(map(str, parts))
+        return None
 
     def _get(self, row: Mapping[str, Any], role: str, optional: bool = False) -> Any:
         name = self._find(row, role)

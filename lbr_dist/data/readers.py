@@ -7,10 +7,12 @@ be read at all stops the run.
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -51,29 +53,41 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
             with _open(part) as file:
                 if part.format == "jsonl":
                     yield from _jsonl(file)
+                elif part.format == "json":
+                    yield from _json(file)
                 elif part.format == "text":
                     yield from _paragraphs(file) if paragraphs else _lines(file)
                 else:
                     yield from _csv(file, "\t" if part.format == "tsv" else ",")
-    except (EOFError, OSError, zlib.error, tarfile.TarError, csv.Error, ValueError, _zstd_error()) as error:
+    except (
+        EOFError,
+        OSError,
+        zlib.error,
+        tarfile.TarError,
+        csv.Error,
+        ValueError,
+        lzma.LZMAError,
+        _zstd_error(),
+    ) as error:
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
 
 
 def _open(part: Part) -> IO[bytes]:
-    endings = ENDING.findall(part.name)
-    if endings[-1][1] == ".gz":
-        return cast(IO[bytes], gzip.open(part.path, "rb"))
-    if endings[-1][1] == ".zst":
+    compression = ENDING.findall(part.name)[-1][1]
+    if compression == ".zst":
         import zstandard
 
         return io.BufferedReader(zstandard.open(part.path, "rb"), 1 << 20)
+    if compression:
+        opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression]
+        return cast(IO[bytes], opener(part.path, "rb"))
     return part.path.open("rb", buffering=1 << 20)
 
 
-def _zstd_error() -> type[Exception]:
+def _compression_errors() -> tuple[type[Exception], ...]:
     import zstandard
 
-    return zstandard.ZstdError
+    return zlib.error, lzma.LZMAError, zstandard.ZstdError
 
 
 def _jsonl(file: IO[bytes]) -> Numbered:
@@ -81,6 +95,17 @@ def _jsonl(file: IO[bytes]) -> Numbered:
         if line.isspace():
             continue
         yield number, _json_object(line)
+
+
+def _json(file: IO[bytes]) -> Numbered:
+    """An array of objects, held in memory; a file that begins otherwise holds JSON lines, as many named so do."""
+    start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    file.seek(0)
+    if start != b"[":
+        yield from _jsonl(file)
+        return
+    for number, item in enumerate(json.loads(file.read().decode("utf-8-sig")), 1):
+        yield number, item if isinstance(item, dict) else RowError("wrong_type", "the item is not a JSON object")
 
 
 def _json_object(data: bytes) -> Row:

@@ -20,15 +20,18 @@ from lbr_dist.errors import UserError
 FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".txt": "text",
     ".tar": "tar",
 }
-"""Format of a file by the ending of its name, which .gz or .zst may follow (not with .parquet)."""
-UNITS = {"jsonl": "line", "csv": "line", "tsv": "line", "parquet": "row", "text": "line", "tar": "sample"}
-ENDING = re.compile(r"(\.(?:jsonl|ndjson|csv|tsv|parquet|txt|tar))(\.gz|\.zst)?(?=$|[\s'\"?#|])")
+"""Format of a file by the ending of its name, which one of `COMPRESSED` may follow (not with .parquet)."""
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+UNITS = {"jsonl": "line", "json": "item", "csv": "line", "tsv": "line", "text": "line", "tar": "sample"}
+"""What a row is called in a message; elsewhere it is a row."""
+ENDING = re.compile(rf"({'|'.join(map(re.escape, FORMATS))})({'|'.join(map(re.escape, COMPRESSED))})?(?=$|[\s'\"?#|])")
 HUB = "hub:"
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -114,7 +117,10 @@ def expand(source: Source, downloads: Path) -> list[Part]:
     if local.is_dir():
         if (local / "manifest.json").is_file():
             raise UserError(f"{path}: is a prepared set, not a source: give its tars, for example {path}/eval/*.tar")
-        files = [file for file in sorted(local.rglob("*")) if file.is_file() and ENDING.search(file.name)]
+        found = [file for file in sorted(local.rglob("*")) if file.is_file() and ENDING.search(file.name)]
+        files = [
+            file for file in found if _format(file.name) != "json"
+        ]  # settings and the like: to be named or globbed
     elif local.is_file():
         files = [local]
     else:
@@ -128,7 +134,9 @@ def expand(source: Source, downloads: Path) -> list[Part]:
 def _format(name: str) -> str:
     endings = ENDING.findall(name)
     if not endings:
-        raise UserError(f"{name}: unknown format; names end in {', '.join(FORMATS)}, then .gz or .zst if compressed")
+        raise UserError(
+            f"{name}: unknown format; names end in {', '.join(FORMATS)}, then {', '.join(COMPRESSED)} if compressed"
+        )
     return FORMATS[endings[-1][0]]
 
 

@@ -117,6 +117,14 @@ def test_multiple_choice(options: object, right: object) -> None:
     assert record.answer == "right"
 
 
+def test_names_in_capitals_and_options_in_fields_of_their_own() -> None:
+    assert convert({"ID": "7", "Question": "q", "Answer": "a", "answer_note": "x"}).id == "7"
+    row = {"question": "q", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2, "exp": "why"}
+    assert convert(row).answer == "y"
+    with pytest.raises(RowError, match="is none of the 4 options"):  # counted from 1
+        convert({**row, "cop": 4})
+
+
 def test_multiple_choice_over_several_fields() -> None:
     row = {"question": "stem", "opa": "x", "opb": "right", "cop": 1}
     assert convert(row, "multiple-choice", {"options": "opa,opb", "answer": "cop"}).answer == "right"

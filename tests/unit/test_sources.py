@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 
 ROWS = [{"id": f"r{i}", "question": f"Was ist {i}?", "answer": f"Größe, {i}\nzwei"} for i in range(5)]
+
+
+FILES = [
+    "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "a.json.xz", "a.csv", "a.tsv", "a.parquet", "a.tar", "a.tar.bz2",
+]  # fmt: skip
 
 
 def read(path: str | Path, tmp_path: Path, paragraphs: bool = False) -> list[tuple[int, Any]]:
@@ -41,6 +47,10 @@ def write(folder: Path, name: str) -> Path:
         path.write_bytes(gzip.compress(lines(ROWS)))
     elif name.endswith(".jsonl.zst"):
         path.write_bytes(zstandard.compress(lines(ROWS)))
+    elif name.endswith(".json"):
+        path.write_bytes(b"\xef\xbb\xbf\n" + json.dumps(ROWS, indent=1, ensure_ascii=False).encode())
+    elif name.endswith(".json.xz"):
+        path.write_bytes(lzma.compress(lines(ROWS)))
     elif name.endswith((".csv", ".tsv")):
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ROWS[0], delimiter="\t" if name.endswith(".tsv") else ",")
@@ -48,8 +58,8 @@ def write(folder: Path, name: str) -> Path:
             writer.writerows(ROWS)
     elif name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(ROWS), path)
-    elif name.endswith(".tar"):
-        with tarfile.open(path, "w") as tar:
+    elif ".tar" in name:
+        with tarfile.open(path, f"w:{name.rpartition('tar')[2].lstrip('.')}") as tar:
             for row in ROWS:
                 add(tar, f"a/{row['id']}.json", json.dumps(row).encode())
     return path
@@ -61,7 +71,7 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "a.tar"])
+@pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert [dict(row) for _, row in read(write(tmp_path, name), tmp_path)] == ROWS
 
@@ -121,6 +131,18 @@ def test_undecodable_rows_are_handed_on_with_their_number(tmp_path: Path) -> Non
     assert found == [(1, "ok"), (3, "invalid_utf8"), (4, "invalid_json"), (5, "wrong_type"), (6, "ok")]
 
 
+def test_an_array_with_something_else_in_it_and_a_cut_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "ok"}, [1]]')
+    (_, good), (number, bad) = read(path, tmp_path)
+    assert good == {"text": "ok"}
+    assert number == 2
+    assert isinstance(bad, RowError)
+    path.write_text('[{"text": "ok"}, {"te')
+    with pytest.raises(UserError, match=r"a\.json: damaged or not a json file"):
+        read(path, tmp_path)
+
+
 def test_csv_with_bad_bytes_and_ragged_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbfquestion,answer\nq,\xff\nq\nq,a,b\n")
@@ -134,7 +156,7 @@ def test_csv_with_bad_bytes_and_ragged_lines(tmp_path: Path) -> None:
 def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
-    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.md"):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "notes.md", "config.json"):
         (folder / name).write_text(name)
     assert [row["text"] for _, row in read(folder, tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
     assert [row["text"] for _, row in read(f"{folder}/**/*.txt", tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
