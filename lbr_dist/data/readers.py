@@ -59,16 +59,7 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
                     yield from _paragraphs(file) if paragraphs else _lines(file)
                 else:
                     yield from _csv(file, "\t" if part.format == "tsv" else ",")
-    except (
-        EOFError,
-        OSError,
-        zlib.error,
-        tarfile.TarError,
-        csv.Error,
-        ValueError,
-        lzma.LZMAError,
-        _zstd_error(),
-    ) as error:
+    except (EOFError, OSError, tarfile.TarError, csv.Error, ValueError, *_compression_errors()) as error:
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
 
 
