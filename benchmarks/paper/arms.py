@@ -1,8 +1,7 @@
 """The arms of the experiments: what each is trained on, where it starts, and what it changes in its stage's recipe.
 
 All arms of a stage share data, steps, batch and schedule; an arm says only what makes it that arm. Baselines pool by
-the mean over tokens, which was better for them than the last token wherever both were measured; the last token is an
-arm of its own.
+the mean over tokens, which was better for them than the last token wherever both were measured (`pooling` measures it).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.paper.arms import ARMS, RATIOS, SHARES
 
-STAGES = ("base", "gl", "ib_gl", "cl", "cl_last", "gl_cl", "gl_cl_last", "lbr")
+STAGES = ("base", "gl", "ib_gl", "cl", "gl_cl", "lbr")
 
 PEERS = {
     "McGill-NLP/LLM2Vec-Sheared-LLaMA-mntp-supervised": "LLM2Vec (Sheared-LLaMA 1.3B)",
@@ -47,6 +47,9 @@ EXPERIMENTS = {
         ),
         bm25=False,
         costs=True,
+    ),
+    "pooling": Experiment(
+        "What pools the baselines", ("cl", "cl_last", "gl_cl", "gl_cl_last", "lbr"), bm25=False
     ),
     "joint": Experiment(
         "Beyond the paper: one joint stage or two", ("cl", "lbr", "joint", "joint_moving"), bm25=False, costs=True
