@@ -22,6 +22,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.environment import Environment, detect
 from lbr_dist.training import tracking
+from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.schedule import factor
 from lbr_dist.training.signals import StopRequest
 from lbr_dist.training.watchdog import Watchdog
@@ -91,10 +92,10 @@ def train(
     log.info("%s: %s", run_dir, environment.describe())
     signals = StopRequest(run_dir if environment.rank == 0 else None)
     watch = Watchdog(run_dir, environment.rank, recipe.step_timeout)
-    with _full_disk_named(run_dir), signals as stop, watch as watchdog:
+    with _full_disk_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir) as lock:
         from lbr_dist.training.session import start
 
-        session = start(job, resume, on_row)
+        session = start(job, resume, lock, on_row)
         log.info("ready after %s", tracking.duration(time.monotonic() - began))
         try:
             return _Loop(session, stop, watchdog).run()

@@ -6,6 +6,7 @@
     checkpoints/      see checkpoint_format
     stacks/, bad-step-N.json    written when something went wrong
     stop              empty; a line in it asks the run to stop (see signals)
+    lock              who is at work here (see run_lock)
     ray/              what Ray Train writes about its attempts
     slurm.jsonl       starts and ends of Slurm jobs, and why each was requeued or not
 
@@ -29,7 +30,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
-STARTED = ("log.txt", "stacks", "stop", "ray", "slurm.jsonl")
+STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl")
 """What a start that found a mistake leaves in the folder; the next start goes on in it."""
 
 SEEN_AFTER_S = 75.0

@@ -26,6 +26,7 @@ from lbr_dist.training.checkpoint_format import read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
 from lbr_dist.training.preflight import Job, deep_check
 from lbr_dist.training.random_state import restore_random_state, seed_rank
+from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.steps import Objective, make_objective
 from lbr_dist.training.tracking import Tracker
 
@@ -77,14 +78,15 @@ class Session:
         self.engine.destroy()
 
 
-def start(job: Job, resume: str, on_row: Callable[[dict[str, Any]], None] | None = None) -> Session:
+def start(job: Job, resume: str, lock: RunLock, on_row: Callable[[dict[str, Any]], None] | None = None) -> Session:
     """Bring the run to where it goes on; `on_row` gets each row of metrics, on rank 0. Collective.
 
     Raises:
-        UserError: a damaged set, checkpoint or model, or a checkpoint of another run.
+        UserError: a damaged set, checkpoint or model, a checkpoint of another run, or a run folder that is in use.
     """
     recipe, environment = job.recipe, job.environment
     device = start_distributed(environment, recipe.step_timeout + 600)
+    on_rank_zero(lock.take)
     on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: _prepare(job, resume))
     on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))

@@ -1,0 +1,114 @@
+"""One run at a time in a run folder: a second one would remove the checkpoints that the first one goes on from.
+
+Rank 0 holds a lock on `RUN/lock` (flock), which ends with the process, however it ends, and writes into the file who
+holds it. A start that finds it held waits a while, because the attempt before may still be ending. On a network file
+system the lock of a machine that is gone can outlast it; so the holder touches the file every few seconds, and a lock
+of another machine whose file has not been touched for long is taken over.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+from lbr_dist.errors import UserError
+
+log = logging.getLogger("lbr")
+
+LOCK = "lock"
+TOUCH_S = 10.0
+"""Seconds between two signs of life."""
+PATIENCE_S = 120.0
+"""How long a start waits for a holder that lives: as long as ranks that lost contact may need to end."""
+GONE_S = 180.0
+"""Without a sign of life for so long, a holder on another machine is gone."""
+
+
+class RunLock:
+    """Context that gives the lock back, if `take` was called."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._path = folder, folder / LOCK
+        self._file: IO[str] | None = None
+        self._ended = threading.Event()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def take(self) -> None:
+        """Hold the lock, after waiting for it if need be.
+
+        Raises:
+            UserError: another run is in progress in the folder.
+        """
+        began = seen = time.monotonic()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        last, alive = 0.0, False
+        while not self._try():
+            holder, touched = self._look()
+            now = time.monotonic()
+            if not last:
+                log.info("%s: %s is at work there; waiting for its end", self._folder, holder)
+            elif touched != last:
+                seen, alive = now, True
+            last = touched
+            here = holder.endswith(f" on {socket.gethostname()}")
+            if (here or alive) and now - began > PATIENCE_S:
+                raise UserError(
+                    f"output {self._folder}: {holder} is at work there: let it end or stop it, or choose another output"
+                )
+            if not here and now - seen > GONE_S:
+                log.info("%s: no sign of life of %s for %.0f s; taking over", self._folder, holder, now - seen)
+                self._path.unlink(missing_ok=True)
+            time.sleep(0.2)
+        threading.Thread(target=self._live, name="run-lock", daemon=True).start()
+
+    def _try(self) -> bool:
+        """Take the lock if it is free; where the file system has no locks, say so and go on without."""
+        file = self._path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                return False
+            log.warning("%s: no lock to be had (%s): see to it that no two runs use the folder", self._path, error)
+        try:
+            ours = os.path.samestat(os.fstat(file.fileno()), self._path.stat())
+        except FileNotFoundError:
+            ours = False
+        if not ours:  # somebody took over just now
+            file.close()
+            return False
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+        return True
+
+    def _look(self) -> tuple[str, float]:
+        """Who holds the lock, and when the file was touched."""
+        try:
+            return self._path.read_text(encoding="utf-8").strip() or "another run", self._path.stat().st_mtime
+        except FileNotFoundError:
+            return "another run", 0.0
+
+    def _live(self) -> None:
+        while not self._ended.wait(TOUCH_S):
+            try:
+                os.utime(self._path)
+            except OSError as error:
+                log.warning("%s: cannot be touched (%s)", self._path, error)
