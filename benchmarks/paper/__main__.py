@@ -4,9 +4,10 @@
     python -m benchmarks.paper table3  --domain medicine --scale small --seeds 3
     python -m benchmarks.paper separation --scale small
 
-`search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's). The
-experiments are table1 to table6, figure3, pooling and joint; runs are shared between them, kept in --work, and not
-repeated. Results go to benchmarks/results/paper/SCALE/. `separation` reads what table3 wrote for each domain.
+`search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's), then,
+for `joint` alone, `search-joint`. The experiments are table1 to table6, figure3, pooling and joint; runs are shared
+between them, kept in --work, and not repeated. Results go to benchmarks/results/paper/SCALE/. `separation` reads what
+table3 wrote for each domain.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DOMAINS = ("chemistry", "medicine", "code")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", *EXPERIMENTS, "separation"])
+    parser.add_argument("what", choices=["search", "search-joint", *EXPERIMENTS, "separation"])
     parser.add_argument("--domain", choices=DOMAINS, default="medicine")
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
     parser.add_argument("--seeds", type=int, default=3)
@@ -50,8 +51,9 @@ def main() -> None:
         print(text)
         return
     place = Workplace(arguments.work, arguments.scale, arguments.domain, arguments.data, arguments.jobs)
-    if arguments.what == "search":
-        found = search.search(place)
+    if arguments.what.startswith("search"):
+        joint = arguments.what == "search-joint"
+        found = search.search_joint(place, rates(out, place.domain)) if joint else search.search(place)
         text = heading(place, "Learning rates, chosen on dev questions with seed 0") + search.markdown(found)
         tables.write(out, f"search-{arguments.domain}", text, found)
         print(text)

@@ -58,7 +58,7 @@ SCALES = {
         joint=("joint.bins=6", "batch.global_batch=64", "duration.steps=200"),
         language_model=("optim.lr=2e-3", "duration.steps=600"),
         generative_rates=(1e-3, 2e-3, 4e-3),
-        contrastive_rates=(5e-4, 1e-3, 2e-3),
+        contrastive_rates=(5e-4, 1e-3, 2e-3, 4e-3),
     ),
     "gpu": Scale(
         "gpu: SmolLM2-135M, full fine-tuning in bfloat16, one 80 GB GPU",
