@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lbr_dist.data.chat import unfold
 from lbr_dist.data.record import Record, content_id
 from lbr_dist.errors import UserError
 
@@ -130,6 +131,7 @@ class Converter:
         Raises:
             RowError: it cannot be used.
         """
+        row = self._unfolded(row)
         if self.kind is None:
             self.kind = self.detect(row)
         if self.kind == "corpus":
@@ -159,6 +161,7 @@ class Converter:
         Raises:
             RowError: they tell none.
         """
+        row = self._unfolded(row)
         has = {role: self._find(row, role) is not None for role in ("question", "answer", "options", "text")}
         if has["question"] and has["options"]:
             return "multiple-choice"
@@ -173,6 +176,15 @@ class Converter:
             f"cannot tell question, answer or text among the fields {', '.join(map(str, row)) or '(none)'}: "
             "name them, for example --field question=prompt",
         )
+
+    def _unfolded(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row with a conversation as question and answer, unless the user named their fields."""
+        if "question" in self.fields or self.kind == "corpus":
+            return row
+        try:
+            return unfold(row)
+        except ValueError as error:
+            raise RowError("wrong_type", str(error)) from None
 
     def _find(self, row: Mapping[str, Any], role: str) -> str | None:
         """Name of the row's field for a role, several joined by commas; None: it has none."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lbr_dist.data.fields import Converter, Entity, RowError, check_fields
@@ -115,6 +117,41 @@ def test_multiple_choice(options: object, right: object) -> None:
     record = convert({"question": "stem", "options": options, "answer": right})
     assert record.question == "stem\nA. x\nB. right"
     assert record.answer == "right"
+
+
+def test_conversations() -> None:
+    turns = [
+        ("system", "be kind"),
+        ("user", "fever?"),
+        ("assistant", "since when?"),
+        ("user", "today"),
+        ("assistant", "rest"),
+    ]
+    openai = {"id": "1", "messages": [{"role": role, "content": text} for role, text in turns]}
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    sharegpt = {"id": "1", "conversations": [{"from": names[role], "value": text} for role, text in turns]}
+    for row in (openai, sharegpt, {**openai, "messages": json.dumps(openai["messages"])}):
+        record = convert(row)
+        assert (record.question, record.answer) == ("fever?\nsince when?\ntoday", "rest")
+    alpaca = {"instruction": "Answer the patient.", "input": "fever?", "output": "rest"}
+    assert convert(alpaca).question == "Answer the patient.\nfever?"
+    assert convert({**alpaca, "input": ""}).question == "Answer the patient."
+    assert convert(alpaca, fields={"question": "input"}).question == "fever?"
+
+
+@pytest.mark.parametrize(
+    ("turns", "problem"),
+    [
+        ("hello", "messages is not a list of turns"),
+        ({"role": "user"}, "messages is not a list of turns"),
+        ([{"role": "user", "content": "a"}], r"messages: no reply \(assistant"),
+        ([{"role": "assistant", "content": "a"}], "no reply"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "messages, turn 2: not an object"),
+    ],
+)
+def test_conversations_of_another_form(turns: object, problem: str) -> None:
+    with pytest.raises(RowError, match=problem):
+        convert({"messages": turns})
 
 
 def test_names_in_capitals_and_options_in_fields_of_their_own() -> None:
