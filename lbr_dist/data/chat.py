@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -39,10 +40,8 @@ def unfold(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _pair(name: str, turns: Any) -> tuple[str, str]:
     if isinstance(turns, str):  # a cell of a CSV file
-        try:
+        with suppress(ValueError):
             turns = json.loads(turns)
-        except ValueError:
-            pass
     if not isinstance(turns, list | tuple):
         raise ValueError(f"{name} is not a list of turns")
     said: list[tuple[str, str]] = []

@@ -199,7 +199,7 @@ class Converter:
         mapped = self.fields.get("answer" if role in ("right", "document") else role)
         if mapped is not None:
             return mapped if all(part in row for part in mapped.split(",")) else None
-        lower = {name.lower(): name for name in reversed(row)}
+        lower = {name.lower(): name for name in reversed(list(row))}
         for name in NAMES[role]:
             parts = [part if part in row else lower.get(part.lower()) for part in name.split(",")]
             if None not in parts:

@@ -59,7 +59,7 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
                     yield from _paragraphs(file) if paragraphs else _lines(file)
                 else:
                     yield from _csv(file, "\t" if part.format == "tsv" else ",")
-    except (EOFError, OSError, tarfile.TarError, csv.Error, ValueError, *_compression_errors()) as error:
+    except _damage() as error:
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
 
 
@@ -69,16 +69,21 @@ def _open(part: Part) -> IO[bytes]:
         import zstandard
 
         return io.BufferedReader(zstandard.open(part.path, "rb"), 1 << 20)
-    if compression:
-        opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[compression]
-        return cast(IO[bytes], opener(part.path, "rb"))
+    if compression == ".gz":
+        return cast(IO[bytes], gzip.open(part.path, "rb"))
+    if compression == ".bz2":
+        return bz2.open(part.path, "rb")
+    if compression == ".xz":
+        return lzma.open(part.path, "rb")
     return part.path.open("rb", buffering=1 << 20)
 
 
-def _compression_errors() -> tuple[type[Exception], ...]:
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
     import zstandard
 
-    return zlib.error, lzma.LZMAError, zstandard.ZstdError
+    compression = zlib.error, lzma.LZMAError, zstandard.ZstdError
+    return EOFError, OSError, tarfile.TarError, csv.Error, ValueError, *compression
 
 
 def _jsonl(file: IO[bytes]) -> Numbered:
