@@ -43,6 +43,23 @@ def test_bottleneck(run):
     assert all(math.isfinite(row[name]) and row[name] > 0 for row in rows for name in ("ib", "rec", "dense_ib"))
 
 
+@pytest.mark.timeout(600)
+def test_contrastive(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["contrastive", "--toy", "--device", "cpu"])
+    importlib.import_module("benchmarks.contrastive").main()
+    text = capsys.readouterr().out
+    losses = {line.split("|")[4].strip() for line in text.splitlines() if line.startswith(("| ours", "| st "))}
+    assert len(losses) == 1  # all sides compute the same
+    assert "time of the cached step over the plain one" in text
+
+
+@pytest.mark.timeout(600)
+def test_infonce(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["infonce", "--toy", "--device", "cpu"])
+    importlib.import_module("benchmarks.infonce").main()
+    assert "gradient error" in capsys.readouterr().out
+
+
 def test_padding(run):
     rows, _ = run("padding", "--device", "cpu")
     assert [row["source"] for row in rows] == list(padding.SOURCES)

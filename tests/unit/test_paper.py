@@ -1,9 +1,12 @@
 """The paper's experiments: every arm at every scale is a valid recipe, and held-out entities stay out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from benchmarks import jsonl
+from benchmarks.paper import __main__ as paper
 from benchmarks.paper import prediction, tables
 from benchmarks.paper.__main__ import curves
 from benchmarks.paper.arms import ARMS, SHARES, rate_name
@@ -25,7 +28,7 @@ def test_every_arm_is_a_recipe(name, scale):
     loaded = load_recipe(recipe, overrides)
     arm = ARMS.get(name)
     assert loaded.stage == (arm.stage if arm else "generative")
-    answer = loaded.data.max_y_tokens if loaded.stage == "generative" else 0
+    answer = 0 if loaded.stage == "contrastive" else loaded.data.max_y_tokens
     longest = loaded.data.max_x_tokens + loaded.bottleneck.count + answer
     assert longest <= 512, "the small backbone has 512 positions"
     starts = arm is not None and (arm.start != "base" or sizes.language_model)
@@ -33,7 +36,7 @@ def test_every_arm_is_a_recipe(name, scale):
 
 
 def test_arms_start_from_arms_and_use_searched_rates():
-    searched = {*LEARN, *LEARN.values(), "cl"}
+    searched = {*LEARN, *LEARN.values(), "cl", "joint"}
     for name, arm in ARMS.items():
         assert arm.start == "base" or ARMS[arm.start].stage == "generative"
         assert rate_name(name) in searched
@@ -64,6 +67,31 @@ def test_held_out_entities_leave_training():
     assert len(rest) == 300 - 3 * 30
     assert hold_out(rows, 10, 20) == (dev, test, rest)
     assert ENTITY.startswith("id~")
+
+
+@pytest.mark.timeout(600)
+def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
+    """Data, base, an arm and its evaluation, by the one command; the second time nothing is trained again."""
+    monkeypatch.setitem(EXPERIMENTS, "table4", replace(EXPERIMENTS["table4"], arms=("ib_gl",)))
+    words = ["fever", "rash", "heart", "blood", "measles", "aspirin"]
+    rows = [
+        {"id": f"m:{i}:0", "question": f"{words[i % 6]} {i}?", "answer": f"{words[i % 5]} is {i} {words[i % 4]}"}
+        for i in range(240)
+    ]
+    jsonl.write(tmp_path / "medicine.jsonl", rows)
+    rates = {"domain": "medicine", "rates": {"ib_gl": 1e-3, "lbr": 1e-3}, "trials": []}
+    tables.write(tmp_path / "out" / "toy", "search-medicine", "", rates)
+    folders = ("--data", str(tmp_path), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"))
+    monkeypatch.setattr("sys.argv", ["paper", "table4", "--scale", "toy", "--seeds", "1", *folders])
+    paper.main()
+    finished = {file: file.stat().st_mtime for file in (tmp_path / "work").rglob("*.finished.json")}
+    assert len(finished) == 2
+    paper.main()
+    assert {file: file.stat().st_mtime for file in (tmp_path / "work").rglob("*.finished.json")} == finished
+    text = (tmp_path / "out" / "toy" / "table4-medicine.md").read_text()
+    assert "toy: only shows that everything runs" in text
+    assert "| LLM + IB-GL |" in text
+    assert (tmp_path / "out" / "toy" / "table4-medicine.png").stat().st_size > 1000
 
 
 def scores(name, ndcg, sr=0.0):
