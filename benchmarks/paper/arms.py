@@ -13,6 +13,7 @@ PLAIN = ("bottleneck.enabled=false", "contrastive.pooling=mean")
 LAST = ("bottleneck.enabled=false", "contrastive.pooling=last")
 TEXT = ("data.sets=[{path: data/text}]",)
 HALVES = ("data.sets=[{path: data/halves}]",)
+BOTH = ("data.sets=[{path: data/domain}, {path: data/swapped}]",)
 NEXT_TOKEN = ("generative.target=prefix", "generative.prefix_min=0", "generative.prefix_max=0")
 RATIOS = (10, 20, 100, 200, 500, 1000)
 SHARES = (0, 20, 40, 60, 80, 100)
@@ -52,6 +53,10 @@ ARMS: dict[str, Arm] = {
     "pt_cl": Arm("PT + CL", "contrastive", "pt", PLAIN, "gl_cl"),
     "ib_gl_reconstruct_cl": Arm("IB-GL (PT, reconstruction) + CL", "contrastive", "ib_gl_reconstruct", rate="lbr"),
     "ib_gl_prefix_cl": Arm("IB-GL (PT, prefix) + CL", "contrastive", "ib_gl_prefix", rate="lbr"),
+    "gl_both": Arm("GL, both ways", "generative", settings=(*PLAIN, *BOTH), rate="gl"),
+    "ib_gl_both": Arm("IB-GL, both ways", "generative", settings=BOTH, rate="ib_gl"),
+    "gl_both_cl": Arm("GL, both ways + CL", "contrastive", "gl_both", PLAIN, "gl_cl"),
+    "lbr_both": Arm("IB-GL, both ways + CL", "contrastive", "ib_gl_both", rate="lbr"),
     "joint": Arm("one stage, both losses, w = 0.5", "joint"),
     "joint_moving": Arm(
         "one stage, both losses, w from 0.1 to 0.9",

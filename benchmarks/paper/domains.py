@@ -45,7 +45,7 @@ def hold_out(rows: list[Row], dev: int, test: int) -> tuple[list[Row], list[Row]
 
 
 def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
-    """Prepare `data/domain`, `data/halves`, `data/text`, `data/dev` and `data/test` in the command's folder."""
+    """Prepare `data/domain`, `halves`, `swapped`, `text`, `dev` and `test` in the command's folder."""
     out = lbr.folder
     dev, test, rest = hold_out(jsonl.read(find(source, f"{domain}.jsonl")), scale.dev, scale.test)
     for name, rows in (("dev", dev), ("test", test), ("qa", rest)):
@@ -66,6 +66,7 @@ def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
             "--cl",
             share,
         )
+    make_swapped(lbr, domain)
     jsonl.write(out / "text.jsonl", raw_text(source, domain, out, rest))
     lbr("prepare-text", "prepare", "text.jsonl", "--out", "data/text", *common, "--kind", "corpus", "--cl", "0")
     for name in ("dev", "test"):
@@ -73,6 +74,21 @@ def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
             f"prepare-{name}", "prepare", f"{name}.jsonl", "--out", f"data/{name}", "--name", domain,
             "--tokenizer", "base-0", "--gl", "0", "--cl", "0", "--eval", "rest",
         )  # fmt: skip
+
+
+def make_swapped(lbr: Lbr, domain: str) -> None:
+    """Prepare `data/swapped`: the GL side with answers as questions, so that passages go through Z in stage 1 too."""
+    gl = set(open_set(lbr.folder / "data" / "domain").index("gl").ids)
+    rows = (
+        {**row, "question": row["answer"], "answer": row["question"]}
+        for row in jsonl.read(lbr.folder / "qa.jsonl")
+        if row["id"] in gl
+    )
+    jsonl.write(lbr.folder / "swapped.jsonl", rows)
+    lbr(
+        "prepare-swapped", "prepare", "swapped.jsonl", "--out", "data/swapped", "--tokenizer", "base-0",
+        "--domain", domain, "--eval", "0", "--cl", "0", "--decontaminate", "dev.jsonl", "--decontaminate", "test.jsonl",
+    )  # fmt: skip
 
 
 def raw_text(source: Path, domain: str, out: Path, rows: Iterable[Row]) -> Iterator[Row]:

@@ -51,6 +51,11 @@ EXPERIMENTS = {
     "pooling": Experiment(
         "What pools the baselines", ("cl", "cl_last", "gl_cl", "gl_cl_last", "lbr"), bm25=False
     ),
+    "directions": Experiment(
+        "Beyond the paper: stage 1 from question to answer, or both ways",
+        ("gl", "ib_gl", "gl_both", "ib_gl_both", "gl_cl", "lbr", "gl_both_cl", "lbr_both"),
+        bm25=False,
+    ),
     "joint": Experiment(
         "Beyond the paper: one joint stage or two", ("cl", "lbr", "joint", "joint_moving"), bm25=False, costs=True
     ),
