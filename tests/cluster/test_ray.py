@@ -313,7 +313,8 @@ def test_data_as_jobs(ray: RayCluster, tmp_path: Path, tiny_model_dir: Callable[
         return {str(file.relative_to(place)): file.read_bytes() for file in place.rglob("*") if file.is_file()}
 
     def here(command: str, *arguments: str) -> None:
-        subprocess.run([sys.executable, "-m", "lbr_dist", command, *arguments], check=True, timeout=300)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many threads as a worker has: sums are the same to the bit
+        subprocess.run([sys.executable, "-m", "lbr_dist", command, *arguments], check=True, timeout=300, env=env)
 
     def there(command: str, *arguments: str) -> None:
         log = ray.folder / f"{command}.log"
