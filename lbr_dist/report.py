@@ -17,6 +17,7 @@ import numpy as np
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.report import COLOURS, Metric, bars, markdown_table
+from lbr_dist.logs import read_rows
 from lbr_dist.recipes import load_recipe
 
 LOSS = {
@@ -163,15 +164,7 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
 
 def _read_run(path: Path) -> RunLog:
     recipe = load_recipe(path / "recipe.yaml")
-    rows = []
-    metrics = path / "metrics.jsonl"
-    if metrics.is_file():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:  # a row torn by a kill
-                continue
-    return RunLog(recipe.tracking.name or path.resolve().name, recipe, rows)
+    return RunLog(recipe.tracking.name or path.resolve().name, recipe, read_rows(path / "metrics.jsonl"))
 
 
 def _read_evaluation(file: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe
 
 HISTORY = "slurm.jsonl"
@@ -101,7 +102,7 @@ def begin(recipe: Recipe, attempt: Attempt) -> None:
     """
     folder = Path(recipe.output)
     step = newest_step(folder)
-    idle = idle_starts(read_history(folder), attempt.job, step)
+    idle = idle_starts(read_rows(folder / HISTORY), attempt.job, step)
     if idle > attempt.limit:
         raise UserError(
             f"job {attempt.job}: {idle} starts without a new checkpoint (newest: step {step}): not started again; "
@@ -118,7 +119,7 @@ def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision
     """
     folder = Path(recipe.output)
     step = newest_step(folder)
-    idle = idle_starts(read_history(folder), attempt.job, step)
+    idle = idle_starts(read_rows(folder / HISTORY), attempt.job, step)
     decision = decide(code, asked=asked, idle=idle, limit=attempt.limit)
     row = {"code": code, "asked": asked, "step": step, "requeue": decision.requeue, "reason": decision.reason}
     _append(folder, {"event": "end", **_identity(attempt), **row})
@@ -140,18 +141,6 @@ def newest_step(folder: Path) -> int:
             continue  # damaged: the run will say so and pass over it
         newest = max(newest, (int(manifest["sequence"]), int(manifest["step"])))
     return newest[1]
-
-
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Rows of `slurm.jsonl`, without those torn by a crash."""
-    rows: list[dict[str, Any]] = []
-    file = folder / HISTORY
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def free_ports(count: int, attempt: Attempt, wanted: str | None = None) -> list[int]:
@@ -201,9 +190,9 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
     file = folder / HISTORY
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        torn = file.is_file() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+        line_break = "\n" * is_torn(file)
         with file.open("a", encoding="utf-8") as rows:
-            rows.write("\n" * torn + json.dumps(row) + "\n")
+            rows.write(line_break + json.dumps(row) + "\n")
             rows.flush()
             os.fsync(rows.fileno())
     except OSError as error:

@@ -48,15 +48,16 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"recipe {file}: expected a mapping of settings, found {type(raw).__name__}")
-    for item in overrides or []:
+    for item in (overrides or []) if isinstance(raw, dict) else []:
         _override(raw, item)
     return parse_recipe(raw, str(file))
 
 
-def parse_recipe(raw: dict[str, Any], origin: str) -> Recipe:
+def parse_recipe(raw: Any, origin: str) -> Recipe:
     """Validate a recipe given as a mapping; `origin` names it in errors."""
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"recipe {origin}: expected a mapping of settings, found {found}")
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lbr_dist.errors import UserError
+from lbr_dist.logs import is_torn, iterate_rows
 
 if TYPE_CHECKING:
     from lbr_dist.data.assemble import LocalBatch
@@ -34,7 +35,7 @@ class AuditLog:
         folder = run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"rank-{rank}.jsonl"
-        torn = file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size > 0
+        torn = is_torn(file)
         self._file: TextIO = file.open("a", encoding="utf-8", buffering=1)
         if torn:
             self._file.write("\n")
@@ -157,7 +158,7 @@ def _attempts(run_dir: Path) -> list[_Attempt]:
     attempts: dict[int, _Attempt] = {}
     for file in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
         rank, current = int(file.stem.removeprefix("rank-")), None
-        for row in _lines(file):
+        for row in iterate_rows(file):
             if "start" in row:
                 current = attempts.setdefault(row["attempt"], _Attempt(row["start"], row["world"], row["plan"]))
             elif current is not None:
@@ -167,13 +168,4 @@ def _attempts(run_dir: Path) -> list[_Attempt]:
 
 def _rows(run_dir: Path) -> Iterator[dict[str, Any]]:
     for file in (run_dir / FOLDER).glob("rank-*.jsonl"):
-        yield from _lines(file)
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue  # torn by a kill: that step was not finished
+        yield from iterate_rows(file)

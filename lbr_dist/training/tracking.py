@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lbr_dist.config import Recipe
+from lbr_dist.logs import read_rows
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 5.0
@@ -126,21 +127,10 @@ class _Terminal:
 def keep_rows(file: Path, done: int) -> None:
     """Drop the rows of steps after `done`, which a resumed run takes back, and a last row torn by a kill."""
     if file.is_file():
-        rows = [row for row in read_rows(file) if row["step"] <= done]
+        rows = [row for row in read_rows(file) if row.get("step", done + 1) <= done]
         temporary = file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         temporary.replace(file)
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, in order."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from conftest import make_model
 from slurm_cluster import LONG, PROJECT, SlurmCluster, wait_for
 from slurm_place import make_place
 
-from lbr_dist.training.tracking import read_rows
+from lbr_dist.logs import read_rows
 
 
 def main() -> None:

@@ -21,9 +21,9 @@ import pytest
 from slurm_cluster import PROJECT, SlurmCluster, wait_for
 
 from lbr_dist.launch.ray_cluster import make_token
+from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe, save_recipe
 from lbr_dist.training.audit import audit
-from lbr_dist.training.tracking import read_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 

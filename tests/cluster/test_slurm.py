@@ -115,7 +115,7 @@ class taken:  # noqa: N801
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
-    from lbr_dist.training.tracking import read_rows
+    from lbr_dist.logs import read_rows
 
     file = run / "metrics.jsonl"
     return read_rows(file) if file.is_file() else []

@@ -27,9 +27,9 @@ from fault_worker import train_with
 from ranks import run_ranks, start_ranks
 from training_runs import make_set, recipe, train_all
 
+from lbr_dist.logs import read_rows
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights, list_checkpoints
-from lbr_dist.training.tracking import read_rows
 
 EXACT, CLEAR = "exact resume", "clear error"
 WORLD = 2

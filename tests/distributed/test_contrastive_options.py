@@ -14,9 +14,9 @@ from ranks import run_ranks
 from test_train import cut_off, losses
 from training_runs import make_set, recipe, train_all
 
+from lbr_dist.logs import read_rows
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights
-from lbr_dist.training.tracking import read_rows
 
 pytestmark = pytest.mark.timeout(1200)
 CUT = 2

@@ -21,10 +21,10 @@ from ranks import run_ranks
 from training_runs import make_set, recipe, train_all
 
 from lbr_dist.errors import EXIT_RUN_AGAIN
+from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe, save_recipe
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights, list_checkpoints
-from lbr_dist.training.tracking import read_rows
 
 pytestmark = pytest.mark.timeout(900)
 

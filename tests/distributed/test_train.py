@@ -16,11 +16,11 @@ import torch
 from ranks import run_ranks
 from training_runs import CUT, cut_off, losses, make_set, recipe, train_all
 
+from lbr_dist.logs import read_rows
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights
-from lbr_dist.training.tracking import read_rows
 
 pytestmark = pytest.mark.timeout(1200)
 

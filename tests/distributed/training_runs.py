@@ -11,9 +11,9 @@ from lbr_dist.data.record import Record
 from lbr_dist.data.shards import write_set
 from lbr_dist.errors import UserError
 from lbr_dist.launch.environment import Environment
+from lbr_dist.logs import read_rows
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.tracking import read_rows
 
 CUT = 4  # the step after which a run is cut off and goes on elsewhere
 WORDS = ["aspirin", "salicylate", "drug", "fever", "heart", "blood", "vessel", "rash", "measles", "water", "unknown"]

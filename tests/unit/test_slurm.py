@@ -14,10 +14,11 @@ import pytest
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.launch import slurm
-from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_step, read_history
+from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_step
 from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
 from lbr_dist.launch.slurm_ray import start_command
 from lbr_dist.launch.torchrun import combined
+from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe
 
 PROJECT = Path(__file__).parents[2]
@@ -95,7 +96,7 @@ def test_a_row_torn_by_a_crash_is_left_behind(recipe: Recipe) -> None:
     with (Path(recipe.output) / slurm.HISTORY).open("a") as file:
         file.write('{"event": "sta')
     end(recipe, JOB, 1, asked=False)
-    assert [row["event"] for row in read_history(Path(recipe.output))] == ["start", "end"]
+    assert [row["event"] for row in read_rows(Path(recipe.output) / "slurm.jsonl")] == ["start", "end"]
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_mend(recipe: Recipe) -> None:

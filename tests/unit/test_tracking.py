@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.tracking import Tracker, duration, keep_rows, read_rows
+from lbr_dist.training.tracking import Tracker, duration, keep_rows
 
 
 def make_tracker(folder: Path, *, done: int = 0, **tracking: Any) -> Tracker:
