@@ -21,7 +21,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder
 from lbr_dist.training.audit import AuditLog, last_attempt
-from lbr_dist.training.checkpoint import Checkpointer, find_resumable, start_from, verify
+from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
 from lbr_dist.training.checkpoint_format import read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
 from lbr_dist.training.preflight import Job, deep_check
@@ -180,6 +180,11 @@ def _prepare(job: Job, resume: str) -> Path | None:
         checkpoint, reasons = find_resumable(recipe.output)
     for reason in reasons:
         log.warning("passed over %s", reason)
+    if checkpoint is None and list_checkpoints(recipe.output):
+        raise UserError(
+            f"{recipe.output}: none of its checkpoints can be used ({'; '.join(reasons)}): if their storage comes "
+            "back, run again then; to start over from step 0, move the folder checkpoints/ away"
+        )
     if checkpoint is not None:
         _check_plan(job, checkpoint)
         _check_versions(checkpoint)

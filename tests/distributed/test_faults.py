@@ -126,6 +126,19 @@ def test_damaged_checkpoint_is_passed_over(
     assert_same_run(raw, calm)
 
 
+def test_a_run_does_not_start_over_by_itself(place: tuple[Path, Path, Path], calm: dict[str, Any]) -> None:
+    folder = place[0]
+    raw = {**calm, "output": str(folder / "damaged")}
+    shutil.copytree(calm["output"], raw["output"])
+    found = [path for path, _ in list_checkpoints(raw["output"])]
+    for path in found:
+        damage_truncated(path)
+    (result,) = ranks(folder, 2, train_all, [raw])
+    assert "none of its checkpoints can be used" in result["error"]
+    assert "move the folder checkpoints/ away" in result["error"]
+    assert [path for path, _ in list_checkpoints(raw["output"])] == found
+
+
 def test_nan_stops_with_the_samples_or_skips(place: tuple[Path, Path, Path]) -> None:
     folder, *inputs = place
     stop = recipe(folder / "stop", *inputs, checkpoint={"every_steps": 2}, deepspeed="zero2")
