@@ -74,7 +74,12 @@ def run(place: Workplace, name: str, experiment: Experiment, seeds: int, out: Pa
         notes += add_peers(place, results)
     title = f"{experiment.title} ({place.domain})"
     text = heading(place, title, seeds) + tables.markdown(results, experiment.costs) + "\n\n" + "\n".join(notes)
-    data = {"scale": place.scale.title, "hardware": hardware(), "date": date.today().isoformat(), "seeds": results}
+    data = {
+        "scale": place.scale.title,
+        "hardware": hardware(),
+        "date": date.today().isoformat(),
+        "seeds": short(results),
+    }
     tables.write(out, f"{name}-{place.domain}", text, {**data, "notes": notes})
     tables.bars(results, title, out / f"{name}-{place.domain}.png")
     if name == "figure3":
@@ -82,12 +87,21 @@ def run(place: Workplace, name: str, experiment: Experiment, seeds: int, out: Pa
     print(text)
 
 
+def short(results: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Results without mteb's 90 figures on abstention, which no table shows."""
+
+    def kept(model: dict[str, Any]) -> dict[str, Any]:
+        return {**model, "retrieval": {k: v for k, v in model["retrieval"].items() if not k.startswith("nauc")}}
+
+    return [[kept(model) for model in models] for models in results]
+
+
 def add_peers(place: Workplace, results: list[list[dict[str, Any]]]) -> list[str]:
     """Evaluate the models of others that are on this machine, into every seed's list; says which are not."""
     missing = []
     for spec, title in {**local_minilm(), **PEERS}.items():
         try:
-            model = {**place.evaluate([spec], 0)[0], "name": title}
+            model = {**place.evaluate([spec], 0)[0], "name": title, "model": title}
         except SystemExit:
             missing.append(title)
             continue
