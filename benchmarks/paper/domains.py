@@ -66,7 +66,7 @@ def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
             "--cl",
             share,
         )
-    make_swapped(lbr, domain)
+    make_swapped(lbr, common)
     jsonl.write(out / "text.jsonl", raw_text(source, domain, out, rest))
     lbr("prepare-text", "prepare", "text.jsonl", "--out", "data/text", *common, "--kind", "corpus", "--cl", "0")
     for name in ("dev", "test"):
@@ -76,7 +76,7 @@ def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
         )  # fmt: skip
 
 
-def make_swapped(lbr: Lbr, domain: str) -> None:
+def make_swapped(lbr: Lbr, common: tuple[str, ...]) -> None:
     """Prepare `data/swapped`: the GL side with answers as questions, so that passages go through Z in stage 1 too."""
     gl = set(open_set(lbr.folder / "data" / "domain").index("gl").ids)
     rows = (
@@ -85,10 +85,7 @@ def make_swapped(lbr: Lbr, domain: str) -> None:
         if row["id"] in gl
     )
     jsonl.write(lbr.folder / "swapped.jsonl", rows)
-    lbr(
-        "prepare-swapped", "prepare", "swapped.jsonl", "--out", "data/swapped", "--tokenizer", "base-0",
-        "--domain", domain, "--eval", "0", "--cl", "0", "--decontaminate", "dev.jsonl", "--decontaminate", "test.jsonl",
-    )  # fmt: skip
+    lbr("prepare-swapped", "prepare", "swapped.jsonl", "--out", "data/swapped", *common, "--cl", "0")
 
 
 def raw_text(source: Path, domain: str, out: Path, rows: Iterable[Row]) -> Iterator[Row]:

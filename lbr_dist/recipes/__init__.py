@@ -48,20 +48,25 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
-    for item in (overrides or []) if isinstance(raw, dict) else []:
+    _check_mapping(raw, str(file))
+    for item in overrides or []:
         _override(raw, item)
     return parse_recipe(raw, str(file))
 
 
 def parse_recipe(raw: Any, origin: str) -> Recipe:
     """Validate a recipe given as a mapping; `origin` names it in errors."""
-    if not isinstance(raw, dict):
-        found = "nothing" if raw is None else type(raw).__name__
-        raise UserError(f"recipe {origin}: expected a mapping of settings, found {found}")
+    _check_mapping(raw, origin)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError("; ".join(_explain(raw, origin, dict(e)) for e in error.errors())) from None
+
+
+def _check_mapping(raw: Any, origin: str) -> None:
+    if not isinstance(raw, dict):
+        found = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"recipe {origin}: expected a mapping of settings, found {found}")
 
 
 class _Loader(yaml.SafeLoader):
