@@ -1,6 +1,7 @@
 """A contrastive step side by side with sentence-transformers: pairs per second and peak memory.
 
     python -m benchmarks.contrastive [--toy] [--batch 512] [--micro-tokens 2048] [--rounds 3] [--device cpu|cuda]
+    python -m benchmarks.contrastive --sides ours "ours plain" --rounds 9     (only these, in a file of their own)
 
 All sides take the same batch (pairs with the lengths of the medicine rows, see lengths.py), start from the same
 weights, pool the last token, and compute the same loss, which is checked. Timed are forward and backward, without
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512, help="pairs")
     parser.add_argument("--micro-tokens", type=int, default=2048, help="tokens in one micro-batch")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", choices=SIDES_OF, default=list(SIDES_OF), help="the sides to compare")
     parser.add_argument("--hidden", type=int, default=256, help="width of the model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -63,8 +65,8 @@ def main() -> None:
         make_model(Path(folder), args.hidden, args.layers)
         job = (folder, args.batch, args.micro_tokens, args.device)
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            memory = {side: pool.apply(_memory, (side, *job)) for side in SIDES_OF}
-            found = pool.apply(_times, (*job, args.rounds))
+            memory = {side: pool.apply(_memory, (side, *job)) for side in args.sides}
+            found = pool.apply(_times, (*job, args.sides, args.rounds))
     report(args, found, memory)
 
 
@@ -72,7 +74,7 @@ def report(args: argparse.Namespace, found: dict[str, Any], memory: dict[str, fl
     """Print and write the table."""
     seconds, best = found["seconds"], {}
     rows = []
-    for side in SIDES_OF:
+    for side in args.sides:
         best[side] = statistics.median(seconds[side])
         rows.append(
             {
@@ -82,8 +84,9 @@ def report(args: argparse.Namespace, found: dict[str, Any], memory: dict[str, fl
                 "loss": f"{found['losses'][side]:.5f}",
             }
         )
+    chosen = "" if set(args.sides) == set(SIDES_OF) else " --sides " + " ".join(f'"{side}"' for side in args.sides)
     about = common.head(
-        "python -m benchmarks.contrastive",
+        f"python -m benchmarks.contrastive{chosen}",
         args.device,
         toy=args.toy,
         batch=args.batch,
@@ -111,9 +114,11 @@ def report(args: argparse.Namespace, found: dict[str, Any], memory: dict[str, fl
         ("st plain", "ours plain", "ours plain over MultipleNegativesRankingLoss"),
         ("ours", "ours plain", "time of the cached step over the plain one (goal 1.35 at most)"),
     ):
-        middle, low, high = common.ratio(seconds[slow], seconds[fast])
-        lines.append(f"- {what}: {middle:.2f} ({low:.2f} to {high:.2f})")
-    name = "contrastive" + ("_cuda" if args.device == "cuda" else "")
+        if slow in seconds and fast in seconds:
+            middle, low, high = common.ratio(seconds[slow], seconds[fast])
+            lines.append(f"- {what}: {middle:.2f} ({low:.2f} to {high:.2f})")
+    part = [] if set(args.sides) == set(SIDES_OF) else [side.replace(" ", "_") for side in args.sides]
+    name = "_".join(["contrastive", *part]) + ("_cuda" if args.device == "cuda" else "")
     if args.toy:
         print("\n".join(lines))
     else:
@@ -246,14 +251,14 @@ def padded(part: list[list[int]], device: str) -> dict[str, Tensor]:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _times(folder: str, batch: int, micro_tokens: int, device: str, rounds: int) -> dict[str, Any]:
-    steps = {side: make_side(side, folder, batch, micro_tokens, device) for side in SIDES_OF}
+def _times(folder: str, batch: int, micro_tokens: int, device: str, sides: list[str], rounds: int) -> dict[str, Any]:
+    steps = {side: make_side(side, folder, batch, micro_tokens, device) for side in sides}
     found: dict[str, float] = {}
 
     def keep(side: str) -> None:
         found[side] = steps[side]()
 
-    seconds = common.take_turns({side: partial(keep, side) for side in SIDES_OF}, rounds, device)
+    seconds = common.take_turns({side: partial(keep, side) for side in sides}, rounds, device)
     if max(found.values()) - min(found.values()) > 1e-3:
         raise SystemExit(f"the sides compute different losses: {found}")
     parts = texts(batch)

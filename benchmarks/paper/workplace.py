@@ -95,7 +95,7 @@ class Workplace:
         if missing:
             self._say(f"seed {seed}: evaluate {', '.join(missing)}")
             count = self.scale.generate if generate else 0
-            results = self._eval(list(missing.values()), "test", folder / "last", count)
+            results = self._eval(list(missing.values()), "test", folder / f"of-{_file(next(iter(missing)))}", count)
             for name, model in zip(missing, results, strict=True):
                 title = ARMS[name].title if name in ARMS else OTHERS.get(name, model["name"])
                 scores = {**model, "name": "LLM" if name == "base" else title, **self._training(missing[name])}

@@ -11,10 +11,10 @@ input, on a line of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
+
+from lbr_dist.data.row_values import parsed
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 REPLY = ("assistant", "gpt", "model", "bot", "chatgpt")
@@ -39,9 +39,7 @@ def unfold(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _pair(name: str, turns: Any) -> tuple[str, str]:
-    if isinstance(turns, str):  # a cell of a CSV file
-        with suppress(ValueError):
-            turns = json.loads(turns)
+    turns = parsed(turns)
     if not isinstance(turns, list | tuple):
         raise ValueError(f"{name} is not a list of turns")
     said: list[tuple[str, str]] = []

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from lbr_dist.data.fields import REASONS
 from lbr_dist.data.minhash import SketchBlock, Sketches
 from lbr_dist.data.record import Record, normalise
+from lbr_dist.data.row_values import REASONS
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:

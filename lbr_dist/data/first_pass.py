@@ -20,11 +20,13 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.collect import NO_ENTITY, BadRows, Numbers, TextDigest, Texts, TextTable, compared_texts
+from lbr_dist.data.entity import Entity
 from lbr_dist.data.execute import Executor
-from lbr_dist.data.fields import Converter, Entity, RowError
+from lbr_dist.data.fields import Converter
 from lbr_dist.data.minhash import Sketches
 from lbr_dist.data.readers import Row, rows
 from lbr_dist.data.record import Record, batches, normalised_hash
+from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import Part
 from lbr_dist.data.spool import Spool
 

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbr_dist.data.entity import Entity
 from lbr_dist.data.execute import Executor, current
-from lbr_dist.data.fields import Entity, check_fields
+from lbr_dist.data.field_names import check_fields
 from lbr_dist.data.first_pass import BLOCK_CHARACTERS, BLOCK_ROWS
 from lbr_dist.data.pipeline import Pipeline, Settings
 from lbr_dist.data.progress import Progress

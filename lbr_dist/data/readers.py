@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
-from lbr_dist.data.fields import RowError
+from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import ENDING, Part
 from lbr_dist.errors import UserError
 

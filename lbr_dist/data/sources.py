@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.data import remote
-from lbr_dist.data.fields import KINDS
+from lbr_dist.data.field_names import KINDS
 from lbr_dist.data.shards import file_xxh128
 from lbr_dist.errors import UserError
 

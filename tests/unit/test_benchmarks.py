@@ -60,6 +60,13 @@ def test_infonce(capsys, monkeypatch):
     assert "gradient error" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(600)
+def test_ring(run):
+    (row,), _ = run("ring")
+    assert float(row["error"]) < 1e-5
+    assert min(row["seconds"]["ring"] + row["seconds"]["gathered"]) > 0
+
+
 def test_padding(run):
     rows, _ = run("padding", "--device", "cpu")
     assert [row["source"] for row in rows] == list(padding.SOURCES)

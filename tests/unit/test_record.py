@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from lbr_dist.data.fields import Converter, Entity, RowError, check_fields
+from lbr_dist.data.entity import Entity
+from lbr_dist.data.field_names import check_fields
+from lbr_dist.data.fields import Converter
 from lbr_dist.data.record import Record, batches, content_id, normalise, normalised_hash
+from lbr_dist.data.row_values import RowError
 from lbr_dist.errors import UserError
 
 
@@ -162,6 +165,35 @@ def test_names_in_capitals_and_options_in_fields_of_their_own() -> None:
         convert({**row, "cop": 4})
 
 
+def test_forms_of_well_known_sets() -> None:
+    squad = {"id": "1", "context": "c", "question": "q?", "answers": {"text": ["a", "b", "a"], "answer_start": [1, 2]}}
+    assert convert(squad).answer == "a"
+    assert convert(squad).positives == ("b",)
+    tevatron = {
+        "query": "q?",
+        "positive_passages": [{"docid": "1", "title": "T", "text": "one"}, {"docid": "2", "title": "", "text": "two"}],
+        "negative_passages": [{"docid": "3", "title": "N", "text": "three"}],
+    }
+    found = convert(tevatron)
+    assert (found.answer, found.positives, found.negatives) == ("T one", ("two",), ("N three",))
+    mined = {"anchor": "q", "positive": "a", "negative_1": "x", "negative_2": "y"}
+    assert convert(mined).negatives == ("x", "y")
+    assert convert({"question": "q", "context": {}, "long_answer": "long", "final_decision": "yes"}).answer == "long"
+    code = convert({"func_documentation_string": "adds", "func_code_string": "def add(): ..."})
+    assert (code.question, code.answer) == ("adds", "def add(): ...")
+    assert convert({"input": "q", "output": "a"}).question == "q"
+
+
+def test_a_mapping_leads_into_objects() -> None:
+    trivia = {"question": "q?", "answer": {"value": "Paris", "aliases": ["Paname"]}}
+    with pytest.raises(RowError, match=r"--field answer=FIELD\.PART"):
+        convert(trivia)
+    assert convert(trivia, fields={"answer": "answer.value"}).answer == "Paris"
+    assert convert({"q.text": "dotted", "answer": "a"}, fields={"question": "q.text"}).question == "dotted"
+    with pytest.raises(RowError, match=r"looked for answer\.other"):
+        convert(trivia, "question-answer", fields={"answer": "answer.other"})
+
+
 def test_multiple_choice_over_several_fields() -> None:
     row = {"question": "stem", "opa": "x", "opb": "right", "cop": 1}
     assert convert(row, "multiple-choice", {"options": "opa,opb", "answer": "cop"}).answer == "right"
@@ -175,7 +207,7 @@ def test_lists_of_answers_and_negatives() -> None:
 @pytest.mark.parametrize(
     ("row", "reason", "detail"),
     [
-        ({"question": "q"}, "missing_field", "no answer: looked for answer, response"),
+        ({"question": "q"}, "missing_field", "no answer: looked for answer, answers"),
         ({"question": "q", "answer": 3}, "wrong_type", "answer is a number, not a text"),
         ({"question": "q", "answer": None}, "empty", "answer is null"),
         ({"question": " \n", "answer": "a"}, "empty", "question is empty"),

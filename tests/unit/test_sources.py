@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lbr_dist.data.fields import RowError
 from lbr_dist.data.readers import rows
+from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 

@@ -1,0 +1,111 @@
+"""Which field of a row plays which role: names that are recognised, and the mapping that overrides them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lbr_dist.errors import UserError
+
+KINDS = ("question-answer", "query-document", "multiple-choice", "corpus")
+"""What the rows of a source are. The first two differ only in the field names that are looked for first."""
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "question": (
+        *("question", "query", "prompt", "instruction", "stem", "problem", "anchor", "input"),
+        *("docstring", "func_documentation_string"),
+    ),
+    "answer": (
+        *("answer", "answers", "response", "output", "completion", "correct_answer", "long_answer"),
+        *("document", "passage", "positive", "pos", "positive_passages", "code", "func_code_string"),
+    ),
+    "document": ("document", "passage", "positive", "pos", "positive_passages", "text", "answer", "response", "code"),
+    "options": ("options", "choices", "opa,opb,opc,opd"),
+    "right": (
+        *("answer_idx", "answer_index", "answerKey", "answer_key", "correct", "correct_option", "cop", "label"),
+        "answer",
+    ),
+    "text": ("text", "content", "contents", "document", "passage", "body", "abstract", "code"),
+    "id": ("id", "_id", "uid", "qid"),
+    "domain": ("domain",),
+    "source": ("source",),
+    "negatives": ("negatives", "negative", "hard_negatives", "neg", "negative_passages"),
+    "positives": ("positives",),
+}
+"""Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
+fields of one role."""
+
+MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "negatives", "positives")
+"""Roles that a field mapping may name."""
+
+NUMBERED = re.compile(r"negatives?_?\d+", re.IGNORECASE)
+MOST_FORMS = 1000
+"""Forms of rows (field names in order) whose roles are remembered."""
+
+
+class Finder:
+    """Finds roles in rows; the answer for rows of one form (their fields in order) is remembered.
+
+    Args:
+        fields: role to field name, where the user named it. Commas join several fields, dots lead into objects.
+    """
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self.fields = dict(fields)
+        self._found: dict[tuple[str, tuple[str, ...]], tuple[str, ...] | None] = {}
+
+    def find(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
+        """Names of the row's fields for a role; None: it has none."""
+        mapped = self.fields.get("answer" if role in ("right", "document") else role)
+        if mapped is not None:
+            parts = tuple(mapped.split(","))
+            return parts if all(_MISSING is not reach(row, part) for part in parts) else None
+        key = role, tuple(row)
+        if key not in self._found:
+            if len(self._found) >= MOST_FORMS:
+                self._found.clear()
+            self._found[key] = _recognise(row, role)
+        return self._found[key]
+
+    def value(self, row: Mapping[str, Any], role: str) -> Any:
+        """What the row has for a role that `find` found: a list where several fields hold it."""
+        names = self.find(row, role)
+        assert names is not None
+        values = [reach(row, name) for name in names]
+        return values if len(values) > 1 else values[0]
+
+
+_MISSING = object()
+
+
+def reach(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a field; dots lead into objects unless a field has that very name."""
+    value: Any = row
+    for part in [name] if name in row else name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return _MISSING
+        value = value[part]
+    return value
+
+
+def _recognise(row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
+    lower = {str(name).lower(): name for name in reversed(list(row))}
+    for name in NAMES[role]:
+        parts = [part if part in row else lower.get(part.lower()) for part in name.split(",")]
+        if None not in parts:
+            return tuple(map(str, parts))
+    if role == "negatives":  # a column each: negative_1, negative_2 ...
+        return tuple(name for name in map(str, row) if NUMBERED.fullmatch(name)) or None
+    return None
+
+
+def check_fields(fields: Mapping[str, str]) -> None:
+    """Refuse a mapping of roles that do not exist.
+
+    Raises:
+        UserError: names the role and the valid ones.
+    """
+    for role in fields:
+        if role not in MAPPABLE:
+            raise UserError(f"--field {role}={fields[role]}: no such role; the roles are {', '.join(MAPPABLE)}")

@@ -1,0 +1,142 @@
+"""Values of a row, checked: texts, lists of texts, options. What is wrong is a `RowError`; reasons are counted.
+
+Nothing is repaired silently. A list may be written as JSON (in a cell of a CSV file), and a text may lie in an object
+under `text`, with its `title` before it, as retrieval data sets have it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+REASONS = {
+    "missing_field": "a field is missing",
+    "wrong_type": "a field has the wrong type",
+    "empty": "a field is empty",
+    "invalid_utf8": "the text is not valid UTF-8",
+    "invalid_json": "the line is not valid JSON",
+    "too_long": "a field is too long",
+    "bad_option": "the right option is none of the options",
+    "duplicate_id": "the id occurs twice with different content",
+}
+"""Why a row is bad."""
+
+
+class RowError(Exception):
+    """A row that cannot be used."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return RowError, (self.reason, self.detail)
+
+
+def text(value: Any, role: str, max_chars: int) -> str:
+    """The text that a field holds.
+
+    Raises:
+        RowError: it is none, or empty, or has more than `max_chars` characters.
+    """
+    if isinstance(value, Mapping) and isinstance(value.get("text"), str):
+        title = value.get("title")
+        value = f"{title} {value['text']}" if isinstance(title, str) and title else value["text"]
+    if not isinstance(value, str):
+        if value is None:
+            raise RowError("empty", f"{role} is null")
+        hint = f": name a field in it, for example --field {role}=FIELD.PART" if isinstance(value, Mapping) else ""
+        raise RowError("wrong_type", f"{role} is {type_name(value)}, not a text{hint}")
+    if not value or value.isspace():
+        raise RowError("empty", f"{role} is empty")
+    if len(value) > max_chars:
+        raise RowError("too_long", f"{role} has {len(value)} characters, more than --max-chars {max_chars}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError("invalid_utf8", f"{role}, character {error.start}") from None
+    return value
+
+
+def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
+    """A list of texts, or the list under `text` of an object; one text is a list of one, empty ones are left out."""
+    value = parsed(value)
+    if holds_list(value):
+        value = value["text"]
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise RowError("wrong_type", f"{role} is {type_name(value)}, not a list of texts")
+    return tuple(text(item, role, max_chars) for item in value if item not in (None, ""))
+
+
+def holds_list(value: Any) -> bool:
+    """Whether a value is an object with a list under `text`."""
+    return isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple)
+
+
+def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
+    """Option texts and their labels, from a list, {"text": [...], "label": [...]} or {"A": ..., "B": ...}."""
+    labels: list[str] = []
+    value = parsed(value)
+    if isinstance(value, Mapping):
+        if holds_list(value):
+            labels = [str(label) for label in value.get("label", ())]
+            value = value["text"]
+        else:
+            labels, value = [str(label) for label in value], list(value.values())
+    if not isinstance(value, list | tuple):
+        raise RowError("wrong_type", f"options is {type_name(value)}, not a list")
+    found = [text(option, "options", max_chars) for option in value]
+    if not 2 <= len(found) <= 26:
+        raise RowError("bad_option", f"{len(found)} options; 2 to 26 are expected")
+    return found, labels
+
+
+def choose(value: Any, options: list[str], labels: list[str]) -> int:
+    """Number of the right option, from its label, its text, its letter or its index (from 0)."""
+    number = -1
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str):
+        if value in labels:
+            number = labels.index(value)
+        elif value in options:
+            number = options.index(value)
+        elif len(value.strip()) == 1 and value.strip().upper() in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
+            number = ord(value.strip().upper()) - ord("A")
+        elif value.strip().isdecimal():
+            number = int(value)
+    else:
+        raise RowError("wrong_type", f"the right option is {type_name(value)}, not a text or a whole number")
+    if not 0 <= number < len(options):
+        raise RowError("bad_option", f"{str(value)[:40]!r} is none of the {len(options)} options")
+    return number
+
+
+def parsed(value: Any) -> Any:
+    """Lists and objects that a CSV cell holds as JSON."""
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def type_name(value: Any) -> str:
+    """What a value is, in words."""
+    names = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
