@@ -31,9 +31,14 @@ RUNS: list[dict[str, Any]] = [
     {"model": "28M", "deepspeed": "cpu", "ranks": 2, "bin": 1024},
     {"model": "28M", "deepspeed": "zero2", "ranks": 2, "bin": 1024},
     {"model": "28M", "deepspeed": "cpu", "ranks": 4, "bin": 512},
+    {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 2048},
     {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 4096},
     {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 4096, "extra": "recomputation"},
+    {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 1024, "extra": "LoRA"},
     {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 2048, "extra": "LoRA"},
+    {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 4096, "extra": "LoRA"},
+    {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 2048, "extra": "LoRA, recomputation"},
+    {"model": "60M", "deepspeed": "zero0", "ranks": 1, "bin": 2048, "extra": "LoRA"},
     {"model": "28M", "deepspeed": "zero1", "ranks": 1, "bin": 1024, "extra": "bfloat16"},
     {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 2048, "extra": "stage 2"},
     {"model": "60M", "deepspeed": "zero0", "ranks": 1, "bin": 512},
@@ -42,6 +47,7 @@ RUNS: list[dict[str, Any]] = [
 EXTRAS: dict[str, dict[str, Any]] = {
     "recomputation": {"activation_checkpointing": True},
     "LoRA": {"lora": {"r": 16}},
+    "LoRA, recomputation": {"lora": {"r": 16}, "activation_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
 }
 WORDS = ["aspirin", "fever", "heart", "blood", "vessel", "rash", "water", "salicylate", "unknown", "relieves"]
@@ -100,7 +106,8 @@ def measure(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     import yaml
 
     from lbr_dist.recipes import parse_recipe
-    from lbr_dist.training.estimate import GIB, estimate
+    from lbr_dist.training.estimate import estimate
+    from lbr_dist.training.memory_model import GIB
 
     with tempfile.TemporaryDirectory(dir=folder) as place:
         raw = recipe_of(folder, run, Path(place) / "run")

@@ -87,7 +87,11 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("steps_per_print", 2**62)
     zero = config.setdefault("zero_optimization", {})
-    zero.setdefault("stage", 0)
+    if zero.setdefault("stage", 0) == 0 and bf16:
+        raise UserError(
+            f"{origin}: zero_optimization.stage is 0, and with model.dtype = bfloat16 that keeps float32 masters where "
+            "no checkpoint can take them: use stage 1 (deepspeed=zero1)"
+        )
     if not cuda:
         for part in ("offload_optimizer", "offload_param"):
             if part in zero:

@@ -17,8 +17,9 @@ from lbr_dist.errors import UserError
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.estimate import MACHINES, Shape, communication, estimate, memory, trained_elements
+from lbr_dist.training.estimate import communication, estimate
 from lbr_dist.training.flops import FlopCounter
+from lbr_dist.training.memory_model import MACHINES, Shape, memory, trained_elements
 
 ZERO3 = {"stage": 3}
 SEVEN = Shape(layers=28, width=3584, query=3584, key=512, inner=18944, vocabulary=152064, tied=False)  # Qwen2.5-7B
@@ -119,6 +120,18 @@ def test_what_cannot_work_is_refused(prepared: dict[str, Any]) -> None:
     huge = {**prepared, "batch": {"global_batch": 2, "micro_tokens": 10**9}}
     with pytest.raises(UserError, match=r"does not fit 80 GiB: try .*batch\.micro_tokens"):
         estimate(make(**huge))
+
+
+def test_on_a_cpu_the_copy_counts_while_it_is_written_and_adapters_leave_gaps() -> None:
+    cpu, ask = MACHINES["cpu"], {"world": 1, "zero": {"stage": 0}, "micro": 4096}
+    early, late = (memory(SEVEN, make(), cpu, forward_s=seconds, **ask) for seconds in (0.0, 1e6))
+    assert early.host_copy == 12 * trained_elements(SEVEN, make())
+    assert late.host_copy == max(0, early.host_copy - early.activations - early.loss)
+    assert early.allocator == 0
+    adapters = [make(model={"path": "m", "lora": {"r": 8}, "activation_checkpointing": on}) for on in (False, True)]
+    gaps = [memory(SEVEN, recipe, cpu, **ask).allocator for recipe in adapters]
+    assert gaps[0] == gaps[1] > 0  # what is computed again leaves gaps as well
+    assert memory(SEVEN, adapters[0], MACHINES["h100"], **ask).allocator == 0
 
 
 def test_the_tiny_model_needs_what_torch_says(tiny_lbr: Callable[..., Any]) -> None:

@@ -1,0 +1,197 @@
+"""Memory of one rank at its peak, counted tensor by tensor (docs/scaling.md has the terms).
+
+`python -m benchmarks.memory` compares it with what ranks on a CPU take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lbr_dist.config import Recipe
+
+GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device: memory in GiB, peak operations and link bytes per second, and the share of the peak assumed."""
+
+    name: str
+    memory_gib: float
+    peak_flops: float
+    inside: float
+    """To the other devices of the node, bytes/s."""
+    outside: float
+    """To other nodes, bytes/s per device."""
+    per_node: int
+    share: float
+    """Share of the peak that a step reaches while it computes (MFU without communication)."""
+    base_gib: float
+    """Memory that the process takes before the model: CUDA context and libraries, or the Python process."""
+    write: float = 0.0
+    """Bytes/s at which a rank's checkpoint is checksummed and forced to disk; where the host is the device."""
+
+
+MACHINES = {
+    "h100": Machine("H100 SXM", 80, 989e12, 450e9, 50e9, 8, 0.40, 1.5),
+    "h200": Machine("H200 SXM", 141, 989e12, 450e9, 50e9, 8, 0.40, 1.5),
+    "a100": Machine("A100 SXM", 80, 312e12, 300e9, 25e9, 8, 0.45, 1.5),
+    "cpu": Machine("CPU core", float("inf"), 60e9, 5e9, 1e9, 64, 0.7, 0.53, 0.2e9),
+}
+"""Peaks and links by data sheet (NVLink one way; 400 or 200 Gbit/s of network per GPU); `cpu` is a rough guess."""
+
+
+ADAPTER_SLACK = 0.65
+"""Of the activations, recomputed or not: fitted to the LoRA runs of benchmarks/memory.py."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model of a supported family."""
+
+    layers: int
+    width: int
+    query: int
+    key: int
+    inner: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, settings: Any) -> Shape:
+        """From a transformers configuration."""
+        head = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+        return cls(
+            settings.num_hidden_layers,
+            settings.hidden_size,
+            head * settings.num_attention_heads,
+            head * settings.num_key_value_heads,
+            settings.intermediate_size,
+            settings.vocab_size,
+            bool(settings.tie_word_embeddings),
+        )
+
+    @property
+    def per_layer(self) -> int:
+        """Elements of one decoder layer's matrices."""
+        return 2 * self.width * (self.query + self.key) + 3 * self.width * self.inner
+
+    @property
+    def table(self) -> int:
+        """Elements of the embedding matrix."""
+        return self.vocabulary * self.width
+
+    @property
+    def total(self) -> int:
+        """All elements (norms and biases left out: less than a thousandth)."""
+        return self.layers * self.per_layer + self.table * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of one rank, in bytes, by what it is for."""
+
+    base: float
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    host_copy: float
+    """The checkpoint's copy in host memory, as far as it is there at the peak; counted where the device is the host."""
+    allocator: float
+    """What glibc keeps of freed memory between the small tensors of adapters (measured; on CPUs only)."""
+
+    @property
+    def total(self) -> float:
+        """Sum."""
+        return sum(getattr(self, item.name) for item in fields(self))
+
+
+def trained_elements(shape: Shape, recipe: Recipe) -> int:
+    """Elements that get gradients."""
+    lora = recipe.model.lora
+    z = recipe.bottleneck.count * shape.width
+    if lora is None:
+        return shape.total + z
+    ends = [shape.width + shape.query, shape.width + shape.key, shape.width + shape.key, shape.query + shape.width]
+    ends += [shape.width + shape.inner] * 3
+    return shape.layers * lora.r * sum(ends) + z
+
+
+def memory(
+    shape: Shape,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    world: int,
+    zero: dict[str, Any],
+    micro: int,
+    forward_s: float = 0.0,
+) -> Memory:
+    """Peak memory of one rank.
+
+    Args:
+        shape: of the model.
+        recipe: dtype, adapters, activation checkpointing and lengths are read.
+        machine: for the memory that is there before the model.
+        world: ranks.
+        zero: DeepSpeed's `zero_optimization` section.
+        micro: tokens of one micro-batch.
+        forward_s: from the start of a step until the activations of its first micro-batch are there. By then a
+            checkpoint of the step before may have been written, and its copy is gone.
+    """
+    stage, size = int(zero["stage"]), 2 if recipe.model.dtype == "bfloat16" else 4
+    host = machine.name == MACHINES["cpu"].name
+    total, trained = shape.total, trained_elements(shape, recipe)
+    moments = 8 if recipe.optim.name == "adamw" else 0
+    live = min(total, shape.per_layer * 2 + shape.table)  # what stage 3 holds gathered: two layers and the head
+    weights = size * (total / world + live if stage == 3 else total)
+    kept = stage == 3 and not host and world > 1  # gradients are reduced after every micro-batch
+    gradients = size * (trained / world + live if kept else trained)
+    if stage >= 1:
+        gradients += (4 if stage < 3 else size) * trained / world
+    masters = 0 if stage == 0 else 4
+    optimizer = (masters + moments) * trained / world
+    if not host:
+        if "offload_optimizer" in zero:
+            optimizer = 0
+        if "offload_param" in zero:
+            weights = size * live
+    recomputed = recipe.model.activation_checkpointing
+    activations = _activations(shape, size, micro, recomputed=recomputed)
+    loss = _loss(shape, recipe, size, micro, host=host)
+    copy = (4 + moments) * trained / world if host else 0
+    if host and copy / machine.write < forward_s:
+        copy = max(0, copy - activations - loss)
+    slack = 0.0
+    if host and recipe.model.lora is not None:
+        slack = ADAPTER_SLACK * _activations(shape, size, micro, recomputed=False)
+    return Memory(machine.base_gib * GIB, weights, gradients, optimizer, activations, loss, copy, slack)
+
+
+def _activations(shape: Shape, size: int, micro: int, *, recomputed: bool) -> float:
+    """Tensors that the backward pass of one micro-batch needs, and its own largest ones."""
+    copies = 4 * 4 * shape.width if size == 2 else 4 * 2 * shape.width  # norms work in float32
+    layer = size * (4 * shape.width + 3 * shape.query + 2 * shape.key + 4 * shape.inner) + copies
+    backward = size * (3 * shape.inner + 2 * shape.width)
+    if recomputed:
+        return micro * (shape.layers * size * shape.width + layer + backward)
+    return micro * (shape.layers * layer + backward)
+
+
+def _loss(shape: Shape, recipe: Recipe, size: int, micro: int, *, host: bool) -> float:
+    """The head in stage 1 (logits in chunks, the two gradients it keeps); all embeddings and a tile in stage 2."""
+    total = 0.0
+    if "generative" in recipe.tasks:
+        chunk = (1 << 20) if host else (1 << 25)
+        total += chunk * (4 + 4 + size) + shape.table * (4 + (size if size == 2 else 0))
+        total += 2 * micro * size * shape.width
+    if "contrastive" in recipe.tasks:
+        settings = recipe.contrastive
+        passages = recipe.batch.global_batch * (2 + settings.hard_negatives)
+        tile = min(settings.tile, recipe.batch.global_batch)
+        blocks = 1 + settings.query_query + settings.passage_passage
+        total += 4.0 * (3 * passages * shape.width + 3 * tile * min(settings.tile, blocks * passages))
+    return total
