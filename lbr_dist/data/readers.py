@@ -25,6 +25,17 @@ from lbr_dist.errors import UserError
 
 BATCH = 1000
 """Rows decoded at once from columnar formats."""
+ARRAYS = ("data", "rows", "examples", "records", "items")
+"""Names under which a JSON file's object may hold its array of rows."""
+SEPARATORS = ";\t|"
+"""Taken for the comma of a CSV file (or the tab of a TSV file) whose header has none."""
+FOREIGN = {
+    b"\xff\xfe": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\x1f\x8b": "is compressed with gzip: let its name end in .gz",
+    b"\x28\xb5": "is compressed with zstd: let its name end in .zst",
+}
+"""First bytes of a text file that is none."""
 
 Row = Mapping[str, Any] | RowError
 Numbered = Iterator[tuple[int, Row]]
@@ -51,6 +62,8 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
             yield from _tar(part)
         else:
             with _open(part) as file:
+                if (start := file.peek(2)[:2]) in FOREIGN:  # type: ignore[attr-defined]
+                    raise UserError(f"{part.name}: the content {FOREIGN[start]}")
                 if part.format == "jsonl":
                     yield from _jsonl(file)
                 elif part.format == "json":
@@ -94,13 +107,23 @@ def _jsonl(file: IO[bytes]) -> Numbered:
 
 
 def _json(file: IO[bytes]) -> Numbered:
-    """An array of objects, held in memory; a file that begins otherwise holds JSON lines, as many named so do."""
-    start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    """An array of objects, or one under a name of `ARRAYS`, held in memory; else JSON lines, as many named so do."""
+    first = next((start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
     file.seek(0)
-    if start != b"[":
+    items: Any = None
+    if first[:1] == b"[":
+        items = json.loads(file.read().decode("utf-8-sig"))
+    elif first[:1] == b"{":
+        row, several = _json_object(first), False
+        if isinstance(row, RowError):  # an object over several lines?
+            row, several = _json_object(file.read()), True
+            file.seek(0)
+        if not isinstance(row, RowError):
+            items = next((row[name] for name in ARRAYS if isinstance(row.get(name), list)), [row] if several else None)
+    if items is None:
         yield from _jsonl(file)
         return
-    for number, item in enumerate(json.loads(file.read().decode("utf-8-sig")), 1):
+    for number, item in enumerate(items, 1):
         yield number, item if isinstance(item, dict) else RowError("wrong_type", "the item is not a JSON object")
 
 
@@ -144,6 +167,9 @@ def _paragraphs(file: IO[bytes]) -> Numbered:
 def _csv(file: IO[bytes], delimiter: str) -> Numbered:
     csv.field_size_limit(1 << 30)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    header = file.peek(1 << 16).split(b"\n", 1)[0].decode("utf-8", "replace")  # type: ignore[attr-defined]
+    if delimiter not in header:
+        delimiter = next((other for other in SEPARATORS if other in header), delimiter)
     reader = csv.DictReader(text, delimiter=delimiter)
     for row in reader:
         if None in row:

@@ -143,6 +143,41 @@ def test_an_array_with_something_else_in_it_and_a_cut_one(tmp_path: Path) -> Non
         read(path, tmp_path)
 
 
+def test_json_that_wraps_its_rows(tmp_path: Path) -> None:
+    path, inner = tmp_path / "a.json", [{"text": "one"}, {"text": "two"}]
+    for content in (json.dumps({"data": inner}), json.dumps({"version": 1, "rows": inner}, indent=2)):
+        path.write_text(content)
+        assert [row for _, row in read(path, tmp_path)] == inner
+    path.write_text(json.dumps(inner[0], indent=2))
+    assert [row for _, row in read(path, tmp_path)] == inner[:1]
+    path.write_text('{"messages": [{"role": "user"}]}\n{"messages": []}\n')
+    assert len(list(read(path, tmp_path))) == 2  # lines: no such name
+    path.write_text('{"text": "torn\n{"text": "ok"}\n')
+    (_, bad), (_, good) = read(path, tmp_path)
+    assert isinstance(bad, RowError)
+    assert good == {"text": "ok"}
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "|")])
+def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
+    path = tmp_path / name
+    path.write_text(f"question{separator}answer\nq, or not{separator}a\n")
+    assert [row for _, row in read(path, tmp_path)] == [{"question": "q, or not", "answer": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", "question,answer\n".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", gzip.compress(b"{}"), r"gzip: let its name end in \.gz"),
+    ],
+)
+def test_content_of_another_kind(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=problem):
+        list(read(tmp_path / name, tmp_path))
+
+
 def test_csv_with_bad_bytes_and_ragged_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbfquestion,answer\nq,\xff\nq\nq,a,b\n")
