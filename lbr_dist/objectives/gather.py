@@ -4,7 +4,7 @@
 backward of the gather is the sum of the ranks' partial gradients (a reduce-scatter), so that a rank may compute any
 share of the global loss and the rows still get their whole gradient. Ranks may hold different numbers of rows, none
 included: rows travel padded to the longest rank, one collective each way. The cost is (world x longest) rows of memory;
-a ring of point-to-point sends would save it, at a price that docs/contrastive.md states.
+a ring of point-to-point sends would save it, at a price that benchmarks/ring.py measures.
 """
 
 from __future__ import annotations
