@@ -186,12 +186,20 @@ def test_a_preempted_job_whose_node_crashes_later(
 def test_two_jobs_at_once_on_the_same_nodes(
     cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path
 ) -> None:
-    """By both launchers; the one is asked to stop in mid-run and goes on."""
+    """By both launchers; the one, whose every Python is in a container, is asked to stop in mid-run and goes on.
+
+    The container is a mount namespace behind a command line of Apptainer's form.
+    """
+    box = place / "box"
+    box.write_text('#!/bin/sh\necho "$*" >>"$0.log"\nshift 2\nexec unshare --mount "$@"\n')
+    box.chmod(0o755)
     jobs = {
         launcher: submit(
-            "stage1.sh", "one.yaml", f"output=runs/{launcher}", options=(*TWO, *SHARED), PACE="0.1", LAUNCHER=launcher
+            *("stage1.sh", "one.yaml", f"output=runs/{launcher}"),
+            options=(*TWO, *SHARED),
+            **{"PACE": "0.1", "LAUNCHER": launcher, "LBR_CONTAINER": container},
         )
-        for launcher in ("srun", "torchrun")
+        for launcher, container in (("srun", ""), ("torchrun", f"{box} exec image.sif"))
     }
     wait_for(lambda: len(rows(place / "runs" / "torchrun")) >= 5, LONG, lambda: cluster.log(jobs["torchrun"]))
     assert {cluster.facts(job)["JobState"] for job in jobs.values()} == {"RUNNING"}
@@ -202,6 +210,9 @@ def test_two_jobs_at_once_on_the_same_nodes(
     first, second = history(place / "runs" / "torchrun")[1], history(place / "runs" / "torchrun")[2]
     assert (first["code"], first["requeue"]) == (75, True)
     assert second["step"] == first["step"] > 0
+    entered = Path(f"{box}.log").read_text().splitlines()
+    assert all(line.startswith(f"exec image.sif {place / 'python'} ") for line in entered)
+    assert sum("lbr_dist.launch.torchrun" in line for line in entered) == 4  # two starts on two nodes
 
 
 def test_ray_in_the_allocation(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:
