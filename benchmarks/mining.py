@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from benchmarks.commands import Lbr, side_by_side
 from benchmarks.quickstart.__main__ import RECIPES, Step, evaluate, make_data, spread
 from lbr_dist.cli import quiet
@@ -91,16 +92,16 @@ def main() -> None:
             for name in ("base", "ib_gl"):
                 lbr(f"train-{name}", "train", str(RECIPES / f"{name}.yaml"), *faster)
     seeds = [one_seed(out, lbr, seed, faster) for seed in range(arguments.seeds)]
-    table = spread(seeds, ARMS)
-    print(table)
+    about = common.head("python -m benchmarks.mining --results benchmarks/results/mining", toy=arguments.toy)
+    note = (
+        f"One stage-1 model; {arguments.seeds} seeds of stage 2 (order of the data), 25 steps of 256 pairs each; "
+        f"{NEGATIVES} negatives mined per pair, {USED} used per step."
+    )
+    lines = [*common.title("Do mined hard negatives help?", about), note, "", spread(seeds, ARMS)]
     if arguments.results:
-        arguments.results.mkdir(parents=True, exist_ok=True)
-        note = (
-            f"One stage-1 model; {arguments.seeds} seeds of stage 2 (order of the data), 25 steps of 256 pairs each; "
-            f"{NEGATIVES} negatives mined per pair, {USED} used per step.\n\n"
-        )
-        (arguments.results / "quickstart.md").write_text(note + table + "\n", encoding="utf-8")
-        (arguments.results / "quickstart.json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
+        common.save(arguments.results, "quickstart", about, seeds, lines)
+    else:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":
