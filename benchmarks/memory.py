@@ -125,16 +125,16 @@ def measure(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Measure all runs and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    common.add_options(parser)
     options = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     with tempfile.TemporaryDirectory() as folder:
         make_inputs(Path(folder))
         rows = []
-        for run in RUNS:
+        for run in RUNS[:1] if options.toy else RUNS:
             rows.append(measure(Path(folder), run))
             print(rows[-1], flush=True)
-    about = common.head("python -m benchmarks.memory")
+    about = common.head("python -m benchmarks.memory", toy=options.toy)
     columns = {
         **{
             "model": "parameters",

@@ -67,6 +67,42 @@ def test_ring(run):
     assert min(row["seconds"]["ring"] + row["seconds"]["gathered"]) > 0
 
 
+@pytest.mark.timeout(600)
+def test_memory(run):
+    (row,), _ = run("memory")
+    assert row["measured_gib"] > 0.3
+    assert row["plan_gib"] > 0.3
+
+
+def test_scaling_is_what_is_committed(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["scaling", "--out", str(tmp_path)])
+    importlib.import_module("benchmarks.scaling").main()
+    found, kept = (json.loads((folder / "scaling.json").read_text()) for folder in (tmp_path, common.RESULTS))
+    assert found["rows"] == kept["rows"]  # a change of the model of memory or time: commit what the command now prints
+
+
+@pytest.mark.timeout(600)
+def test_encode(capsys, monkeypatch, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"aspirin relieves pain {n} " * (1 + n % 5)}) + "\n" for n in range(40))
+    )
+    monkeypatch.setattr(sys, "argv", ["encode", str(texts), "--limit", "40", "--repeat", "1"])
+    threads = torch.get_num_threads()
+    try:
+        importlib.import_module("benchmarks.encode").main()
+    finally:
+        torch.set_num_threads(threads)
+    assert "sentence-transformers" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(600)
+def test_checkpoint(tmp_path):
+    command = [sys.executable, "benchmarks/checkpoint.py", "--ranks", "1", "--million", "17", "--repeats", "1"]
+    done = subprocess.run([*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "stall / synchronous" in done.stdout
+
+
 def test_padding(run):
     rows, _ = run("padding", "--device", "cpu")
     assert [row["source"] for row in rows] == list(padding.SOURCES)
