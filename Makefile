@@ -8,16 +8,20 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = true
 
+# Tests of one process run side by side; those of several ranks do not, because they wait for each other.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
+
 .PHONY: quickstart test test-unit test-distributed test-cluster test-gpu bench bench-gpu lint format docs constraints clean
 
 quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot and an exported model in about 10 minutes
 	$(BIN)/python -m benchmarks.quickstart --out quickstart
 
 test: $(VENV)/.installed            ## every test that one machine without a GPU can run
-	$(BIN)/python -m pytest tests/unit tests/distributed tests/gpu
+	$(UNIT)
+	$(BIN)/python -m pytest tests/distributed tests/gpu
 
 test-unit: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/unit
+	$(UNIT)
 
 test-distributed: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/distributed

