@@ -22,7 +22,8 @@ def prepare(
         typer.Option(help="question-answer, query-document, multiple-choice or corpus; default: recognised by fields."),
     ] = None,
     field: Annotated[
-        list[str] | None, typer.Option(help="ROLE=NAME for a field of another name, as question=prompt. Repeatable.")
+        list[str] | None,
+        typer.Option(help="ROLE=NAME for a field of another name, as question=prompt; ROLE= for none. Repeatable."),
     ] = None,
     gl: Annotated[str | None, typer.Option(help="Size of the GL side: a count, a share, or 'rest'.")] = None,
     cl: Annotated[str | None, typer.Option(help="Size of the CL side.")] = None,
@@ -100,6 +101,6 @@ def mine(
 
 def _pair(text: str, flag: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
-    if not (key and equals and value):
+    if not (key and equals):
         raise UserError(f"{flag} {text}: expected NAME=VALUE")
     return key, value

@@ -48,7 +48,8 @@ class Finder:
     """Finds roles in rows; the answer for rows of one form (their fields in order) is remembered.
 
     Args:
-        fields: role to field name, where the user named it. Commas join several fields, dots lead into objects.
+        fields: role to field name, where the user named it. Commas join several fields, dots lead into objects, and an
+            empty name says that no field has the role.
     """
 
     def __init__(self, fields: Mapping[str, str]) -> None:
@@ -58,6 +59,8 @@ class Finder:
     def find(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
         """Names of the row's fields for a role; None: it has none."""
         mapped = self.fields.get("answer" if role in ("right", "document") else role)
+        if mapped == "":
+            return None
         if mapped is not None:
             parts = tuple(mapped.split(","))
             return parts if all(_MISSING is not reach(row, part) for part in parts) else None

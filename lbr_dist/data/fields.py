@@ -7,6 +7,7 @@ list, because reasons are counted and reported; nothing is repaired silently.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,7 +130,9 @@ class Converter:
 
     def _label(self, row: Mapping[str, Any], role: str, default: str) -> str:
         value = self._get(row, role, optional=True)
-        return self._text(value, role) if value not in (None, "") else default
+        if value in (None, "", [], {}):
+            return default
+        return self._text(value if isinstance(value, str) else json.dumps(value, default=str), role)
 
     def _id(self, row: Mapping[str, Any], *content: str) -> str:
         value = self._get(row, "id", optional=True)

@@ -194,6 +194,15 @@ def test_a_mapping_leads_into_objects() -> None:
         convert(trivia, "question-answer", fields={"answer": "answer.other"})
 
 
+def test_labels_of_any_type_and_fields_that_are_to_be_ignored() -> None:
+    row = {"question": "q", "answer": "a", "domain": 3, "source": ["x", "y"], "negatives": 0}
+    with pytest.raises(RowError, match="negatives is a number"):
+        convert(row)
+    found = convert(row, fields={"negatives": ""})
+    assert (found.domain, found.source, found.negatives) == ("3", '["x", "y"]', ())
+    assert convert({**row, "source": {}, "negatives": None}).source == "file"
+
+
 def test_multiple_choice_over_several_fields() -> None:
     row = {"question": "stem", "opa": "x", "opb": "right", "cop": 1}
     assert convert(row, "multiple-choice", {"options": "opa,opb", "answer": "cop"}).answer == "right"
