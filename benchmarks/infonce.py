@@ -21,8 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -66,7 +64,7 @@ def main() -> None:
         # the whole matrix takes 4 * 3 * size^2 bytes and more: 13 GiB at 32,768
         sides = ("strips", "whole") if size <= (WHOLE_CUDA if args.device == "cuda" else WHOLE_CPU) else ("strips",)
         rows.append(measure(size, args.width, args.device, args.two_way, sides))
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu()
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{common.cpu_name()}, one thread"
     head = {
         "date": date.today().isoformat(),
         "hardware": hardware,
@@ -101,7 +99,7 @@ def huge(size: int, width: int, rows: int, args: argparse.Namespace) -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         found = pool.apply(_short_memory, (size, width, rows, args.device, args.two_way))
     rest = (size - rows) * width * 4 / MIB
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else _cpu()
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{common.cpu_name()}, one thread"
     row: dict[str, Any] = {"batch": size, "width": width, "rows": rows, "measured_mib": found, "rest_mib": rest}
     row |= {"total_mib": found + rest, "two_way": args.two_way, "hardware": hardware, "torch": str(torch.__version__)}
     text = (
@@ -196,20 +194,13 @@ def _times(sides: tuple[str, ...], size: int, width: int, device: str, two_way: 
     best = dict.fromkeys(sides, float("inf"))
     for turn in range(turns + (size <= 8192)):  # the first warms up, where there are several
         for side in sides if turn % 2 else sides[::-1]:
-            begin = _clock(device)
+            begin = common.clock(device)
             _gradient(side, *inputs, two_way)
-            best[side] = min(best[side], _clock(device) - begin)
+            best[side] = min(best[side], common.clock(device) - begin)
     found = {f"{side}_s": seconds for side, seconds in best.items()}
     if len(sides) == 2:
         found["time_ratio"] = best["strips"] / best["whole"]
     return found
-
-
-def _clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
 
 
 def _errors(size: int, width: int, device: str, two_way: bool) -> dict[str, float]:
@@ -226,12 +217,6 @@ def _errors(size: int, width: int, device: str, two_way: bool) -> dict[str, floa
 
 def _relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, one thread"
 
 
 def markdown(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
