@@ -40,7 +40,9 @@ RUNS: list[dict[str, Any]] = [
     {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 2048, "extra": "LoRA, recomputation"},
     {"model": "60M", "deepspeed": "zero0", "ranks": 1, "bin": 2048, "extra": "LoRA"},
     {"model": "28M", "deepspeed": "zero1", "ranks": 1, "bin": 1024, "extra": "bfloat16"},
+    {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 1024, "extra": "stage 2"},
     {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 2048, "extra": "stage 2"},
+    {"model": "28M", "deepspeed": "zero0", "ranks": 1, "bin": 4096, "extra": "stage 2"},
     {"model": "60M", "deepspeed": "zero0", "ranks": 1, "bin": 512},
     {"model": "60M", "deepspeed": "cpu", "ranks": 2, "bin": 512},
 ]

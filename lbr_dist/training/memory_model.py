@@ -37,13 +37,13 @@ MACHINES = {
     "h100": Machine("H100 SXM", 80, 989e12, 450e9, 50e9, 8, 0.40, 1.5),
     "h200": Machine("H200 SXM", 141, 989e12, 450e9, 50e9, 8, 0.40, 1.5),
     "a100": Machine("A100 SXM", 80, 312e12, 300e9, 25e9, 8, 0.45, 1.5),
-    "cpu": Machine("CPU core", float("inf"), 60e9, 5e9, 1e9, 64, 0.7, 0.53, 0.2e9),
+    "cpu": Machine("CPU core", float("inf"), 60e9, 5e9, 1e9, 64, 0.7, 0.53, 0.1e9),
 }
 """Peaks and links by data sheet (NVLink one way; 400 or 200 Gbit/s of network per GPU); `cpu` is a rough guess."""
 
 
-ADAPTER_SLACK = 0.65
-"""Of the activations, recomputed or not: fitted to the LoRA runs of benchmarks/memory.py."""
+ADAPTER_SLACK, CONTRASTIVE_SLACK = 0.65, 0.4
+"""What glibc keeps, as a share of the activations (recomputed or not): fitted to the runs of benchmarks/memory.py."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Memory:
     host_copy: float
     """The checkpoint's copy in host memory, as far as it is there at the peak; counted where the device is the host."""
     allocator: float
-    """What glibc keeps of freed memory between the small tensors of adapters (measured; on CPUs only)."""
+    """What glibc keeps of freed memory, with adapters and in stage 2 (measured; on CPUs only)."""
 
     @property
     def total(self) -> float:
@@ -163,11 +163,11 @@ def memory(
     activations = _activations(shape, size, micro, recomputed=recomputed)
     loss = _loss(shape, recipe, size, micro, host=host)
     copy = (4 + moments) * trained / world if host else 0
-    if host and copy / machine.write < forward_s:
+    if host and not recomputed and copy / machine.write < forward_s:  # recomputing, the first layer is the peak
         copy = max(0, copy - activations - loss)
-    slack = 0.0
-    if host and recipe.model.lora is not None:
-        slack = ADAPTER_SLACK * _activations(shape, size, micro, recomputed=False)
+    share = CONTRASTIVE_SLACK if "contrastive" in recipe.tasks else 0.0
+    share = ADAPTER_SLACK if recipe.model.lora is not None else share
+    slack = share * _activations(shape, size, micro, recomputed=False) if host else 0.0
     return Memory(machine.base_gib * GIB, weights, gradients, optimizer, activations, loss, copy, slack)
 
 
