@@ -23,8 +23,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "document": ("document", "passage", "positive", "pos", "positive_passages", "text", "answer", "response", "code"),
     "options": ("options", "choices", "opa,opb,opc,opd"),
     "right": (
-        *("answer_idx", "answer_index", "answerKey", "answer_key", "correct", "correct_option", "cop", "label"),
-        "answer",
+        *("answer_idx", "answer_index", "answerKey", "answer_key", "correct", "correct_option", "cop"),
+        *("correct_answer", "label", "answer"),
     ),
     "text": ("text", "content", "contents", "document", "passage", "body", "abstract", "code"),
     "id": ("id", "_id", "uid", "qid"),

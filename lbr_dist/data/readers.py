@@ -171,6 +171,7 @@ def _csv(file: IO[bytes], delimiter: str) -> Numbered:
     if delimiter not in header:
         delimiter = next((other for other in SEPARATORS if other in header), delimiter)
     reader = csv.DictReader(text, delimiter=delimiter)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
     for row in reader:
         if None in row:
             yield reader.line_num, RowError("wrong_type", "the line has more cells than the header")

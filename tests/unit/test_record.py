@@ -182,6 +182,7 @@ def test_forms_of_well_known_sets() -> None:
     code = convert({"func_documentation_string": "adds", "func_code_string": "def add(): ..."})
     assert (code.question, code.answer) == ("adds", "def add(): ...")
     assert convert({"input": "q", "output": "a"}).question == "q"
+    assert convert({"question": "q", "choices": ["x", "y"], "correct_answer": "y"}).answer == "y"
 
 
 def test_a_mapping_leads_into_objects() -> None:

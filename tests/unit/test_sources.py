@@ -161,7 +161,7 @@ def test_json_that_wraps_its_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "|")])
 def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
     path = tmp_path / name
-    path.write_text(f"question{separator}answer\nq, or not{separator}a\n")
+    path.write_text(f"question {separator} answer\nq, or not{separator}a\n")
     assert [row for _, row in read(path, tmp_path)] == [{"question": "q, or not", "answer": "a"}]
 
 
