@@ -84,7 +84,8 @@ def report(args: argparse.Namespace, found: dict[str, Any], memory: dict[str, fl
                 "loss": f"{found['losses'][side]:.5f}",
             }
         )
-    chosen = "" if set(args.sides) == set(SIDES_OF) else " --sides " + " ".join(f'"{side}"' for side in args.sides)
+    part = [] if set(args.sides) == set(SIDES_OF) else args.sides
+    chosen = " ".join([" --sides", *(f'"{side}"' for side in part)]) if part else ""
     about = common.head(
         f"python -m benchmarks.contrastive{chosen}",
         args.device,
@@ -117,8 +118,7 @@ def report(args: argparse.Namespace, found: dict[str, Any], memory: dict[str, fl
         if slow in seconds and fast in seconds:
             middle, low, high = common.ratio(seconds[slow], seconds[fast])
             lines.append(f"- {what}: {middle:.2f} ({low:.2f} to {high:.2f})")
-    part = [] if set(args.sides) == set(SIDES_OF) else [side.replace(" ", "_") for side in args.sides]
-    name = "_".join(["contrastive", *part]) + ("_cuda" if args.device == "cuda" else "")
+    name = "_".join(["contrastive", *part]).replace(" ", "_") + ("_cuda" if args.device == "cuda" else "")
     if args.toy:
         print("\n".join(lines))
     else:

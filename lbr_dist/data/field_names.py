@@ -71,13 +71,6 @@ class Finder:
             self._found[key] = _recognise(row, role)
         return self._found[key]
 
-    def value(self, row: Mapping[str, Any], role: str) -> Any:
-        """What the row has for a role that `find` found: a list where several fields hold it."""
-        names = self.find(row, role)
-        assert names is not None
-        values = [reach(row, name) for name in names]
-        return values if len(values) > 1 else values[0]
-
 
 _MISSING = object()
 
@@ -90,6 +83,12 @@ def reach(row: Mapping[str, Any], name: str) -> Any:
             return _MISSING
         value = value[part]
     return value
+
+
+def value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """What the fields that `Finder.find` named hold: a list where there are several."""
+    values = [reach(row, name) for name in names]
+    return values if len(values) > 1 else values[0]
 
 
 def _recognise(row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:

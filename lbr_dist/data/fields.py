@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lbr_dist.data import row_values
+from lbr_dist.data import field_names, row_values
 from lbr_dist.data.chat import unfold
 from lbr_dist.data.field_names import NAMES, Finder
 from lbr_dist.data.record import Record, content_id
@@ -99,8 +99,9 @@ class Converter:
             raise RowError("wrong_type", str(error)) from None
 
     def _get(self, row: Mapping[str, Any], role: str, optional: bool = False) -> Any:
-        if self._finder.find(row, role) is not None:
-            return self._finder.value(row, role)
+        names = self._finder.find(row, role)
+        if names is not None:
+            return field_names.value(row, names)
         if optional:
             return None
         wanted = self._finder.fields.get(role) or ", ".join(NAMES[role])

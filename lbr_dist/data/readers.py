@@ -108,18 +108,17 @@ def _jsonl(file: IO[bytes]) -> Numbered:
 
 def _json(file: IO[bytes]) -> Numbered:
     """An array of objects, or one under a name of `ARRAYS`, held in memory; else JSON lines, as many named so do."""
-    first = next((start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip())), b"")
+    lines = (start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip()))
+    first, alone = next(lines, b""), next(lines, None) is None
     file.seek(0)
     items: Any = None
     if first[:1] == b"[":
         items = json.loads(file.read().decode("utf-8-sig"))
-    elif first[:1] == b"{":
-        row, several = _json_object(first), False
-        if isinstance(row, RowError):  # an object over several lines?
-            row, several = _json_object(file.read()), True
-            file.seek(0)
+    elif first[:1] == b"{" and (alone or isinstance(_json_object(first), RowError)):  # one object, over lines or not?
+        row = _json_object(file.read())
+        file.seek(0)
         if not isinstance(row, RowError):
-            items = next((row[name] for name in ARRAYS if isinstance(row.get(name), list)), [row] if several else None)
+            items = next((row[name] for name in ARRAYS if isinstance(row.get(name), list)), [row])
     if items is None:
         yield from _jsonl(file)
         return

@@ -152,6 +152,8 @@ def test_json_that_wraps_its_rows(tmp_path: Path) -> None:
     assert [row for _, row in read(path, tmp_path)] == inner[:1]
     path.write_text('{"messages": [{"role": "user"}]}\n{"messages": []}\n')
     assert len(list(read(path, tmp_path))) == 2  # lines: no such name
+    path.write_text('{"data": [{"text": "one"}]}\n{"data": [{"text": "two"}]}\n')
+    assert len(list(read(path, tmp_path))) == 2  # lines, every one of them
     path.write_text('{"text": "torn\n{"text": "ok"}\n')
     (_, bad), (_, good) = read(path, tmp_path)
     assert isinstance(bad, RowError)
