@@ -137,7 +137,7 @@ def main() -> None:
         for _ in range(arguments.repeat):
             for name, function in rows.items():
                 times[name].append(seconds(function, arguments.device))
-        lengths = np.array([len(x) for x in ours.tokens(texts, "passage")]) + arguments.tokens
+        lengths = np.array([len(s.x) for s in ours.samples(texts, "passage")]) + arguments.tokens
     print(f"{len(texts):,} texts of {arguments.texts.name}, {lengths.mean():.1f} tokens on average", end=", ")
     print(f"{sum(p.numel() for p in ours.model.parameters()) / 1e6:.1f}M parameters, {arguments.device}", end=", ")
     print(f"{torch.get_num_threads()} thread, {platform.machine()}, torch {torch.__version__}.")

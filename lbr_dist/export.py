@@ -86,7 +86,7 @@ def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
     """Bottleneck tokens behind every text, as an export must have them; 0 where they cannot matter.
 
     Raises:
-        UserError: the number varies with the length of the text, or `tokens` contradicts the run.
+        UserError: the number varies with the text, or `tokens` contradicts the run.
     """
     from lbr_dist.evaluation.encoder import pooling_of
 
@@ -100,12 +100,13 @@ def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
             "export: mean pooling over X beside bidirectional bottleneck tokens is nothing that sentence-transformers "
             "can do; use `lbr encode`, or train with contrastive.pooling=bottleneck"
         )
-    least, most = bottleneck.length(0), bottleneck.length(recipe.data.max_x_tokens)
+    least, most = bottleneck.fewest_and_most(recipe.data.max_x_tokens)
     if tokens is None and least != most:
+        setting = "surprisal" if bottleneck.by_surprisal else f"ratio={bottleneck.effective_ratio:g}"
         raise UserError(
-            f"export: with bottleneck.ratio={bottleneck.effective_ratio:g} a text gets {least} to {most} bottleneck "
-            f"tokens by its length, and a tokenizer can only append a fixed number; pass --tokens N (1 to {most}) to "
-            "give every text the last N (exact for texts that have N), or use `lbr encode`"
+            f"export: with bottleneck.{setting} texts get {least} to {most} bottleneck tokens, and a tokenizer can "
+            f"only append a fixed number; pass --tokens N (1 to {most}) to give every text the last N (exact for texts "
+            "that have N), or use `lbr encode`"
         )
     count = most if tokens is None else tokens
     if not least <= count <= most:

@@ -32,6 +32,8 @@ class Arm:
     settings: tuple[str, ...] = ()
     rate: str = ""
     """Arm whose searched learning rate it uses; default: its own."""
+    adaptive: Literal["", "length", "surprisal"] = ""
+    """What the number of bottleneck tokens goes by; default: it is fixed."""
 
 
 ARMS: dict[str, Arm] = {
@@ -57,6 +59,14 @@ ARMS: dict[str, Arm] = {
     "ib_gl_both": Arm("IB-GL, both ways", "generative", settings=BOTH, rate="ib_gl"),
     "gl_both_cl": Arm("GL, both ways + CL", "contrastive", "gl_both", PLAIN, "gl_cl"),
     "lbr_both": Arm("IB-GL, both ways + CL", "contrastive", "ib_gl_both", rate="lbr"),
+    "ib_gl_three": Arm("IB-GL, 3 Z", "generative", settings=("bottleneck.tokens=3",), rate="ib_gl"),
+    "ib_gl_length": Arm("IB-GL, Z by length", "generative", rate="ib_gl", adaptive="length"),
+    "ib_gl_surprisal": Arm("IB-GL, Z by surprisal", "generative", rate="ib_gl", adaptive="surprisal"),
+    "lbr_three": Arm("IB-GL + CL, 3 Z", "contrastive", "ib_gl_three", ("bottleneck.tokens=3",), "lbr"),
+    "lbr_length": Arm("IB-GL + CL, Z by length", "contrastive", "ib_gl_length", rate="lbr", adaptive="length"),
+    "lbr_surprisal": Arm(
+        "IB-GL + CL, Z by surprisal", "contrastive", "ib_gl_surprisal", rate="lbr", adaptive="surprisal"
+    ),
     "joint": Arm("one stage, both losses, w = 0.5", "joint"),
     "joint_moving": Arm(
         "one stage, both losses, w from 0.1 to 0.9",

@@ -56,6 +56,11 @@ EXPERIMENTS = {
         ("gl", "ib_gl", "gl_both", "ib_gl_both", "gl_cl", "lbr", "gl_both_cl", "lbr_both"),
         bm25=False,
     ),
+    "adaptive": Experiment(
+        "Beyond the paper: 3 bottleneck tokens for every text, or on average",
+        ("lbr", "lbr_three", "lbr_length", "lbr_surprisal"),
+        bm25=False,
+    ),
     "joint": Experiment(
         "Beyond the paper: one joint stage or two", ("cl", "lbr", "joint", "joint_moving"), bm25=False, costs=True
     ),

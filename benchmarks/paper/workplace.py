@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import Lbr
+from benchmarks.paper import adaptive
 from benchmarks.paper.arms import ARMS, Arm, rate_name
 from benchmarks.paper.domains import make_data
 from benchmarks.paper.scales import LANGUAGE_MODEL, SCALES, Scale
@@ -72,7 +73,9 @@ class Workplace:
             label: name of the run folder; default: the arm's.
         """
         run = f"seed-{seed}/runs/{label or name}"
-        arguments = train_arguments(self.scale, name, seed, rate, run, start)
+        by = ARMS[name].adaptive if name in ARMS else ""
+        more = adaptive.settings(self, seed, by) if by else ()
+        arguments = train_arguments(self.scale, name, seed, rate, run, start, more)
         text = json.dumps(arguments[1:])
         finished, begun = (self.folder / f"{run}.{state}.json" for state in ("finished", "begun"))
         if finished.exists() and finished.read_text() == text:
@@ -164,9 +167,15 @@ class Workplace:
 
 
 def train_arguments(
-    scale: Scale, name: str, seed: int, rate: float | None, run: str, start: str | None = None
+    scale: Scale,
+    name: str,
+    seed: int,
+    rate: float | None,
+    run: str,
+    start: str | None = None,
+    more: tuple[str, ...] = (),
 ) -> list[str]:
-    """Recipe and overrides of an arm (or of `base`), as `lbr train` takes them."""
+    """Recipe and overrides (`more` of them last) of an arm (or of `base`), as `lbr train` takes them."""
     arm = ARMS.get(name) or Arm("LLM", "generative", None, LANGUAGE_MODEL)
     common = getattr(scale, arm.stage) if name in ARMS else scale.language_model or ()
     arguments = [
@@ -177,7 +186,7 @@ def train_arguments(
         arguments.append(f"model.start_from={start or f'seed-{seed}/runs/{arm.start}'}")
     if rate is not None:
         arguments.append(f"optim.lr={rate:g}")
-    return arguments
+    return [*arguments, *more]
 
 
 def _file(name: str) -> str:

@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(data.prepare)
 app.command()(data.mine)
+app.command()(data.surprisal)
 app.command()(training.train)
 app.command()(training.plan)
 app.command("eval")(models.evaluate)

@@ -1,4 +1,4 @@
-"""`lbr prepare` and `lbr mine`: raw files to shards, and shards to shards with hard negatives."""
+"""`lbr prepare`, `mine` and `surprisal`: raw files to shards, and what is added to shards."""
 
 from __future__ import annotations
 
@@ -97,6 +97,17 @@ def mine(
         device=device, overwrite=overwrite,
     )  # fmt: skip
     print("\n".join(report.lines))
+
+
+def surprisal(
+    data: Annotated[str, typer.Argument(help="Prepared set; the texts of its gl and cl sides are measured.")],
+    model: Annotated[str, typer.Option(help="Folder of a causal language model with the set's tokenizer.")],
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+) -> None:
+    """Measure the information in a set's texts, for bottleneck.surprisal; continues where a killed run stopped."""
+    from lbr_dist.surprisal import measure
+
+    print("\n".join(map(str, measure(data, model, device))))
 
 
 def _pair(text: str, flag: str) -> tuple[str, str]:

@@ -44,7 +44,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Model folder to make.")],
     tokens: Annotated[
-        int | None, typer.Option(help="Bottleneck tokens that every text gets, for a run in ratio mode.")
+        int | None, typer.Option(help="Bottleneck tokens that every text gets, for a run where their number varies.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     scores: Annotated[Path | None, typer.Option(help="eval.json for the model card; default: the run's own.")] = None,

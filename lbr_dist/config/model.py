@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,22 +41,37 @@ class Model(Section):
     """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
 
 
+class Surprisal(Section):
+    """Bottleneck tokens by the information in a text instead of by its length: |Z| = ceil(bits of X / `bits`)."""
+
+    model: str
+    """Causal language model (a folder with the run's tokenizer) whose surprisal counts as information. `lbr surprisal`
+    measures the texts of a prepared set by it, and encoding needs it beside the run."""
+    bits: PositiveFloat
+    """Bits for each bottleneck token."""
+
+
 class Bottleneck(Section):
     """The bottleneck tokens Z (paper section 3.2). A run with neither a bottleneck nor Z is the paper's GL baseline."""
 
     enabled: bool = True
     """Insert Z, and hide X from Y. False: plain generative learning, Y sees X; no Z in the sequence."""
     tokens: Positive | None = None
-    """A fixed number of bottleneck tokens; excludes `ratio`. Needed for an export that plain libraries can load."""
+    """A fixed number of bottleneck tokens; excludes `ratio` and `surprisal`. Needed for an export that plain libraries
+    can load."""
     ratio: PositiveFloat | None = None
-    """R = |X| / |Z| (paper section 3.2): |Z| = ceil(|X| / R). Default 500 where `tokens` is not set."""
+    """R = |X| / |Z| (paper section 3.2): |Z| = ceil(|X| / R). Default 500 where neither of the others is set."""
+    surprisal: Surprisal | None = None
+    """|Z| by the information in X."""
     max_tokens: Positive = 8
-    """The most bottleneck tokens a sample gets in ratio mode: the number of learned vectors."""
+    """The most bottleneck tokens a sample gets where their number varies: the number of learned vectors."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Bottleneck:
-        if self.tokens is not None and self.ratio is not None:
-            raise ValueError("bottleneck.tokens and bottleneck.ratio exclude each other: set one of them")
+        given = [name for name in ("tokens", "ratio", "surprisal") if getattr(self, name) is not None]
+        if len(given) > 1:
+            names = " and ".join(f"bottleneck.{name}" for name in given)
+            raise ValueError(f"{names} exclude each other: set one of them")
         return self
 
     @property
@@ -67,18 +82,36 @@ class Bottleneck(Section):
         return self.tokens if self.tokens is not None else self.max_tokens
 
     @property
+    def by_surprisal(self) -> Surprisal | None:
+        """What counts the information, None where something else decides |Z| or the bottleneck is off."""
+        return self.surprisal if self.enabled else None
+
+    @property
     def effective_ratio(self) -> float | None:
-        """R in ratio mode, None where the count is fixed or the bottleneck is off."""
-        if not self.enabled or self.tokens is not None:
+        """R in ratio mode, None where something else decides |Z| or the bottleneck is off."""
+        if not self.enabled or self.tokens is not None or self.surprisal is not None:
             return None
         return self.ratio if self.ratio is not None else 500.0
 
-    def length(self, x_tokens: int) -> int:
-        """|Z| of a sample whose X has `x_tokens` tokens."""
+    def length(self, x_tokens: int, x_bits: float = 0.0) -> int:
+        """|Z| of a sample whose X has `x_tokens` tokens and, where `surprisal` counts, `x_bits` bits."""
         if not self.enabled:
             return 0
         if self.tokens is not None:
             return self.tokens
+        amount, each = self.measure(x_tokens, x_bits)
+        return max(1, min(self.max_tokens, int(-(-amount // each))))
+
+    def fewest_and_most(self, x_tokens: int) -> tuple[int, int]:
+        """Bounds of |Z| over texts of up to `x_tokens` tokens."""
+        if self.by_surprisal is not None:
+            return 1, self.max_tokens
+        return self.length(0), self.length(x_tokens)
+
+    def measure(self, tokens: Any, bits: Any) -> tuple[Any, float]:
+        """Where |Z| varies: what it grows with (a number or an array), and how much there is to a bottleneck token."""
+        if self.surprisal is not None:
+            return bits, self.surprisal.bits
         ratio = self.effective_ratio
         assert ratio is not None
-        return max(1, min(self.max_tokens, int(-(-x_tokens // ratio))))
+        return tokens, ratio

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lbr_dist.config import Recipe
+from lbr_dist.data.information import read_information
 from lbr_dist.data.plan_base import (
     EpochSummary,
     MicroPlan,
@@ -77,6 +78,7 @@ def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Toke
         count = len(generative.data.sets)
         first = make_plan(generative, readers[:count], tokenization)
         return JointPlan(first, make_plan(contrastive, readers[count:], tokenization))
+    surprisal = recipe.bottleneck.by_surprisal
     sources = [
         Source(
             name=f"{data_set.path} ({reader.split})",
@@ -84,6 +86,7 @@ def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Toke
             index=reader.index,
             weight=data_set.weight,
             target=recipe.target_of(data_set) if recipe.stage == "generative" else "pairs",
+            information=read_information(reader.opened, reader.split, surprisal.model) if surprisal else None,
         )
         for data_set, reader in zip(recipe.data.sets, readers, strict=True)
     ]

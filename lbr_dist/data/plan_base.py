@@ -17,6 +17,7 @@ import xxhash
 from lbr_dist.config import Duration
 
 if TYPE_CHECKING:
+    from lbr_dist.data.information import Information
     from lbr_dist.data.shards import SplitIndex
 
 Side = Literal["x", "query", "passage", "negative"]
@@ -35,6 +36,8 @@ class Source:
     weight: float
     target: str
     """Stage 1 target: sft, reconstruct or prefix."""
+    information: Information | None = None
+    """Bits in each text, where they decide the number of bottleneck tokens."""
 
 
 class SampleRef(NamedTuple):

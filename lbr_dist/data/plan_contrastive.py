@@ -27,7 +27,7 @@ from lbr_dist.data.plan_base import (
 )
 from lbr_dist.data.plan_generative import make_identity
 from lbr_dist.data.plan_groups import make_groups
-from lbr_dist.data.plan_lengths import ContrastiveLengths, bottleneck_lengths
+from lbr_dist.data.plan_lengths import ContrastiveLengths
 from lbr_dist.data.plan_order import key64, shuffled
 from lbr_dist.errors import UserError
 
@@ -159,8 +159,8 @@ class ContrastivePlan(Plan):
                 set_N, row_N, _ = group.take(epoch, low, min(size, low + self._recipe.data.window))
                 for number, lengths in enumerate(self._lengths):
                     of_set = row_N[set_N == number]
-                    for x_N in (lengths.query(of_set), lengths.passage(of_set)):
-                        tokens += int((x_N + bottleneck_lengths(self._recipe.bottleneck, x_N)).sum())
+                    for x_N, z_N in (lengths.query(of_set), lengths.passage(of_set)):
+                        tokens += int((x_N + z_N).sum())
         return EpochSummary(self.steps_per_epoch(epoch), self._groups.size(epoch), tokens, 0, 0, float("nan"))
 
     def step(self, global_step: int) -> ContrastiveStep:
@@ -177,28 +177,27 @@ class ContrastivePlan(Plan):
         return ContrastiveStep(global_step, epoch, self._texts(set_N, row_N, pass_N), self._micro_tokens)
 
     def _texts(self, set_N: np.ndarray, row_N: np.ndarray, pass_N: np.ndarray) -> list[list[PlannedSample]]:
-        query_N, passage_N, choice_N = np.empty_like(row_N), np.empty_like(row_N), np.empty_like(row_N)
+        lengths_5N = np.empty((5, len(row_N)), dtype=np.int64)  # query x and z, passage x and z, choice
         for number, lengths in enumerate(self._lengths):
             of_set = set_N == number
-            query_N[of_set] = lengths.query(row_N[of_set])
-            passage_N[of_set], choice_N[of_set] = lengths.positive(row_N[of_set], pass_N[of_set])
+            lengths_5N[:2, of_set] = lengths.query(row_N[of_set])
+            lengths_5N[2:, of_set] = lengths.positive(row_N[of_set], pass_N[of_set])
         texts = []
-        columns = (set_N, row_N, pass_N, query_N, passage_N, choice_N)
-        z_len = self._recipe.bottleneck.length
-        for pair, (set_, row, number, query, passage, choice) in enumerate(
+        columns = (set_N, row_N, pass_N, *lengths_5N)
+        for pair, (set_, row, number, query_x, query_z, passage_x, passage_z, choice) in enumerate(
             zip(*(c.tolist() for c in columns), strict=True)
         ):
             ref = SampleRef(set_, row)
             texts.append(
                 [
-                    PlannedSample(ref, query, z_len(query), side="query", pair=pair),
-                    PlannedSample(ref, passage, z_len(passage), side="passage", pair=pair, choice=choice),
+                    PlannedSample(ref, query_x, query_z, side="query", pair=pair),
+                    PlannedSample(ref, passage_x, passage_z, side="passage", pair=pair, choice=choice),
                 ]
             )
             if self._recipe.contrastive.hard_negatives:
                 texts[-1] += [
-                    PlannedSample(ref, x_len, z_len(x_len), side="negative", pair=pair, choice=which)
-                    for which, x_len in self._lengths[set_].negatives(row, number)
+                    PlannedSample(ref, x_len, z_len, side="negative", pair=pair, choice=which)
+                    for which, x_len, z_len in self._lengths[set_].negatives(row, number)
                 ]
         return texts
 

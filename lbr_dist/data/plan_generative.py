@@ -216,7 +216,7 @@ def make_stream(recipe: Recipe, source: Source, number: int, rows_N: np.ndarray 
 
 def make_identity(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
     """What changes the order or content of the data in both stages."""
-    return {
+    identity: dict[str, Any] = {
         "plan.version": 1,
         "stage": recipe.stage,
         "seed": recipe.seed,
@@ -228,3 +228,8 @@ def make_identity(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
         "batch.global_batch": recipe.batch.global_batch,
         "bottleneck": (recipe.bottleneck.count, recipe.bottleneck.effective_ratio),
     }
+    surprisal = recipe.bottleneck.by_surprisal
+    if surprisal is not None:  # left out otherwise, so that runs begun before it existed go on
+        models = sorted({source.information.model for source in sources if source.information is not None})
+        identity["bottleneck.surprisal"] = (surprisal.bits, *models)
+    return identity

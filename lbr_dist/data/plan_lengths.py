@@ -11,19 +11,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from lbr_dist.config import Bottleneck, Recipe
+from lbr_dist.data.information import known_bits
 from lbr_dist.data.plan_base import Source, TooLong
 from lbr_dist.data.plan_order import key64, uniform
 from lbr_dist.errors import UserError
 
 
-def bottleneck_lengths(bottleneck: Bottleneck, x_N: np.ndarray) -> np.ndarray:
+def bottleneck_lengths(bottleneck: Bottleneck, x_N: np.ndarray, bits_N: np.ndarray | None = None) -> np.ndarray:
     """|Z| of each sample: `Bottleneck.length`, elementwise."""
-    if not bottleneck.enabled:
-        return np.zeros_like(x_N)
-    if bottleneck.tokens is not None:
-        return np.full_like(x_N, bottleneck.tokens)
-    ratio = bottleneck.effective_ratio or np.inf
-    return np.clip(-np.floor_divide(-x_N, ratio), 1, bottleneck.max_tokens).astype(np.int64)
+    if not bottleneck.enabled or bottleneck.tokens is not None:
+        return np.full_like(x_N, bottleneck.count)
+    amount_N, each = bottleneck.measure(x_N, bits_N)
+    return np.clip(-np.floor_divide(-amount_N, each), 1, bottleneck.max_tokens).astype(np.int64)
 
 
 class GenerativeLengths:
@@ -59,7 +58,17 @@ class GenerativeLengths:
         if self._source.target == "prefix":
             x_N, y_N = self._split(row_N, pass_N)
         x_N, y_N = np.minimum(x_N, self._data.max_x_tokens), np.minimum(y_N, self._data.max_y_tokens)
-        return x_N, bottleneck_lengths(self._bottleneck, x_N), y_N
+        return x_N, bottleneck_lengths(self._bottleneck, x_N, self._bits(row_N, x_N)), y_N
+
+    def _bits(self, row_N: np.ndarray, x_N: np.ndarray) -> np.ndarray | None:
+        """Information in the first `x_N` tokens of what is read; None where nobody asks."""
+        known, index = self._source.information, self._source.index
+        if known is None:
+            return None
+        if self._source.target == "sft":
+            return known_bits(known.question[row_N], index.question_tokens[row_N], x_N - self._bos)
+        bits_N = np.where(index.text_tokens[row_N] >= 0, known.text[row_N], known.answer[row_N])
+        return known_bits(bits_N, self.document_tokens(row_N), x_N - self._bos)
 
     def _whole(self, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x_N and y_N before cutting; a prefix's document counts whole on both sides."""
@@ -103,7 +112,7 @@ class GenerativeLengths:
     def _check_fit(self, row_N: np.ndarray) -> None:
         x_N, y_N = self._whole(row_N)
         x_N, y_N = np.minimum(x_N, self._data.max_x_tokens), np.minimum(y_N, self._data.max_y_tokens)
-        z_N = bottleneck_lengths(self._bottleneck, x_N)
+        z_N = bottleneck_lengths(self._bottleneck, x_N, self._bits(row_N, x_N))
         if self._source.target == "prefix":  # wherever the cut falls
             total_N = np.minimum(self.document_tokens(row_N) + self._bos + self._eos, x_N + y_N) + z_N
         else:
@@ -145,52 +154,68 @@ class ContrastiveLengths:
                 "this set was prepared before they were kept: prepare the set again"
             )
 
-    def query(self, row_N: np.ndarray) -> np.ndarray:
-        """|X| of the queries, after cutting."""
-        return np.minimum(self._source.index.question_tokens[row_N].astype(np.int64) + self._query_extra, self._limit)
+    def query(self, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """|X|, after cutting, and |Z| of the queries."""
+        known = self._source.information
+        bits_N = None if known is None else known.question[row_N]
+        return self._both(self._source.index.question_tokens[row_N], bits_N, self._query_extra)
 
-    def passage(self, row_N: np.ndarray) -> np.ndarray:
-        """|X| of the passages, after cutting."""
-        return np.minimum(self._source.index.answer_tokens[row_N].astype(np.int64) + self._passage_extra, self._limit)
+    def passage(self, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """|X|, after cutting, and |Z| of the passages."""
+        known = self._source.information
+        bits_N = None if known is None else known.answer[row_N]
+        return self._both(self._source.index.answer_tokens[row_N], bits_N, self._passage_extra)
 
-    def positive(self, row_N: np.ndarray, pass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """|X| of the passage that each record is paired with in its pass, and which of `positives` it is (-1: answer).
+    def _both(self, tokens_N: np.ndarray, bits_N: np.ndarray | None, extra: int) -> tuple[np.ndarray, np.ndarray]:
+        x_N = np.minimum(tokens_N.astype(np.int64) + extra, self._limit)
+        if bits_N is not None:
+            bits_N = known_bits(bits_N, tokens_N, x_N - extra)
+        return x_N, bottleneck_lengths(self._recipe.bottleneck, x_N, bits_N)
 
-        Drawn by a hash of seed, pass and record id, so by nothing that another order or mixture would change.
+    def positive(self, row_N: np.ndarray, pass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """|X| and |Z| of the passage that each record is paired with in its pass, and which of `positives` it is.
+
+        The last is -1 for the answer. Drawn by a hash of seed, pass and record id, so by nothing that another order or
+        mixture would change.
         """
-        length_N, choice_N = self.passage(row_N), np.full(len(row_N), -1, dtype=np.int64)
+        (x_N, z_N), choice_N = self.passage(row_N), np.full(len(row_N), -1, dtype=np.int64)
         if self._draws is None:
-            return length_N, choice_N
-        index = self._source.index
+            return x_N, z_N, choice_N
+        index, known = self._source.index, self._source.information
         assert index.positive_tokens is not None
         for place in np.flatnonzero(index.positive_tokens.lengths[row_N]).tolist():
             row = int(row_N[place])
-            raw = index.positive_tokens[row] + self._passage_extra
-            usable = [n for n, tokens in enumerate(raw.tolist()) if tokens <= self._limit or not self._drops]
+            tokens = index.positive_tokens[row]
+            usable = np.flatnonzero((tokens + self._passage_extra <= self._limit) | (not self._drops))
             draw = key64(self._draws, int(pass_N[place]), str(index.ids[row])) % (len(usable) + 1)
             if draw < len(usable):
-                choice_N[place], length_N[place] = usable[draw], min(int(raw[usable[draw]]), self._limit)
-        return length_N, choice_N
+                chosen = usable[draw : draw + 1]
+                bits = None if known is None else known.positives[row][chosen]
+                x, z = self._both(tokens[chosen], bits, self._passage_extra)
+                choice_N[place], x_N[place], z_N[place] = chosen[0], x[0], z[0]
+        return x_N, z_N, choice_N
 
     @property
     def _drops(self) -> bool:
         return self._recipe.data.too_long == "drop"
 
-    def negatives(self, row: int, number: int) -> list[tuple[int, int]]:
-        """(which negative, |X|) of the hard negatives used with a record in its pass `number`.
+    def negatives(self, row: int, number: int) -> list[tuple[int, int, int]]:
+        """(which negative, |X|, |Z|) of the hard negatives used with a record in its pass `number`.
 
         A run of neighbours in the record's list, from a start that changes with the pass.
         """
-        raw = self._source.index.negative_tokens[row] + self._passage_extra
-        choices = np.arange(len(raw))
+        tokens, known = self._source.index.negative_tokens[row], self._source.information
+        choices = np.arange(len(tokens))
         if self._drops:
-            choices = choices[raw <= self._limit]
+            choices = choices[tokens + self._passage_extra <= self._limit]
         wanted = min(self._recipe.contrastive.hard_negatives, len(choices))
         if not wanted:
             return []
         start = key64(self._key, row, number) % len(choices)
         picked = choices[(start + np.arange(wanted)) % len(choices)]
-        return [(int(choice), min(int(raw[choice]), self._limit)) for choice in picked]
+        bits = None if known is None else known.negatives[row][picked]
+        x, z = self._both(tokens[picked], bits, self._passage_extra)
+        return list(zip(picked.tolist(), x.tolist(), z.tolist(), strict=True))
 
     def usable(self) -> tuple[np.ndarray | None, list[TooLong]]:
         """Rows that are used (None: all) and the texts that exceed the limit.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +46,17 @@ __all__ = [
 
 
 class Ragged:
-    """A list of int32 arrays of different lengths, stored flat: `ragged[row]` is a view."""
+    """A list of arrays of different lengths, stored flat: `ragged[row]` is a view."""
 
     def __init__(self, values: np.ndarray, offsets: np.ndarray) -> None:
         self.values, self.offsets = values, offsets
+
+    @classmethod
+    def join(cls, lists: Sequence[pa.ListArray]) -> Ragged:
+        """The lists of several columns, one behind the other."""
+        lengths = [np.diff(column.offsets.to_numpy()) for column in lists]
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+        return cls(np.concatenate([column.flatten().to_numpy() for column in lists]), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -113,10 +120,7 @@ class SplitIndex:
         return all(name in pq.read_schema(path).names for path in self.tables)
 
     def _ragged(self, name: str) -> Ragged:
-        lists = [_column(path, name) for path in self.tables]
-        lengths = [np.diff(column.offsets.to_numpy()) for column in lists]
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
-        return Ragged(np.concatenate([column.flatten().to_numpy() for column in lists]).astype(np.int32), offsets)
+        return Ragged.join([_column(path, name) for path in self.tables])
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class PreparedSet:
     def _read_index(self, path: Path, shard: ShardInfo) -> pa.Table:
         columns = ["offset", "size", "question_tokens", "answer_tokens", "text_tokens", "answer_hash"]
         try:
-            table = _read_table(path, columns)
+            table = read_table(path, columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: damaged index ({error}): prepare the set again") from error
         metadata = table.schema.metadata or {}
@@ -303,11 +307,11 @@ def _read_manifest(root: str) -> dict[str, Any]:
     return manifest
 
 
-def _read_table(path: Path, columns: list[str]) -> pa.Table:
-    """`pq.read_table` would first import pyarrow's data sets and file systems, which takes half a second."""
+def read_table(path: Path, columns: list[str]) -> pa.Table:
+    """Columns of a Parquet file. (`pq.read_table` would first import data sets and file systems, for half a second.)"""
     with pq.ParquetFile(path) as file:
         return file.read(columns=columns)
 
 
 def _column(path: Path, name: str) -> Any:
-    return _read_table(path, [name]).column(name).combine_chunks()
+    return read_table(path, [name]).column(name).combine_chunks()

@@ -8,16 +8,20 @@ in float32 the vectors of two calls agree to about 1e-6. What is too long is cut
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from lbr_dist.config import Recipe
+from lbr_dist.data.information import known_bits
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 
 if TYPE_CHECKING:
     from lbr_dist.model.bottleneck import LbrModel
+    from lbr_dist.model.layout import Sample
+    from lbr_dist.model.surprisal import Scorer
 
 Side = Literal["query", "passage"]
 
@@ -67,31 +71,52 @@ class PackedEncoder:
         self.tokenization = tokenization
         self.cut = 0
         self.fixed_z: int | None = None
-        """Bottleneck tokens for every text, instead of the number that the recipe gives by length."""
+        """Bottleneck tokens for every text, instead of the number that the recipe gives each."""
         contrastive = recipe.contrastive
         instructions = tokenization.encode([contrastive.query_instruction, contrastive.passage_instruction])
-        self._prefix: dict[Side, list[int]] = {
+        self._prefix: dict[Side | None, list[int]] = {
+            None: tokenization.bos,
             "query": tokenization.bos + instructions[0],
             "passage": tokenization.bos + instructions[1],
         }
 
-    def tokens(self, texts: Sequence[str], side: Side) -> list[list[int]]:
-        """X of each text: beginning of sequence, instruction and text, cut to `data.max_x_tokens`."""
-        limit = self.recipe.data.max_x_tokens
-        inputs = [self._prefix[side] + ids for ids in self.tokenization.encode(texts)]
-        self.cut += sum(len(x) > limit for x in inputs)
-        return [x[:limit] for x in inputs]
+    def samples(self, texts: Sequence[str], side: Side | None) -> list[Sample]:
+        """X (beginning of sequence, instruction, text; cut to `data.max_x_tokens`) and |Z| of each text.
+
+        Args:
+            side: whose instruction; None: no instruction, as in stage 1.
+        """
+        from lbr_dist.model.layout import Sample
+
+        prefix, limit = self._prefix[side], self.recipe.data.max_x_tokens
+        encoded = self.tokenization.encode(texts)
+        self.cut += sum(len(prefix) + len(ids) > limit for ids in encoded)
+        inputs = [(prefix + ids)[:limit] for ids in encoded]
+        if self.fixed_z is not None:
+            return [Sample(x, self.fixed_z) for x in inputs]
+        x_bits = [0.0] * len(inputs)
+        if self._scorer is not None:
+            kept = np.array([len(x) - len(prefix) for x in inputs])
+            x_bits = known_bits(self._scorer.bits(encoded), np.array([len(ids) for ids in encoded]), kept).tolist()
+        return [Sample(x, self.recipe.bottleneck.length(len(x), bits)) for x, bits in zip(inputs, x_bits, strict=True)]
+
+    @cached_property
+    def _scorer(self) -> Scorer | None:
+        surprisal = self.recipe.bottleneck.by_surprisal
+        if surprisal is None:
+            return None
+        from lbr_dist.model.surprisal import Scorer
+
+        return Scorer(surprisal.model, self.tokenization, self.model.device)
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
         """See `Encoder`. A text of no tokens at all, in a model without bottleneck, is the zero vector."""
         import torch
 
-        from lbr_dist.model.layout import Sample, pack
+        from lbr_dist.model.layout import pack
 
         bottleneck = self.recipe.bottleneck
-        inputs = self.tokens(texts, side)
-        fixed = self.fixed_z
-        samples = [Sample(x, bottleneck.length(len(x)) if fixed is None else fixed) for x in inputs]
+        samples = self.samples(texts, side)
         lengths = np.array([len(s.x) + s.z for s in samples], dtype=np.int64)
         out: np.ndarray | None = None
         with torch.inference_mode(), _bar(len(texts), progress, self.name) as advance:

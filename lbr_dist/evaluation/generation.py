@@ -43,17 +43,14 @@ def generation_scores(encoder: PackedEncoder, data: HeldOut, questions: int) -> 
 def answers(encoder: PackedEncoder, questions: Sequence[str], references: Sequence[str], hide_x: bool) -> list[str]:
     """Greedy answers, no longer than the longest reference."""
     from lbr_dist.model.decoding import generate_answers
-    from lbr_dist.model.layout import Sample
 
-    recipe, tokenization = encoder.recipe, encoder.tokenization
-    limit = recipe.data.max_x_tokens
-    inputs = [(tokenization.bos + ids)[:limit] for ids in tokenization.encode(questions)]
+    tokenization = encoder.tokenization
     longest = max(len(ids) for ids in tokenization.encode(references)) + 1
     generated = generate_answers(
         encoder.model,
-        [Sample(x, recipe.bottleneck.length(len(x))) for x in inputs],
+        encoder.samples(questions, None),
         eos_id=tokenization.eos_id,
-        max_new_tokens=min(longest, NEW_TOKENS, recipe.data.max_y_tokens),
+        max_new_tokens=min(longest, NEW_TOKENS, encoder.recipe.data.max_y_tokens),
         hide_x=hide_x,
     )
     return [tokenization.decode(ids) for ids in generated]

@@ -103,6 +103,8 @@ def absolute(recipe: Recipe, here: Path) -> Recipe:
     raw = recipe.model_dump(mode="json")
     raw["output"] = str(here / recipe.output)
     raw["model"]["path"] = found(recipe.model.path)
+    if raw["bottleneck"]["surprisal"] is not None:
+        raw["bottleneck"]["surprisal"]["model"] = found(raw["bottleneck"]["surprisal"]["model"])
     for data_set in raw["data"]["sets"]:
         data_set["path"] = found(data_set["path"])
     if recipe.model.start_from is not None:

@@ -128,13 +128,16 @@ def check_start(recipe: Recipe) -> None:
         before.model_copy(update={"bottleneck": before.bottleneck}),
         before.model_copy(update={"bottleneck": recipe.bottleneck}),
     )
-    same = (before.bottleneck.count, before.bottleneck.effective_ratio) == (
-        recipe.bottleneck.count,
-        recipe.bottleneck.effective_ratio,
-    )
-    if changed and not same:
+    if changed and _how_many(before) != _how_many(recipe):
         listed = "; ".join(f"{field} is {new!r} here and {old!r} there" for field, (old, new) in changed.items())
         raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
+
+
+def _how_many(recipe: Recipe) -> tuple[object, ...]:
+    """What decides the bottleneck tokens; a moved surprisal model is the same one."""
+    bottleneck = recipe.bottleneck
+    surprisal = bottleneck.by_surprisal
+    return bottleneck.count, bottleneck.effective_ratio, surprisal and surprisal.bits
 
 
 def check_nvme(regime: Regime) -> None:

@@ -48,6 +48,7 @@ HARMLESS = (
     "contrastive.tile",
     "model.attention",
     "model.activation_checkpointing",
+    "bottleneck.surprisal.model",
     "duration",
     "deepspeed",
     "on_nan",
@@ -55,7 +56,7 @@ HARMLESS = (
     "step_timeout",
 )
 """Fields, or whole sections, that may change on resume. `duration` may: a longer run has another learning rate from
-there on, which is what whoever extends it asks for."""
+there on, which is what whoever extends it asks for. A surprisal model that has moved is known by its weights."""
 
 SET_PATH = re.compile(r"data\.sets\.\d+\.path")
 """Harmless too: sets are compared by their content when a checkpoint is chosen, wherever they have moved."""

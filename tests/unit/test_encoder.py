@@ -96,7 +96,7 @@ def test_ratio_mode_gives_longer_texts_more_bottleneck_tokens(tmp_path, tiny_mod
     run = make_run(tmp_path / "r", tiny_model_dir("llama"), bottleneck={"ratio": 10, "max_tokens": 4})
     encoder = load_run(run).encoder()
     long = "blood pain " * 20
-    assert len(encoder.tokens([long], "passage")[0]) > 40 - 1
+    assert len(encoder.samples([long], "passage")[0].x) > 40 - 1
     free = encoder.encode([long, "a"])
     encoder.fixed_z = 1
     assert encoder.encode(["a"]) == pytest.approx(free[1:], abs=1e-5)

@@ -3,11 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from benchmarks import jsonl
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import prediction, tables
+from benchmarks.paper import adaptive, prediction, tables
 from benchmarks.paper.__main__ import curves
 from benchmarks.paper.arms import ARMS, SHARES, rate_name
 from benchmarks.paper.domains import ENTITY, entity, hold_out
@@ -15,6 +16,8 @@ from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.search import LEARN
 from benchmarks.paper.workplace import train_arguments
+from lbr_dist.config import Bottleneck
+from lbr_dist.data.plan_lengths import bottleneck_lengths
 from lbr_dist.recipes import load_recipe
 
 
@@ -69,10 +72,9 @@ def test_held_out_entities_leave_training():
     assert ENTITY.startswith("id~")
 
 
-@pytest.mark.timeout(600)
-def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
-    """Data, base, an arm and its evaluation, by the one command; the second time nothing is trained again."""
-    monkeypatch.setitem(EXPERIMENTS, "table4", replace(EXPERIMENTS["table4"], arms=("ib_gl",)))
+def toy(tmp_path, monkeypatch, experiment, arms):
+    """Set up an experiment at toy size; returns the command."""
+    monkeypatch.setitem(EXPERIMENTS, experiment, replace(EXPERIMENTS[experiment], arms=arms))
     words = ["fever", "rash", "heart", "blood", "measles", "aspirin"]
     rows = [
         {"id": f"m:{i}:0", "question": f"{words[i % 6]} {i}?", "answer": f"{words[i % 5]} is {i} {words[i % 4]}"}
@@ -82,16 +84,46 @@ def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
     rates = {"domain": "medicine", "rates": {"ib_gl": 1e-3, "lbr": 1e-3}, "trials": []}
     tables.write(tmp_path / "out" / "toy", "search-medicine", "", rates)
     folders = ("--data", str(tmp_path), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"))
-    monkeypatch.setattr("sys.argv", ["paper", "table4", "--scale", "toy", "--seeds", "1", *folders])
-    paper.main()
+    monkeypatch.setattr("sys.argv", ["paper", experiment, "--scale", "toy", "--seeds", "1", *folders])
+    return paper.main
+
+
+@pytest.mark.timeout(600)
+def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
+    """Data, base, an arm and its evaluation, by the one command; the second time nothing is trained again."""
+    run = toy(tmp_path, monkeypatch, "table4", ("ib_gl",))
+    run()
     finished = {file: file.stat().st_mtime for file in (tmp_path / "work").rglob("*.finished.json")}
     assert len(finished) == 2
-    paper.main()
+    run()
     assert {file: file.stat().st_mtime for file in (tmp_path / "work").rglob("*.finished.json")} == finished
     text = (tmp_path / "out" / "toy" / "table4-medicine.md").read_text()
     assert "toy: only shows that everything runs" in text
     assert "| LLM + IB-GL |" in text
     assert (tmp_path / "out" / "toy" / "table4-medicine.png").stat().st_size > 1000
+
+
+@pytest.mark.timeout(600)
+def test_adaptive_bottlenecks_at_toy_size(tmp_path, monkeypatch):
+    """The language model is exported and measures the set, both stages train by it, and the evaluation uses it."""
+    toy(tmp_path, monkeypatch, "adaptive", ("lbr_surprisal",))()
+    runs = tmp_path / "work" / "toy" / "medicine" / "seed-0" / "runs"
+    recipes = [load_recipe(runs / name / "recipe.yaml") for name in ("ib_gl_surprisal", "lbr_surprisal")]
+    first, second = (recipe.bottleneck.by_surprisal for recipe in recipes)
+    assert first == second
+    assert first.bits > 1
+    text = (tmp_path / "out" / "toy" / "adaptive-medicine.md").read_text()
+    assert "| IB-GL + CL, Z by surprisal |" in text
+
+
+@pytest.mark.parametrize("unit", ["ratio", "bits"])
+def test_adaptive_bottlenecks_have_the_average_of_the_fixed_one(unit):
+    rng = np.random.default_rng(0)
+    x_N, bits_N = rng.integers(5, 150, 5000), rng.uniform(20, 900, 5000)
+    found = adaptive.calibrate(unit, x_N, bits_N)
+    one = {"ratio": found} if unit == "ratio" else {"surprisal": {"model": "", "bits": found}}
+    bottleneck = Bottleneck.model_validate({"max_tokens": adaptive.MOST, **one})
+    assert bottleneck_lengths(bottleneck, x_N, bits_N).mean() == pytest.approx(adaptive.AVERAGE, abs=0.1)
 
 
 def scores(name, ndcg, sr=0.0):
