@@ -51,9 +51,16 @@ class Run:
         return self.checkpoint / "model"
 
     def encoder(self) -> PackedEncoder:
-        """The run as an encoder."""
+        """The run as an encoder.
+
+        Raises:
+            UserError: the run's number of bottleneck tokens goes by a surprisal model that is not there any more.
+        """
         from lbr_dist.evaluation.encoder import PackedEncoder
 
+        surprisal = self.recipe.bottleneck.by_surprisal
+        if surprisal is not None:
+            _check_surprisal_model(self.checkpoint, surprisal.model)
         return PackedEncoder(self.model, self.tokenization, self.recipe, self.name)
 
 
@@ -143,6 +150,20 @@ def model_fingerprint(spec: str) -> str:
             status = file.stat()
             parts.append(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}")
     return xxhash.xxh128_hexdigest("\n".join(parts).encode())
+
+
+def _check_surprisal_model(checkpoint: Path, path: str) -> None:
+    """The model must have the weights that the run was planned by."""
+    from lbr_dist.data.information import model_fingerprint
+    from lbr_dist.training.checkpoint_format import read_manifest
+
+    found, identity = model_fingerprint(path), read_manifest(checkpoint).state.get("identity", {})
+    planned = [value for key, value in identity.items() if key.endswith("bottleneck.surprisal")]
+    if not all(found in value for value in planned):
+        raise UserError(
+            f"surprisal model {path}: is not the one that {checkpoint} was trained by, and would give texts other "
+            "numbers of bottleneck tokens: put that one in its place"
+        )
 
 
 def _hf_encoder(spec: str, device: str) -> Encoder:

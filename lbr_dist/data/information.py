@@ -64,8 +64,8 @@ def model_fingerprint(path: str) -> str:
     files = sorted(file for ending in ("*.safetensors", "*.bin") for file in folder.glob(ending))
     if not files or not (folder / "config.json").is_file():
         raise UserError(
-            f"surprisal model {path}: not a model folder (config.json and *.safetensors or *.bin): name the folder of "
-            "a causal language model; `lbr export` makes one of a run"
+            f"surprisal model {path}: there is no model folder (config.json and *.safetensors or *.bin): name that of "
+            "a causal language model (`lbr export` makes one of a run), or put it back there if a run was trained by it"
         )
     hashes = [f"{file.name} {file_xxh128(file)}" for file in (folder / "config.json", *files)]
     return xxhash.xxh3_128_hexdigest("\n".join(hashes).encode())

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,10 @@ from benchmarks.paper.scales import SCALES
 from benchmarks.paper.search import LEARN
 from benchmarks.paper.workplace import train_arguments
 from lbr_dist.config import Bottleneck
+from lbr_dist.data.information import model_fingerprint
 from lbr_dist.data.plan_lengths import bottleneck_lengths
+from lbr_dist.errors import UserError
+from lbr_dist.loading import load_run
 from lbr_dist.recipes import load_recipe
 
 
@@ -114,6 +118,16 @@ def test_adaptive_bottlenecks_at_toy_size(tmp_path, monkeypatch):
     assert first.bits > 1
     text = (tmp_path / "out" / "toy" / "adaptive-medicine.md").read_text()
     assert "| IB-GL + CL, Z by surprisal |" in text
+    run = replace(load_run(runs / "lbr_surprisal"), recipe=recipes[1])
+    with pytest.raises(UserError, match="language-model: there is no model folder"):
+        run.encoder()
+    monkeypatch.chdir(runs.parents[1])
+    assert run.encoder().samples(["fever"], "query")[0].z >= 1
+    weights = next(Path("seed-0/language-model").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    model_fingerprint.cache_clear()
+    with pytest.raises(UserError, match=r"is not the one that .* was trained by"):
+        run.encoder()
 
 
 @pytest.mark.parametrize("unit", ["ratio", "bits"])

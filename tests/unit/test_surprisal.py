@@ -117,7 +117,7 @@ def test_a_model_with_another_tokenizer_is_refused(made, tmp_path):
         measure(str(root / "qa"), str(other))
     with pytest.raises(UserError, match="name a model with the same tokenizer"):
         Scorer(str(other), made[2], "cpu")
-    with pytest.raises(UserError, match=r"nothing: not a model folder"):
+    with pytest.raises(UserError, match=r"nothing: there is no model folder"):
         measure(str(root / "qa"), str(tmp_path / "nothing"))
 
 
