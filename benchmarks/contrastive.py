@@ -36,6 +36,7 @@ from benchmarks import common, lengths
 from lbr_dist.config import Contrastive
 from lbr_dist.data.assemble import SIDES, LocalBatch
 from lbr_dist.data.packing import assign_bins
+from lbr_dist.model.batching import pad
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.objectives.contrastive import contrastive_loss
@@ -243,12 +244,8 @@ def theirs(side: str, folder: str, batch: int, micro_tokens: int, device: str) -
 
 def padded(part: list[list[int]], device: str) -> dict[str, Tensor]:
     """A batch as its collator makes it: padded to the longest."""
-    longest = max(map(len, part))
-    ids = torch.zeros(len(part), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(part):
-        ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    ids, mask = pad(part, device)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _times(folder: str, batch: int, micro_tokens: int, device: str, sides: list[str], rounds: int) -> dict[str, Any]:

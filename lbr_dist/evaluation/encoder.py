@@ -7,7 +7,7 @@ in float32 the vectors of two calls agree to about 1e-6. What is too long is cut
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,6 +16,7 @@ import numpy as np
 from lbr_dist.config import Recipe
 from lbr_dist.data.information import known_bits
 from lbr_dist.errors import UserError
+from lbr_dist.model.batching import batches
 from lbr_dist.model.tokenizer import Tokenization
 
 if TYPE_CHECKING:
@@ -41,24 +42,6 @@ class Encoder(Protocol):
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
         """Unit vectors, float32 [texts, D], in the order of the texts."""
-
-
-def batches(lengths: np.ndarray, budget: int, padded: bool = False) -> Iterator[np.ndarray]:
-    """Rows in batches of at most `budget` tokens, longest first, so that a batch's texts have about one length.
-
-    Args:
-        lengths: tokens of each text.
-        budget: tokens in a batch; a longer text is a batch of its own.
-        padded: count the tokens of the padded batch (texts x longest) instead of their sum.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        rest = lengths[order[start : start + budget + 1]]
-        used = np.arange(1, len(rest) + 1) * rest[0] if padded else np.cumsum(rest)
-        count = max(1, int(np.searchsorted(used, budget, side="right")))
-        yield order[start : start + count]
-        start += count
 
 
 class PackedEncoder:
@@ -177,18 +160,13 @@ class PaddedEncoder:
     def _forward(self, inputs: list[list[int]]) -> np.ndarray:
         import torch
 
-        longest = max(1, max(len(x) for x in inputs))
-        ids_BT = torch.zeros((len(inputs), longest), dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, x in enumerate(inputs):
-            ids_BT[row, : len(x)] = torch.tensor(x, dtype=torch.long)
-            mask_BT[row, : len(x)] = 1
-        device = self.model.device
-        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
+        from lbr_dist.model.batching import pad
+
+        ids_BT, mask_BT = pad(inputs, self.model.device)
         hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
         lengths_B = mask_BT.sum(1)
         if self.pooling == "last":
-            pooled_BD = hidden_BTD[torch.arange(len(inputs), device=device), (lengths_B - 1).clamp(min=0)]
+            pooled_BD = hidden_BTD[torch.arange(len(inputs), device=ids_BT.device), (lengths_B - 1).clamp(min=0)]
         else:
             pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(1) / lengths_B.clamp(min=1)[:, None]
         return (pooled_BD * (lengths_B > 0)[:, None]).float().cpu().numpy()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lbr_dist.errors import UserError
+from lbr_dist.model.batching import batches, pad
 from lbr_dist.model.tokenizer import Tokenization
 
 WINDOW = 1024
@@ -56,24 +57,17 @@ class Scorer:
     def bits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """Bits of each text, given as token ids without special tokens, float32 [texts]."""
         out = np.zeros(len(texts), dtype=np.float32)
-        inputs = [[*self._start, *ids[: self._window]] for ids in texts]
-        order = sorted((row for row in range(len(texts)) if texts[row]), key=lambda row: len(inputs[row]))
-        while order:
-            rows = order[-max(1, self._batch_tokens // len(inputs[order[-1]])) :]
-            del order[-len(rows) :]
-            out[rows] = self._batch([inputs[row] for row in rows])
+        inputs = [[*self._start, *ids[: self._window]] if ids else [] for ids in texts]
+        for rows in batches(np.array([len(ids) for ids in inputs]), self._batch_tokens, padded=True):
+            real = [row for row in rows.tolist() if inputs[row]]
+            if real:
+                out[real] = self._batch([inputs[row] for row in real])
         longer = [max(1.0, len(ids) / self._window) for ids in texts]
         return out * np.array(longer, dtype=np.float32)
 
     @torch.inference_mode()
     def _batch(self, inputs: list[list[int]]) -> np.ndarray:
-        longest = max(map(len, inputs))
-        ids_BT = torch.zeros((len(inputs), longest), dtype=torch.long)
-        mask_BT = torch.zeros_like(ids_BT)
-        for row, ids in enumerate(inputs):
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
-            mask_BT[row, : len(ids)] = 1
-        ids_BT, mask_BT = ids_BT.to(self._model.device), mask_BT.to(self._model.device)
+        ids_BT, mask_BT = pad(inputs, self._model.device)
         logits_BTV = self._model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
         targets_BT = ids_BT[:, 1:]
         nats_BT = logits_BTV.logsumexp(-1)[:, :-1] - logits_BTV[:, :-1].gather(-1, targets_BT[..., None])[..., 0]

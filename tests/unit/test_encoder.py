@@ -5,8 +5,8 @@ from runs import make_run
 
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation import encoder as module
-from lbr_dist.evaluation.encoder import batches
 from lbr_dist.loading import is_run, load_encoder, load_run, model_fingerprint
+from lbr_dist.model.batching import batches
 
 WORDS = [
     "aspirin",
