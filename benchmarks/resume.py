@@ -26,11 +26,15 @@ A_RUN = 5
 """Kills of one run before it is let to its end and compared."""
 
 
-def kinds(kills: int, trials: int) -> list[tuple[str, int, int, Callable[[Any, str], str]]]:
-    """(what, trials, trials that one call makes, the call)."""
+Kind = tuple[str, int, int, Callable[[Any, str], str]]
+"""(what, trials, trials that one call makes, the call)"""
+
+
+def kinds(kills: int, trials: int) -> list[Kind]:
+    """Everything that is done to runs."""
     from fault_trials import SIGNALS
 
-    found: list[tuple[str, int, int, Callable[[Any, str], str]]] = []
+    found: list[Kind] = []
     for everybody in (False, True):
         for saving in (False, True):
             what = (
@@ -48,6 +52,7 @@ def kinds(kills: int, trials: int) -> list[tuple[str, int, int, Callable[[Any, s
     return found + [(number.name, trials, 1, _stop(number)) for number in SIGNALS]
 
 
+TOY = "a bit flipped in a file"
 DAMAGES = {"a file truncated": "truncated", "a bit flipped in a file": "flipped", "a rank's file missing": "missing"}
 
 
@@ -63,14 +68,14 @@ def _stop(number: int) -> Callable[[Any, str], str]:
     return lambda t, name: str(t.stopped(name, number))
 
 
-def table(folder: Path, kills: int, trials: int, workers: int, seed: int) -> list[dict[str, Any]]:
-    """Run all trials; a row of each kind."""
+def table(folder: Path, chosen: list[Kind], workers: int, seed: int) -> list[dict[str, Any]]:
+    """Run the trials; a row of each kind."""
     from conftest import make_model
     from fault_trials import Trials
 
     place = Trials(folder, make_model(folder / "model", "llama"), seed=seed, workers=workers)
     rows: list[dict[str, Any]] = []
-    for what, wanted, each, call in kinds(kills, trials):
+    for what, wanted, each, call in chosen:
         outcomes, problems, before = Counter[str](), list[str](), place.half_written
         for number in range(-(-wanted // each)):
             try:
@@ -100,14 +105,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="loader processes per rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=common.RESULTS / "resume")
+    parser.add_argument("--toy", action="store_true", help="one trial of one kind, to see that it runs")
     options = parser.parse_args()
     sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
     with tempfile.TemporaryDirectory() as folder:
-        rows = table(Path(folder), options.kills, options.trials, options.workers, options.seed)
+        chosen = kinds(options.kills, options.trials)
+        if options.toy:
+            chosen = [(what, 1, each, call) for what, _, each, call in chosen if what == f"checkpoint: {TOY}"]
+        rows = table(Path(folder), chosen, options.workers, options.seed)
     command = (
         f"python -m benchmarks.resume --kills {options.kills} --trials {options.trials} --workers {options.workers}"
     )
-    about = common.head(f"{command} --seed {options.seed}")
+    about = common.head(f"{command} --seed {options.seed}", toy=options.toy)
     columns = {
         "fault": "fault",
         "trials": "trials",

@@ -103,6 +103,15 @@ def test_checkpoint(tmp_path):
     assert "stall / synchronous" in done.stdout
 
 
+@pytest.mark.timeout(600)
+def test_resume(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.resume", "--toy", "--workers", "0", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    text = (tmp_path / "resume.md").read_text()
+    assert "Toy sizes" in text
+    assert "| checkpoint: a bit flipped in a file | 1 | 1 exact resume |" in text
+
+
 def test_padding(run):
     rows, _ = run("padding", "--device", "cpu")
     assert [row["source"] for row in rows] == list(padding.SOURCES)
