@@ -18,7 +18,7 @@ from lbr_dist.config import Duration
 
 if TYPE_CHECKING:
     from lbr_dist.data.information import Information
-    from lbr_dist.data.shards import SplitIndex
+    from lbr_dist.data.split_index import SplitIndex
 
 Side = Literal["x", "query", "passage", "negative"]
 """Role of a sample: "x" in stage 1, the other three in stage 2."""

@@ -19,15 +19,9 @@ import numpy as np
 
 from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.record import Record, batches, normalised_hash
-from lbr_dist.data.shard_writer import (
-    ShardInfo,
-    ShardWriter,
-    SplitInfo,
-    TokenCounter,
-    Tokens,
-    shard_starts,
-)
+from lbr_dist.data.shard_writer import ShardInfo, ShardWriter, SplitInfo, shard_starts
 from lbr_dist.data.spool import Spool, SpoolSlice
+from lbr_dist.data.token_counter import TokenCounter, Tokens
 
 
 @dataclass(frozen=True)

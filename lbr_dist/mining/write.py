@@ -17,7 +17,8 @@ import numpy as np
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record
 from lbr_dist.data.shard_writer import SPLITS, ShardWriter, SplitInfo, write_manifest
-from lbr_dist.data.shards import PreparedSet, ShardReader, SplitIndex
+from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.data.split_index import SplitIndex
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates
 

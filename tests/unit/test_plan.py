@@ -18,7 +18,7 @@ from lbr_dist.data.plan import ContrastivePlan, GenerativePlan, Plan, SampleRef,
 from lbr_dist.data.plan_contrastive import spread
 from lbr_dist.data.plan_lengths import bottleneck_lengths
 from lbr_dist.data.plan_order import Stream, shuffled
-from lbr_dist.data.shards import Ragged, SplitIndex
+from lbr_dist.data.split_index import Ragged, SplitIndex
 from lbr_dist.errors import UserError
 
 WORLDS = (1, 2, 3, 4, 8)

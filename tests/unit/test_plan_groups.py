@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_plan import WORLDS, all_rows, epoch_refs, make_index, make_plan, make_recipe
 
 from lbr_dist.data.plan import ContrastivePlan
-from lbr_dist.data.shards import Ragged, SplitIndex
+from lbr_dist.data.split_index import Ragged, SplitIndex
 from lbr_dist.errors import UserError
 
 
