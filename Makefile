@@ -8,8 +8,8 @@ BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = true
 
-# Tests of one process run side by side; those of several ranks do not, because they wait for each other.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
+# Two files of tests at a time; those that start several ranks first, because they take longest and mostly wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-unit test-distributed test-cluster test-gpu bench bench-gpu lint format docs constraints clean
 
@@ -17,14 +17,13 @@ quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot a
 	$(BIN)/python -m benchmarks.quickstart --out quickstart
 
 test: $(VENV)/.installed            ## every test that one machine without a GPU can run
-	$(UNIT)
-	$(BIN)/python -m pytest tests/distributed tests/gpu
+	$(PYTEST) tests/distributed tests/gpu tests/unit
 
 test-unit: $(VENV)/.installed
-	$(UNIT)
+	$(PYTEST) tests/unit
 
 test-distributed: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/distributed
+	$(PYTEST) tests/distributed
 
 test-cluster: $(VENV)/.installed    ## as root: real Slurm and Ray clusters of several nodes, on this machine
 	$(BIN)/python -m pytest tests/cluster

@@ -1,7 +1,7 @@
 """One trial of every fault: do it to a run, let the run go on, and say what came of it.
 
-Used by test_faults (a few trials of each) and by benchmarks/resume.py (the table). A trial compares with a calm run, to
-which nothing happened:
+Used by test_faults and test_kills (a few trials of each) and by benchmarks/resume.py (the table). A trial compares with
+a calm run, to which nothing happened:
 
     exact resume    every loss and every final weight is the calm run's, bit for bit, and the audit finds the plan
     clear error     the run ended with an error that names the cause; with the cause mended it goes on exactly

@@ -27,8 +27,6 @@ from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights, list_checkpoints
 
 pytestmark = pytest.mark.timeout(1800)
-KILLS = 5
-"""Of each of the four kinds; benchmarks/resume.py does more."""
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +68,6 @@ def assert_same_run(raw: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, weight in iterate_weights(raw["output"]):
         assert torch.equal(weight, weights[name]), name
     assert audit(raw["output"]).problems == []
-
-
-@pytest.mark.parametrize("saving", [False, True])
-@pytest.mark.parametrize("everybody", [False, True])
-def test_killed_at_random_moments(trials: Trials, everybody: bool, saving: bool) -> None:
-    """Twenty in all: one rank or all, at any moment from the start on or in the middle of a save."""
-    name = f"killed-{everybody}-{saving}"
-    assert trials.kill(name, KILLS, everybody=everybody, saving=saving) == EXACT
-    assert audit(trials.folder / name).attempts > 1
 
 
 @pytest.mark.parametrize("number", SIGNALS)
