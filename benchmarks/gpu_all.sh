@@ -22,9 +22,9 @@ part() {                              # part NAME SECONDS COMMAND...
     return $code
 }
 
-part tests_gpu 120 "$python" -m pytest tests/gpu -p no:cacheprovider
+part tests_gpu 150 "$python" -m pytest tests/gpu -p no:cacheprovider
 tests=$?
-part mfu 210 "$python" -m benchmarks.mfu --out "$out"
+part mfu 180 "$python" -m benchmarks.mfu --out "$out"
 part bottleneck 110 "$python" -m benchmarks.bottleneck --shape 135m --rounds 3 --out "$out"
 part bottleneck_flex 60 "$python" -m benchmarks.bottleneck --shape 135m --attention flex --rounds 2 \
     --lengths 1024 4096 --out "$out"
