@@ -68,9 +68,9 @@ def main() -> None:
     sides, reasons = available()
     with tempfile.TemporaryDirectory() as folder:
         rows = compare(Path(folder), sides, args)
-    about = head(
-        "python -m benchmarks.loader", records=args.records, cpus=os.cpu_count(), toy=args.toy, missing=reasons
-    )
+    workers = " ".join(map(str, args.workers))
+    command = f"python -m benchmarks.loader --records {args.records} --rounds {args.rounds} --workers {workers}"
+    about = head(command, cpus=os.cpu_count(), toy=args.toy, missing=reasons)
     lines = title("Loaders on the same records", about)
     lines += [f"{args.records:,} records, {about['cpus']} cores; medians of {args.rounds} rounds.", ""]
     lines += [*reasons, "", *table(COLUMNS, [{**row, "side": NAMES.get(row["side"], row["side"])} for row in rows])]

@@ -55,7 +55,9 @@ def main() -> None:
             for case in cases:
                 found[case].append(run_case(case, folder, args))
                 print(*case, found[case][-1], flush=True)
-    about = head("python -m benchmarks.zero_overhead", cpus=os.cpu_count(), shape=args.shape, toy=args.toy)
+    worlds = " ".join(map(str, args.worlds))
+    command = f"python -m benchmarks.zero_overhead --worlds {worlds} --steps {args.steps} --micros {args.micros}"
+    about = head(f"{command} --rounds {args.rounds}", cpus=os.cpu_count(), shape=args.shape, toy=args.toy)
     rows = summarise(found)
     lines = title("ZeRO-3 on CPU processes against plain torch", about)
     lines += [f"Model `{args.shape}`, {args.micros} micro-batches a rank and step, {about['cpus']} cores.", ""]
