@@ -8,6 +8,7 @@ the index. Each shard's part is a file of its own that appears whole, so that a 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -96,7 +97,7 @@ def read_part(path: Path, shard: ShardInfo) -> pa.Table | None:
 def write_part(path: Path, shard: ShardInfo, rows: dict[str, list[Any]]) -> None:
     """Write one shard's table; it appears whole or not at all."""
     table = pa.table(rows, schema=SCHEMA).replace_schema_metadata({"tar_xxh128": shard.xxh128})
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, temporary, compression="zstd")

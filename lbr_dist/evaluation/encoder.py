@@ -67,13 +67,15 @@ class PackedEncoder:
         """X (beginning of sequence, instruction, text; cut to `data.max_x_tokens`) and |Z| of each text.
 
         Args:
-            side: whose instruction; None: no instruction, as in stage 1.
+            side: whose instruction; None: no instruction, as in stage 1 (and `cut` counts nothing: these are
+                questions that were encoded before).
         """
         from lbr_dist.model.layout import Sample
 
         prefix, limit = self._prefix[side], self.recipe.data.max_x_tokens
         encoded = self.tokenization.encode(texts)
-        self.cut += sum(len(prefix) + len(ids) > limit for ids in encoded)
+        if side is not None:
+            self.cut += sum(len(prefix) + len(ids) > limit for ids in encoded)
         inputs = [(prefix + ids)[:limit] for ids in encoded]
         if self.fixed_z is not None:
             return [Sample(x, self.fixed_z) for x in inputs]

@@ -48,6 +48,7 @@ class Scorer:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"surprisal model {path}: cannot be loaded ({reason})") from None
+        self._path = path
         self._start = tokenization.bos or ([] if tokenization.eos_id is None else [tokenization.eos_id])
         vocabulary = self._model.config.vocab_size
         self._first = 0.0 if self._start else log2(vocabulary)  # of a token that nothing comes before
@@ -55,13 +56,19 @@ class Scorer:
         self._batch_tokens = LOGITS[self._model.device.type] // vocabulary
 
     def bits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Bits of each text, given as token ids without special tokens, float32 [texts]."""
+        """Bits of each text, given as token ids without special tokens, float32 [texts].
+
+        Raises:
+            UserError: the model's probabilities are not finite.
+        """
         out = np.zeros(len(texts), dtype=np.float32)
         inputs = [[*self._start, *ids[: self._window]] if ids else [] for ids in texts]
         for rows in batches(np.array([len(ids) for ids in inputs]), self._batch_tokens, padded=True):
             real = [row for row in rows.tolist() if inputs[row]]
             if real:
                 out[real] = self._batch([inputs[row] for row in real])
+        if not np.isfinite(out).all():
+            raise UserError(f"surprisal model {self._path}: gives probabilities that are not finite: it is damaged")
         longer = [max(1.0, len(ids) / self._window) for ids in texts]
         return out * np.array(longer, dtype=np.float32)
 

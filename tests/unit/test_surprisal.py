@@ -247,6 +247,15 @@ def test_known_bits_are_shared_evenly():
     assert found.tolist() == [10.0, 4.0, 0.0]
 
 
+def test_a_damaged_model_is_named(made):
+    _, model, tokens = made
+    scorer = Scorer(str(model), tokens, "cpu")
+    with torch.no_grad():
+        scorer._model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=f"{model}: gives probabilities that are not finite"):
+        scorer.bits(tokens.encode(["aspirin"]))
+
+
 def test_a_remote_set_is_refused(made):
     root, model, _ = made
     opened = open_set(f"pipe:cat {root}/qa/{{}}")
