@@ -55,6 +55,7 @@ def main() -> None:
             for case in cases:
                 found[case].append(run_case(case, folder, args))
                 print(*case, found[case][-1], flush=True)
+    torch.set_num_threads(1)  # as every rank has
     worlds = " ".join(map(str, args.worlds))
     command = f"python -m benchmarks.zero_overhead --worlds {worlds} --steps {args.steps} --micros {args.micros}"
     about = head(f"{command} --rounds {args.rounds}", cpus=os.cpu_count(), shape=args.shape, toy=args.toy)
