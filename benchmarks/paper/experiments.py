@@ -57,7 +57,7 @@ EXPERIMENTS = {
         bm25=False,
     ),
     "adaptive": Experiment(
-        "Beyond the paper: 3 bottleneck tokens for every text, or on average",
+        "Beyond the paper: fixed or adaptive bottleneck",
         ("lbr", "lbr_three", "lbr_length", "lbr_surprisal"),
         bm25=False,
     ),
