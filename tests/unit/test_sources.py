@@ -171,7 +171,7 @@ def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
     ("name", "content", "problem"),
     [
         ("a.csv", "question,answer\n".encode("utf-16"), "UTF-16"),
-        ("a.jsonl", gzip.compress(b"{}"), r"gzip: let its name end in \.gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), r"gzip: let its name end in \.gz"),
     ],
 )
 def test_content_of_another_kind(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
@@ -208,7 +208,7 @@ def test_pipe_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999)[:-20], "a.jsonl.gz: damaged or not a jsonl file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20], "a.jsonl.gz: damaged or not a jsonl file"),
         ("a.jsonl.zst", b"not zstd", "a.jsonl.zst: damaged or not a jsonl file"),
         ("a.parquet", b"PAR1 no", "a.parquet: damaged or not a parquet file"),
         ("a.tar", b"x" * 600, "a.tar: damaged or not a tar file"),
