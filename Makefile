@@ -11,13 +11,16 @@ export TOKENIZERS_PARALLELISM = true
 # Two files of tests at a time; those that start several ranks first, because they take longest and mostly wait.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-unit test-distributed test-cluster test-gpu bench bench-gpu lint format docs constraints clean
+.PHONY: quickstart test test-unit test-distributed test-recovery test-cluster test-gpu bench bench-gpu lint format docs constraints clean
 
 quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot and an exported model in about 10 minutes
 	$(BIN)/python -m benchmarks.quickstart --out quickstart
 
-test: $(VENV)/.installed            ## every test that one machine without a GPU can run
+test: $(VENV)/.installed            ## one machine without a GPU, ten minutes at most
 	$(PYTEST) tests/distributed tests/gpu tests/unit
+
+test-recovery: $(VENV)/.installed   ## runs that are killed, starved and damaged, and Ray on this machine
+	$(PYTEST) tests/recovery
 
 test-unit: $(VENV)/.installed
 	$(PYTEST) tests/unit

@@ -2,7 +2,7 @@
 
 Two gloo ranks train a tiny model with LoRA and dropout under ZeRO-3, with a checkpoint every second step; a fault
 happens at a moment drawn at random; the run goes on and is compared with one to which nothing happened. The trials are
-those of tests/distributed (fault_trials.py says what each does and what an outcome means), only more of them. Nothing
+those of tests/recovery (fault_trials.py says what each does and what an outcome means), only more of them. Nothing
 is timed.
 
     python -m benchmarks.resume
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=common.RESULTS / "resume")
     parser.add_argument("--toy", action="store_true", help="one trial of one kind, to see that it runs")
     options = parser.parse_args()
-    sys.path[:0] = [str(TESTS), str(TESTS / "distributed")]
+    sys.path[:0] = [str(TESTS), str(TESTS / "recovery")]
     with tempfile.TemporaryDirectory() as folder:
         chosen = kinds(options.kills, options.trials)
         if options.toy:

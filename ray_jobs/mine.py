@@ -7,6 +7,8 @@ import sys
 
 from lbr_dist.cli.data import mine
 from lbr_dist.cli.on_ray import main
+from lbr_dist.launch.ray_start import keep_to_node_address
 
 if __name__ == "__main__":
+    keep_to_node_address()
     sys.exit(main(mine))

@@ -146,8 +146,12 @@ launch_torchrun() {
 }
 
 start_ray() { # start_ray PORT DASHBOARD CLIENT AGENT: a Ray cluster of the allocation's nodes, for this start of the job
-  local address
-  address=$(getent ahostsv4 "${hosts[0]}" | { read -r first _; echo "$first"; })
+  local address=127.0.0.1
+  if [ "${#hosts[@]}" -gt 1 ]; then
+    address=$(getent ahostsv4 "${hosts[0]}" | { read -r first _; echo "$first"; })
+  else
+    export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # on Linux: loopback stays loopback
+  fi
   export RAY_ADDRESS="$address:$1" RAY_AUTH_MODE=token RAY_AUTH_TOKEN
   RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
   export LBR_GPUS=${SLURM_GPUS_ON_NODE:-0} LBR_RAY_FOLDER="$LBR_SCRATCH/ray-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"

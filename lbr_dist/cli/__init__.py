@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from lbr_dist import __version__
-from lbr_dist.cli import checkpoint, data, models, slurm, training
+from lbr_dist.cli import checkpoint, data, models, ray, slurm, training
 from lbr_dist.errors import EXIT_USER_ERROR, UserError
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command()(training.recipes)
 app.command()(training.settings)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(slurm.app, name="slurm")
+app.add_typer(ray.app, name="ray")
 
 
 def main() -> None:

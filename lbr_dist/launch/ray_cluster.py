@@ -29,6 +29,9 @@ LOCAL = {
 }
 """Environment of a cluster that we start. What is set already stays as it is."""
 
+ALONE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Where this is 0, on Linux too, loopback is a cluster's address; else Ray takes another one of the machine for it."""
+
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
 
 
@@ -87,7 +90,7 @@ def _local_environment(environ: Mapping[str, str], folder: Path) -> dict[str, st
     port = str(free_port())
     made = {
         **{name: value for name, value in LOCAL.items() if name not in environ},
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: of one machine, so every socket is on loopback
+        ALONE: "0",  # of one machine, so every socket is on loopback
         "RAY_GCS_SERVER_PORT": port,
         "RAY_ADDRESS": f"127.0.0.1:{port}",  # Ray's own actors else look for clusters, and find another one's
     }

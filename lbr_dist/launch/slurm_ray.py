@@ -4,8 +4,8 @@ Head and workers are one job step, `srun --ntasks-per-node=1 python -m lbr_dist.
 driver is another, so that a stop signal reaches the driver alone and Ray lives on until the ranks have stopped. Ray's
 own `symmetric-run` was not taken: it puts both into one step, waits 30 s for nodes whatever their number, and its
 workers linger for a minute. Every port that Ray would take by a fixed number is given, because two jobs may share a
-node; the dashboard and job server listen on loopback, GCS and raylets for the other nodes, and all of it asks for a
-token that is made for this attempt of the job alone.
+node; the dashboard and job server listen on loopback, GCS and raylets on the address that the other nodes reach (a job
+of one node: loopback, too), and all of it asks for a token that is made for this attempt of the job alone.
 
     node PORT DASHBOARD CLIENT AGENT    run Ray on this node until the step ends (`ray start --block`)
     wait NODES                          return once so many nodes are alive; exit code 1 after WAIT_S
@@ -16,20 +16,20 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 
 from lbr_dist.launch.environment import detect
+from lbr_dist.launch.ray_start import address_towards, keep_to_node_address, start
 
 WAIT_S = 180.0
 OBJECT_STORE_BYTES = 256 << 20
 """Training moves nothing through Ray's object store but small messages."""
 
 
-def start_command(environ: Mapping[str, str], address: str, ports: Sequence[int]) -> list[str]:
-    """`ray start` for this node of the step.
+def start_options(environ: Mapping[str, str], address: str, ports: Sequence[int]) -> list[str]:
+    """The options of `ray start` for this node of the step.
 
     Args:
         environ: Slurm's variables, RAY_ADDRESS (the head's host and port), LBR_RAY_FOLDER, LBR_GPUS.
@@ -37,15 +37,15 @@ def start_command(environ: Mapping[str, str], address: str, ports: Sequence[int]
         ports: of GCS, dashboard and Ray client on the head, and of each node's agent.
     """
     gcs, dashboard, client, agent = ports
-    command = ["ray", "start", "--block", "--disable-usage-stats", f"--node-ip-address={address}"]
-    command += [f"--num-cpus={environ['SLURM_CPUS_ON_NODE']}", f"--num-gpus={environ.get('LBR_GPUS') or 0}"]
-    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={agent}"]
-    command += ["--min-worker-port=0", "--max-worker-port=0"]  # any free one: two raylets of a node must not share
+    options = ["--block", f"--node-ip-address={address}"]
+    options += [f"--num-cpus={environ['SLURM_CPUS_ON_NODE']}", f"--num-gpus={environ.get('LBR_GPUS') or 0}"]
+    options += [f"--object-store-memory={OBJECT_STORE_BYTES}", f"--dashboard-agent-listen-port={agent}"]
+    options += ["--min-worker-port=0", "--max-worker-port=0"]  # any free one: two raylets of a node must not share
     if detect(environ).rank > 0:
-        return [*command, f"--address={environ['RAY_ADDRESS']}"]
-    command += ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
-    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    return [*command, f"--temp-dir={environ['LBR_RAY_FOLDER']}"]
+        return [*options, f"--address={environ['RAY_ADDRESS']}"]
+    options += ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
+    options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    return [*options, f"--temp-dir={environ['LBR_RAY_FOLDER']}"]
 
 
 def run_node(ports: Sequence[int]) -> int:
@@ -54,18 +54,14 @@ def run_node(ports: Sequence[int]) -> int:
     Ray gives its own processes 20 to 30 s to come up, which is little on a busy node, or where all nodes read Python
     from one file system at once: a start that fails is tried again, within WAIT_S.
     """
-    host, port = os.environ["RAY_ADDRESS"].rsplit(":", 1)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
-        route.connect((host, int(port)))  # sends nothing: asks which of this node's addresses faces the head
-        address = route.getsockname()[0]
+    head = os.environ["RAY_ADDRESS"]
+    options = start_options(os.environ, address_towards(head), ports)
     if detect().rank > 0:
+        host, port = head.rsplit(":", 1)
         _wait_for_port(host, int(port))
-    _, *options = start_command(os.environ, address, ports)
-    command = [sys.executable, "-m", "ray.scripts.scripts", *options]
-    del os.environ["RAY_ADDRESS"]  # `ray start` refuses to start a head where one is named
     deadline = time.monotonic() + WAIT_S
     while True:
-        code = subprocess.call(command)
+        code = start(options)
         if code == 0 or time.monotonic() > deadline:
             return code
 
@@ -111,6 +107,7 @@ def main(arguments: Sequence[str]) -> int:
     command, *numbers = arguments
     if command == "node":
         return run_node([int(number) for number in numbers])
+    keep_to_node_address()
     return 0 if wait_for_nodes(int(numbers[0])) else 1
 
 

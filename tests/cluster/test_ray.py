@@ -51,7 +51,7 @@ class RayCluster:
     """Ray on the nodes of a mini_slurm cluster."""
 
     def __init__(self, nodes: SlurmCluster, folder: Path) -> None:
-        self._nodes, self.folder = nodes, folder
+        self.nodes, self.folder = nodes, folder
         (folder / "gate").mkdir()
         self.hold(STEPS)
         self.env = {
@@ -65,26 +65,22 @@ class RayCluster:
         }
 
     def start(self, node: str) -> None:
-        address = f"{SUBNET}.{node[1:]}"
-        where = ["--head", "--port=6379", "--dashboard-host=127.0.0.1"]
+        head = ["--head", "--port=6379", f"--node-ip-address={HEAD}"]
         self.on(
             node,
-            "ray",
-            "start",
-            *(where if node == "n1" else [f"--address={HEAD}:6379"]),
-            f"--node-ip-address={address}",
+            *("python", "-m", "lbr_dist", "ray", "start"),
+            *(head if node == "n1" else [f"--address={HEAD}:6379"]),
             *(f"--{name}={port}" for name, port in PORTS.items()),
             "--num-cpus=1",
             "--num-gpus=0",
             "--object-store-memory=80000000",
-            "--disable-usage-stats",
             timeout=180,
             RAY_ADDRESS="",
         )
 
     def on(self, node: str, *command: str, timeout: float = 60, **env: str) -> str:
         given = [f"{key}={value}" for key, value in {**self.env, **env}.items() if value]
-        return self._nodes.on(node, "env", "-u", "RAY_ADDRESS", *given, *command, timeout=timeout)
+        return self.nodes.on(node, "env", "-u", "RAY_ADDRESS", *given, *command, timeout=timeout)
 
     def begin(self, log: Path, *command: str) -> subprocess.Popen[bytes]:
         """Run a command on the head node in the background."""
@@ -93,7 +89,7 @@ class RayCluster:
         with log.open("wb") as output:
             return subprocess.Popen(
                 ["bash", script, "exec", "n1", "env", *given, *command],
-                env=self._nodes.env,
+                env=self.nodes.env,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=PROJECT,
@@ -118,10 +114,10 @@ class RayCluster:
         self.on(node, "pkill", "-9", "-f", "ray::RayTrainWorker")
 
     def lose(self, node: str) -> None:
-        self._nodes.mini("node-down", node)
+        self.nodes.mini("node-down", node)
 
     def recover(self, node: str) -> None:
-        self._nodes.mini("node-up", node)
+        self.nodes.mini("node-up", node)
         self.start(node)
 
 
@@ -364,10 +360,14 @@ def test_an_operator_stops_a_run_with_a_file(ray: RayCluster, recipe: Callable[.
 
 
 def test_the_cluster_is_locked(ray: RayCluster) -> None:
-    """The dashboard, which takes jobs, listens on loopback; a client without the token gets nowhere."""
-    listening = ray.on("n1", "ss", "-ltnH")
-    assert re.search(r"127\.0\.0\.1:8265\s", listening)
-    assert not re.search(rf"({HEAD}|\*|0\.0\.0\.0|\[::\]):8265\s", listening)
+    """Every port is on the node's address, the dashboard, which takes jobs, on loopback; the token is asked for."""
+    for number in (1, 2, 3):
+        sockets = ray.nodes.listening(f"n{number}")
+        assert len(sockets) > 5
+        assert {name.rpartition(":")[0] for name in sockets} == {f"{SUBNET}.{number}", "127.0.0.1"}, sockets
+    sockets = ray.nodes.listening("n1")
+    assert {f"{HEAD}:6379", "127.0.0.1:8265"} <= sockets.keys()
+    assert f"{HEAD}:8265" not in sockets
     assert ray.on("n1", "ray", "job", "list", "--address", "http://127.0.0.1:8265")
     with pytest.raises(AssertionError, match=r"(?i)auth|token"):
         ray.on("n1", "ray", "job", "list", "--address", "http://127.0.0.1:8265", RAY_AUTH_MODE="disabled")

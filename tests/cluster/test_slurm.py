@@ -25,6 +25,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP
 """
+SUBNET = "10.213.90"
 TWO = ("--nodes=2", "--nodelist=n1,n2", "--time=10", "--signal=B:USR1@30")
 SHARED = ("--exclusive=user", "--cpus-per-task=1", "--mem=500")
 
@@ -34,7 +35,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, place: Path) -> Iterator[S
     """All nodes see `full` in the place: 1 MiB, room for a checkpoint and no more."""
     if why := SlurmCluster.missing():
         pytest.skip(why)
-    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), "lbrslurm", "10.213.90", 18917, nodes=4, extra=PREEMPTION)
+    cluster = SlurmCluster(tmp_path_factory.mktemp("slurm"), "lbrslurm", SUBNET, 18917, nodes=4, extra=PREEMPTION)
     full = place / "full"
     full.mkdir()
     cluster.run("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(full))
@@ -220,12 +221,30 @@ def test_ray_in_the_allocation(cluster: SlurmCluster, place: Path, submit: Calla
     run = place / "runs" / "ray"
     job = submit("stage1.sh", "one.yaml", "output=runs/ray", LAUNCHER="ray", LBR_PYTHON=sys.executable)
     wait_for(lambda: len(rows(run)) >= 5, LONG, lambda: cluster.log(job))
+    for number in (1, 2):
+        sockets = cluster.listening(f"n{number}")
+        assert len(sockets) > 5
+        assert {name.rpartition(":")[0] for name in sockets} == {f"{SUBNET}.{number}", "127.0.0.1"}, sockets
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     facts = cluster.finish(job)
     assert facts["Restarts"] == "1"
     assert [row.get("code") for row in history(run)] == [None, 75, None, 0]
     assert "2 ranks (ray" in cluster.log(job)
     assert_same_run(place, "ray", calm)
+
+
+def test_ray_on_one_node_is_on_loopback(cluster: SlurmCluster, place: Path, submit: Callable[..., int]) -> None:
+    run = place / "runs" / "alone"
+    options = ("--nodes=1", "--nodelist=n1", "--time=10")
+    job = submit(
+        "stage1.sh", "one.yaml", "output=runs/alone", options=options, LAUNCHER="ray", LBR_PYTHON=sys.executable
+    )
+    wait_for(lambda: len(rows(run)) >= 5, LONG, lambda: cluster.log(job))
+    sockets = cluster.listening("n1")
+    cluster.finish(job)
+    ray = [name for name, process in sockets.items() if "RayTrainWo" not in process]  # ranks meet at their host's name
+    assert len(ray) > 5
+    assert {name.rpartition(":")[0] for name in ray} == {"127.0.0.1"}, sockets
 
 
 def test_mistakes_end_the_job(cluster: SlurmCluster, place: Path, submit: Callable[..., int], calm: Path) -> None:

@@ -16,7 +16,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.launch import slurm
 from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_step
 from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
-from lbr_dist.launch.slurm_ray import start_command
+from lbr_dist.launch.slurm_ray import start_options
 from lbr_dist.launch.torchrun import combined
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe
@@ -204,10 +204,10 @@ def test_ray_takes_no_fixed_port_and_shows_its_dashboard_to_its_own_node_only() 
     environ = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
                "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "16", "LBR_GPUS": "8",
                "RAY_ADDRESS": "10.0.0.1:20112", "LBR_RAY_FOLDER": "/scratch/ray-7-0"}  # fmt: skip
-    head = start_command(environ, "10.0.0.1", [20112, 20113, 20114, 20115])
+    head = start_options(environ, "10.0.0.1", [20112, 20113, 20114, 20115])
     assert {"--head", "--port=20112", "--dashboard-host=127.0.0.1", "--dashboard-port=20113", "--num-gpus=8",
             "--ray-client-server-port=20114", "--node-ip-address=10.0.0.1"} <= set(head)  # fmt: skip
-    worker = start_command({**environ, "SLURM_PROCID": "1"}, "10.0.0.2", [20112, 20113, 20114, 20115])
+    worker = start_options({**environ, "SLURM_PROCID": "1"}, "10.0.0.2", [20112, 20113, 20114, 20115])
     assert {"--address=10.0.0.1:20112", "--min-worker-port=0", "--dashboard-agent-listen-port=20115"} <= set(worker)
     assert "--head" not in worker
 

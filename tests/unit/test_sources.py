@@ -208,7 +208,11 @@ def test_pipe_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20], "a.jsonl.gz: damaged or not a jsonl file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:-20],
+            "a.jsonl.gz: damaged or not a jsonl file",
+        ),
         ("a.jsonl.zst", b"not zstd", "a.jsonl.zst: damaged or not a jsonl file"),
         ("a.parquet", b"PAR1 no", "a.parquet: damaged or not a parquet file"),
         ("a.tar", b"x" * 600, "a.tar: damaged or not a tar file"),

@@ -119,7 +119,7 @@ def test_prepare(place: Path, tmp_path: Path, executor: Any, monkeypatch: pytest
 
 SLOW = """
 import sys, time
-sys.path[:0] = [{tests!r}, {project!r}]
+sys.path[:0] = {folders!r}
 from pathlib import Path
 import test_ray_data
 from lbr_dist.data import first_pass, second_pass
@@ -154,8 +154,8 @@ def test_a_killed_driver_goes_on(place: Path, tmp_path: Path, executor: Any, mon
     make_set(place, tmp_path / "here/out", max_bad_share=0.1)
     out, work = tmp_path / "there/out", tmp_path / "there/.out.preparing/resume"
     program = tmp_path / "slow.py"
-    tests = Path(__file__).parent
-    program.write_text(SLOW.format(tests=str(tests), project=str(tests.parents[1])))
+    here = Path(__file__).parent
+    program.write_text(SLOW.format(folders=[str(folder) for folder in (here, here.parent, here.parents[1])]))
     process = subprocess.Popen([sys.executable, str(program), str(place), str(out)])
     try:
         deadline = time.monotonic() + 300

@@ -1,0 +1,147 @@
+"""A Ray node listens on its own address alone; tests/cluster looks at the sockets of whole clusters."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.errors import UserError
+from lbr_dist.launch.ray_cluster import ALONE
+from lbr_dist.launch.ray_start import address_towards, listening_on, start
+
+ADDRESS = "127.0.0.9"
+"""Of this machine, as any of 127.0.0.0/8."""
+SOCKETS = """
+import socket
+for family, kind, address in [(2, 1, ''), (10, 1, '::'), (10, 1, '::ffff:0.0.0.0'), (2, 1, '127.0.0.1'), (2, 2, '')]:
+    made = socket.socket(family, kind)
+    if family == 10:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    made.bind((address, 0))
+    print(made.getsockname()[0])
+"""
+
+
+@pytest.fixture(autouse=True)
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A node without a compiled library, and an environment that says nothing."""
+    for name in ("CC", "LD_PRELOAD", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(ALONE, "0")  # every address of these tests is loopback
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"lbr-ray-{os.getuid()}"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """Commands that were to be run, with their environment."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def call(command: Sequence[str], env: dict[str, str]) -> int:
+        calls.append((list(command), env))
+        return 7
+
+    monkeypatch.setattr(subprocess, "call", call)
+    return calls
+
+
+def test_every_interface_becomes_one_address(node: Path) -> None:
+    env = {**os.environ, **listening_on(ADDRESS, os.environ)}
+    found = subprocess.run([sys.executable, "-c", SOCKETS], env=env, capture_output=True, text=True, check=True)
+    mapped = f"::ffff:{ADDRESS}"
+    assert found.stdout.split() == [ADDRESS, mapped, mapped, "127.0.0.1", "0.0.0.0"]  # the last one is UDP
+    (library,) = node.iterdir()
+    before = library.stat()
+    other = {**os.environ, "LD_PRELOAD": "libm.so.6"}
+    assert listening_on("127.0.0.8", other) == {
+        "LD_PRELOAD": f"{library}:libm.so.6",
+        "LBR_NODE_ADDRESS": "127.0.0.8",
+    }
+    assert library.stat() == before, "compiled once"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [("no-such-compiler", "no C compiler: no-such-compiler"), ("false", "non-zero exit status 1")],
+)
+def test_without_a_compiler_the_token_guards(compiler: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert listening_on(ADDRESS, {**os.environ, "CC": compiler}) == {}
+    assert "Ray listens on every interface" in caplog.text
+    assert why in caplog.text
+
+
+def test_a_library_that_does_not_work_here_is_not_relied_on(caplog: pytest.LogCaptureFixture) -> None:
+    assert listening_on("::1", os.environ) == {}
+    assert "a socket listens on 0.0.0.0 in spite of" in caplog.text
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(node: Path, caplog: pytest.LogCaptureFixture) -> None:
+    node.mkdir()
+    node.chmod(0o777)
+    assert listening_on(ADDRESS, os.environ) == {}
+    assert f"{node} is not this user's own folder" in caplog.text
+
+
+def test_start(monkeypatch: pytest.MonkeyPatch, started: list[Any]) -> None:
+    with pytest.raises(UserError, match="there is no token"):
+        start(["--head", f"--node-ip-address={ADDRESS}"])
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/token")
+    with pytest.raises(UserError, match="--node-ip-address: name the address of this node"):
+        start(["--head"])
+    with pytest.raises(UserError, match="head:x: not the HOST:PORT"):
+        start(["--address", "head:x"])
+    assert not started
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert start(["--head", "--node-ip-address", ADDRESS, "--num-cpus=1"]) == 7
+    (command, env), = started  # fmt: skip
+    assert command[3:] == ["start", "--disable-usage-stats", "--head", "--node-ip-address", ADDRESS, "--num-cpus=1"]
+    assert env["LBR_NODE_ADDRESS"] == ADDRESS
+    assert env["RAY_AUTH_MODE"] == "token"
+    assert "RAY_ADDRESS" not in env
+
+    assert start(["--address=127.0.0.1:6379"]) == 7
+    assert started[1][0][-1] == "--node-ip-address=127.0.0.1"
+    monkeypatch.setenv(ALONE, "1")
+    with pytest.raises(UserError, match=f"set {ALONE}=0 here"):
+        start(["--address=127.0.0.1:6379"])
+    monkeypatch.setenv(ALONE, "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    assert start(["--address=127.0.0.1:6379"]) == 7
+    assert started[2][1]["RAY_AUTH_MODE"] == "disabled"
+
+
+def test_a_driver_begins_again_once(tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import os, socket, sys\n"
+        "from lbr_dist.launch.ray_start import keep_to_node_address\n"
+        "print('begins', *sys.argv[1:], flush=True)\n"
+        "keep_to_node_address()\n"
+        "made = socket.create_server(('', 0))\n"
+        "print(made.getsockname()[0])\n"
+    )
+
+    def run(address: str) -> list[str]:
+        command = [sys.executable, "-W", "ignore", str(script), "a b"]
+        env = {**os.environ, "RAY_ADDRESS": address}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+        return done.stdout.splitlines()
+
+    assert run("127.0.0.1:6379") == ["begins a b", "begins a b", "127.0.0.1"]
+    for address in ("", "auto", "ray://127.0.0.1:10001"):
+        assert run(address) == ["begins a b", "0.0.0.0"]
+
+
+def test_the_address_that_faces_the_head() -> None:
+    assert address_towards("127.0.0.1:6379") == "127.0.0.1"
