@@ -116,11 +116,12 @@ class SlurmCluster:
 
     def listening(self, node: str) -> dict[str, str]:
         """ADDRESS:PORT of every TCP socket of a node, Slurm's own left out, and the process that listens on it."""
-        lines = [line.split() for line in self.on(node, "ss", "-ltnpH").splitlines()]
-        found = {
-            local.replace("[::ffff:", "").replace("]", ""): "".join(process) for _, _, _, local, _, *process in lines
-        }
-        return {name: process for name, process in found.items() if not re.search(r'"(slurm\w+|srun)"', process)}
+        found = {}
+        for line in self.on(node, "ss", "-ltnpH").splitlines():
+            _, _, _, local, _, *process = line.split()
+            if not re.search(r'"(slurm\w+|srun)"', line):
+                found[local.replace("[::ffff:", "").replace("]", "")] = "".join(process)
+        return found
 
 
 def wait_for(condition: Callable[[], object], timeout: float, state: Callable[[], str] = lambda: "") -> None:
