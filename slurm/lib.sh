@@ -148,7 +148,7 @@ launch_torchrun() {
 start_ray() { # start_ray PORT DASHBOARD CLIENT AGENT: a Ray cluster of the allocation's nodes, for this start of the job
   local address=127.0.0.1
   if [ "${#hosts[@]}" -gt 1 ]; then
-    address=$(getent ahostsv4 "${hosts[0]}" | { read -r first _; echo "$first"; })
+    read -r address _ < <(getent ahostsv4 "${hosts[0]}") || die "${hosts[0]}: no IPv4 address (getent ahostsv4)"
   else
     export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # on Linux: loopback stays loopback
   fi
