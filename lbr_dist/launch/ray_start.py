@@ -1,9 +1,9 @@
 """`ray start` with the doors shut: a token is asked for, and every port listens on the node's own address.
 
 Ray's gcs_server, raylet and workers listen on every interface of a node whose address is not loopback, and no option of
-Ray 2.60 says otherwise. So its processes get a C library of one function, `bind`, loaded before the others: what would
-listen everywhere listens on the cluster's address (`ray_listen.c`; compiled on the node, once). A node without a C
-compiler says so and starts all the same: the token guards it.
+Ray 2.60 says otherwise. So its processes get a small C library, loaded before the others: what would listen everywhere
+listens on the cluster's address, and what looks for it on loopback is led there (`ray_listen.c`; compiled on the node,
+once). A node without a C compiler says so and starts all the same: the token guards it.
 """
 
 from __future__ import annotations

@@ -68,6 +68,40 @@ def test_every_interface_becomes_one_address(node: Path) -> None:
     assert library.stat() == before, "compiled once"
 
 
+CLIENTS = """
+import asyncio, contextlib, socket
+
+server = socket.create_server(("", 0), reuse_port=True)
+port = server.getsockname()[1]
+for family, address in [(2, "127.0.0.1"), (10, "::ffff:127.0.0.1")]:
+    with socket.socket(family) as client:
+        client.connect((address, port))
+        print(server.accept()[0].getsockname()[0])
+    with socket.socket(family) as client:
+        client.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            client.connect((address, port))
+        print(server.accept()[0].getsockname()[0])
+own = socket.create_server(("127.0.0.1", 0))
+with socket.create_connection(own.getsockname()):
+    print(own.accept()[0].getsockname()[0])
+server.close()
+async def refused():
+    with contextlib.suppress(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+        return "open"
+    return "refused"
+print(asyncio.run(refused()))
+"""
+
+
+def test_what_looks_on_loopback_finds_it() -> None:
+    """Blocking or not, by either family of sockets; what listens on loopback comes first, and what is shut stays so."""
+    env = {**os.environ, **listening_on(ADDRESS, os.environ)}
+    found = subprocess.run([sys.executable, "-c", CLIENTS], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [ADDRESS] * 4 + ["127.0.0.1", "refused"]
+
+
 @pytest.mark.parametrize(
     ("compiler", "why"),
     [("no-such-compiler", "no C compiler: no-such-compiler"), ("false", "non-zero exit status 1")],
