@@ -42,7 +42,7 @@ SOURCES = {
 PADDED = ("rows", "budget", "sorted")
 COLUMNS = {
     **{"source": "source", "samples": "samples", "median": "median tokens", "longest": "longest"},
-    **{"useful_packed": "useful: packed", "useful_rows": "rows", "useful_budget": "budget", "useful_sorted": "sorted"},
+    **{"useful_rows": "useful: rows", "useful_budget": "budget", "useful_sorted": "sorted"},
     **{"rows": "packed over rows", "budget": "over budget", "sorted": "over sorted"},
 }
 
@@ -69,7 +69,10 @@ def main() -> None:
         rows.append({"source": source, **measure(model, make_samples(names, args.samples), args)})
         lines = title("Packed against padded training", about)
         lines += [f"Model `{args.shape}`, bins of {args.bin_tokens} tokens, medians of {args.rounds} rounds.", ""]
-        lines += ["`useful` is the share of computed tokens that are no padding; then speed of packed over each.", ""]
+        lines += [
+            "`useful`: share of computed tokens that are no padding (packed: all); then the speed of packed over each.",
+            "",
+        ]
         save(
             args.out,
             "padding" + ("_cuda" if args.device == "cuda" else ""),
@@ -145,7 +148,6 @@ def measure(model: LbrModel, samples: list[Sample], args: argparse.Namespace) ->
     seconds = take_turns(sides, args.rounds, args.device)
     useful = sum(map(tokens, samples))
     shares = {way: useful / sum(len(b) * max(map(tokens, b)) for b in batches) for way, batches in ways.items()}
-    shares["packed"] = useful / (len(bins) * args.bin_tokens)
     found: dict[str, Any] = {"samples": len(samples), "median": int(np.median([*map(tokens, samples)]))}
     found |= {"longest": longest, **{f"useful_{side}": f"{share:.1%}" for side, share in shares.items()}}
     for way in PADDED:
