@@ -70,7 +70,7 @@ def main() -> None:
         lines = title("Packed against padded training", about)
         lines += [f"Model `{args.shape}`, bins of {args.bin_tokens} tokens, medians of {args.rounds} rounds.", ""]
         lines += [
-            "`useful`: share of computed tokens that are no padding (packed: all); then the speed of packed over each.",
+            "`useful`: share of computed tokens that are no padding (packed: all); then packed's speed over each.",
             "",
         ]
         save(
