@@ -96,7 +96,7 @@ def rank_main(rank: int, world: int, port: int, stage: int | None, folder: str, 
     os.environ |= {"MASTER_PORT": str(port), "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(1)
     from lbr_dist.config import Recipe
-    from lbr_dist.launch.environment import Environment
+    from lbr_dist.environment import Environment
     from lbr_dist.objectives.generative import generative_loss
 
     recipe = Recipe.model_validate(

@@ -9,8 +9,8 @@ from typing import Any
 
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import write_set
+from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
-from lbr_dist.launch.environment import Environment
 from lbr_dist.logs import read_rows
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import parse_recipe

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.launch.environment import Environment
+from lbr_dist.environment import Environment
 
 STARTED = "started"
 """File in the attempt's folder: rank 0 runs."""

@@ -20,8 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.environment import Environment, detect
 from lbr_dist.errors import UserError
-from lbr_dist.launch.environment import Environment, detect
 from lbr_dist.launch.slurm import Attempt, free_ports
 from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds, table
 

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from lbr_dist.launch.environment import detect
+from lbr_dist.environment import detect
 from lbr_dist.launch.ray_start import address_towards, keep_to_node_address, start
 
 WAIT_S = 180.0

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lbr_dist.config import Recipe
-from lbr_dist.launch.environment import Environment
+from lbr_dist.environment import Environment
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.training.ds_config import Regime
 from lbr_dist.training.optimizer import make_optimizer

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lbr_dist.config import Recipe
+from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
-from lbr_dist.launch.environment import Environment
 from lbr_dist.training.ds_config import load_regime
 from lbr_dist.training.flops import FlopCounter
 from lbr_dist.training.memory_model import GIB, MACHINES, Machine, Memory, Shape, memory, trained_elements

@@ -15,8 +15,8 @@ from lbr_dist.config import Recipe
 from lbr_dist.data.plan import Plan, open_data
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shards import file_xxh128
+from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
-from lbr_dist.launch.environment import Environment
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime
 from lbr_dist.training.run_folder import check_folder, covered, differences, load_run_recipe

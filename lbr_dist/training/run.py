@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.config import Recipe
+from lbr_dist.environment import Environment, detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
-from lbr_dist.launch.environment import Environment, detect
 from lbr_dist.training import tracking
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.schedule import factor

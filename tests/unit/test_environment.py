@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from lbr_dist.environment import Environment, detect, first_host
 from lbr_dist.errors import UserError
-from lbr_dist.launch.environment import Environment, detect, first_host
 
 TORCHRUN = {
     "RANK": "3",
