@@ -110,7 +110,11 @@ train() { # train STAGE RECIPE [key=value ...]
       ray)
         start_ray "${ports[@]}"
         supervise wait_for_ray
-        if [ "$code" = 0 ] && [ -z "$asked" ]; then supervise launch_ray "$stage" "$@"; fi
+        if [ "$code" = 0 ] && [ -n "$asked" ]; then
+          code=75 # before there was a run
+        elif [ "$code" = 0 ]; then
+          supervise launch_ray "$stage" "$@"
+        fi
         ;;
       *) die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray" ;;
     esac

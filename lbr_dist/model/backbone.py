@@ -138,7 +138,7 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(backbone, adapters)
+            return get_peft_model(backbone, adapters, autocast_adapter_dtype=False)  # ZeRO-3 takes one dtype alone
         except ValueError as error:
             raise UserError(
                 f"model.lora: does not fit model {model.path} ({_line(error)}); "

@@ -41,7 +41,8 @@ def accumulate(
             the same number on every rank, at least one, with the same number of module calls each (ZeRO-3 hangs
             otherwise). A rank with nothing to do returns a dummy batch's output times 0.
         reduce: "once": one reduction per step; "each": one per closure; "auto": once, but for more than
-            `SAFE_LOW_PRECISION_SUM` closures where ZeRO-3 would add them up in less than float32.
+            `SAFE_LOW_PRECISION_SUM` bfloat16 closures, which a rank would add up in bfloat16 before the reduction; what
+            is reduced is added up in float32 (`grad_accum_dtype`). ZeRO-1 sums in bfloat16 either way.
 
     Returns:
         The closures' values, detached.
@@ -85,4 +86,4 @@ def _once(engine: DeepSpeedEngine, count: int, reduce: Reduce) -> bool:
     if stage == 0 or reduce != "auto":
         return stage > 0 and reduce == "once"
     compute, _ = engine.get_data_types()
-    return stage < 3 or compute == torch.float32 or count <= SAFE_LOW_PRECISION_SUM
+    return stage < 2 or compute == torch.float32 or count <= SAFE_LOW_PRECISION_SUM

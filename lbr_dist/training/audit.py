@@ -13,6 +13,7 @@ with the plan.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,10 @@ class AuditLog:
             if sample.side in ("x", "query")
         ]
         self._write({"step": step, "epoch": epoch, "ids": ids})
+
+    def sync(self) -> None:
+        """Force the rows to disk; before a checkpoint that contains their steps."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -121,6 +121,7 @@ class Checkpointer:
         _require_same_model(path, manifest, self._state)
         _restore(self._state, SliceReader(path, manifest), optimizer=True)
         self._state.set_counters(manifest.engine)
+        self._writer.resumed = manifest.sequence
         if manifest.world_size != self._team.world:
             return manifest.state, None
         name = self._rank_file("frozen")

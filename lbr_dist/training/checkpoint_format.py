@@ -256,8 +256,8 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
     return found, reasons
 
 
-def resolve(path_or_run: str | Path) -> Path:
-    """A checkpoint folder as it is, or the newest verified checkpoint of a run folder.
+def resolve(path_or_run: str | Path, deep: bool = True) -> Path:
+    """A checkpoint folder as it is, or the newest verified checkpoint of a run folder; `deep`: every byte of it.
 
     Raises:
         UserError: neither, or the run has no checkpoint that verifies (the reasons are given).
@@ -267,7 +267,7 @@ def resolve(path_or_run: str | Path) -> Path:
         return path
     if not checkpoints_folder(path).is_dir():
         raise UserError(f"{path}: neither a checkpoint (no {MANIFEST}) nor a run folder (no checkpoints/)")
-    found, reasons = find_resumable(path)
+    found, reasons = find_resumable(path, deep)
     if found is None:
         detail = "; ".join(reasons) or "it has none"
         raise UserError(f"{path}: no checkpoint can be used: {detail}")

@@ -9,6 +9,8 @@ arrive when its caches expire and a dead rank is a time-out to be guessed.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 import threading
@@ -25,6 +27,10 @@ from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
 from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
 
+log = logging.getLogger("lbr")
+
+MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a restart meets again, and the user can mend; anything else may be storage that comes back."""
 SLOWEST_WRITE = timedelta(hours=2)
 """How long a rank waits for the others' files; a rank that died is noticed at once."""
 
@@ -92,6 +98,16 @@ class TensorFile:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Problem:
+    text: str
+    mendable: bool
+
+
+class StorageError(RuntimeError):
+    """A checkpoint could not be written, for a reason that may pass."""
+
+
 @dataclass
 class Snapshot:
     """All that one rank writes of one checkpoint."""
@@ -123,6 +139,8 @@ class CheckpointWriter:
         """The checkpoint that this writer committed last."""
         self.entries: dict[str, FileEntry] = {}
         """This rank's files in it."""
+        self.resumed: int | None = None
+        """Sequence number of the checkpoint that the run goes on from. Later ones of other starts were passed over."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._sequence, attempt = 0, ""
@@ -148,7 +166,8 @@ class CheckpointWriter:
         """Return when nothing is being written.
 
         Raises:
-            UserError: a file could not be written (the path and the free space are named), on any rank.
+            UserError: no room, or no right, to write a file (the path and the free space are named), on any rank.
+            StorageError: a file could not be written for another reason.
             RuntimeError: another rank died before the commit.
         """
         if self._thread is not None:
@@ -161,7 +180,7 @@ class CheckpointWriter:
     def _run(self, snapshot: Snapshot) -> None:
         try:
             self._commit(snapshot)
-        except UserError as error:
+        except (UserError, StorageError) as error:
             self._error = error
         except BaseException as error:
             self._error = RuntimeError(
@@ -182,10 +201,11 @@ class CheckpointWriter:
         if problem is not None:
             if self.team.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"checkpoint {name} was not written: {problem}; earlier checkpoints are intact")
+            kind = UserError if problem.mendable else StorageError
+            raise kind(f"checkpoint {name} was not written: {problem.text}; earlier checkpoints are intact")
         self.committed, self.entries = self.folder / name, mine
 
-    def _write_files(self, folder: Path, snapshot: Snapshot) -> tuple[dict[str, FileEntry], str | None]:
+    def _write_files(self, folder: Path, snapshot: Snapshot) -> tuple[dict[str, FileEntry], _Problem | None]:
         entries: dict[str, FileEntry] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +226,7 @@ class CheckpointWriter:
 
     def _finish(
         self, temporary: Path, final: Path, snapshot: Snapshot, parts: list[dict[str, FileEntry]]
-    ) -> str | None:
+    ) -> _Problem | None:
         """Rank 0: manifest, rename, latest, rotation. Returns what went wrong."""
         manifest = Manifest(
             format=layout.FORMAT,
@@ -219,7 +239,7 @@ class CheckpointWriter:
         )
         missing = layout.gaps(manifest)
         if missing:
-            return f"the ranks' slices do not add up: {missing[0]}"
+            return _Problem(f"the ranks' slices do not add up: {missing[0]}", mendable=True)
         try:
             files.write_bytes(temporary / layout.MANIFEST, layout.encode_manifest(manifest))
             for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
@@ -233,19 +253,29 @@ class CheckpointWriter:
             shutil.rmtree(replaced, ignore_errors=True)
             self._sequence += 1
             files.replace_bytes(self.folder / layout.LATEST, f"{final.name}\n".encode())
-            self._rotate()
         except OSError as error:
             return _explain(error, 0, temporary)
+        try:
+            self._rotate()
+        except (OSError, UserError) as error:  # this one is committed all the same
+            log.warning("checkpoints before %s could not be removed: %s", final.name, error)
         return None
 
     def _rotate(self) -> None:
-        known = layout.list_checkpoints(self.folder.parent)
-        readable = [(path, manifest) for path, manifest in known if manifest]
-        for path, manifest in readable[self.keep_last :]:
-            if self.keep_every is None or manifest.step % self.keep_every:
+        kept = 0
+        for path, manifest in layout.list_checkpoints(self.folder.parent):  # newest first
+            if manifest is None:
+                continue
+            if kept < self.keep_last:
+                kept += self._trusted(manifest)
+            elif self.keep_every is None or manifest.step % self.keep_every:
                 discarded = path.with_name(f"{layout.DISCARDED}{path.name}")
                 path.rename(discarded)  # one rename, so that a checkpoint never looks half there
                 shutil.rmtree(discarded, ignore_errors=True)
+
+    def _trusted(self, manifest: Manifest) -> bool:
+        """Whether the run could go back to it: what was passed over takes no place from one that was not."""
+        return self.resumed is None or manifest.sequence <= self.resumed or manifest.attempt == self.attempt
 
 
 def _write_tensor_file(path: Path, file: TensorFile) -> FileEntry:
@@ -269,10 +299,10 @@ def remove_stale(folder: Path) -> None:
                 path.unlink()
 
 
-def _explain(error: OSError, rank: int, folder: Path) -> str:
+def _explain(error: OSError, rank: int, folder: Path) -> _Problem:
     where = error.filename or folder
     try:
         free = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB free"
     except OSError:
         free = "free space unknown"
-    return f"rank {rank}: {where}: {error.strerror or error} ({free})"
+    return _Problem(f"rank {rank}: {where}: {error.strerror or error} ({free})", error.errno in MENDABLE)

@@ -42,7 +42,7 @@ def load_regime(recipe: Recipe, *, world: int, cuda: bool) -> Regime:
     name, note = recipe.deepspeed, ""
     if name == "auto":
         # measured on one process: stage 0 costs nothing over plain torch, stage 3 costs 1.4 times as much
-        alone = "zero0" if recipe.model.dtype == "float32" else "zero1"
+        alone = "zero0" if recipe.model.dtype == "float32" else "zero2"  # which adds gradients up in float32
         name = "zero3" if cuda else "cpu" if world > 1 else alone
         note = "one process on a CPU has nothing to partition" if name == alone else ""
     file = Path(name)
@@ -92,6 +92,8 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
             f"{origin}: zero_optimization.stage is 0, and with model.dtype = bfloat16 that keeps float32 masters where "
             "no checkpoint can take them: use stage 1 (deepspeed=zero1)"
         )
+    if bf16 and zero["stage"] >= 2:  # stage 1 would get another optimizer, which no checkpoint knows
+        config["data_types"] = {**config.get("data_types", {}), "grad_accum_dtype": "fp32"}
     if not cuda:
         for part in ("offload_optimizer", "offload_param"):
             if part in zero:
@@ -121,6 +123,7 @@ def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "optimizer.params.eps": (optim.eps, f"optim.eps = {optim.eps}"),
         "optimizer.params.weight_decay": (optim.weight_decay, f"optim.weight_decay = {optim.weight_decay}"),
         "scheduler.type": ("auto", f"optim.schedule = {optim.schedule}"),
+        "data_types.grad_accum_dtype": ("fp32", "gradients summed in float32, whatever model.dtype is"),
         "zero_optimization.elastic_checkpoint": (False, "checkpoints of its own, which reshard anyway"),
     }
 

@@ -151,7 +151,7 @@ def memory(
     kept = stage == 3 and not host and world > 1  # gradients are reduced after every micro-batch
     gradients = size * (trained / world + live if kept else trained)
     if stage >= 1:
-        gradients += (4 if stage < 3 else size) * trained / world
+        gradients += 4 * trained / world
     masters = 0 if stage == 0 else 4
     optimizer = (masters + moments) * trained / world
     if not host:

@@ -59,10 +59,17 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     check_nvme(regime)
     tokenization = _check_model(recipe)
     _check_same_model(recipe, resume, allow_change)
-    if recipe.model.start_from is not None:
+    if recipe.model.start_from is not None and not _resumes(recipe, resume):
         check_start(recipe)
     plan, readers = open_data(recipe, tokenization)
     return Job(recipe, environment, regime, tokenization, plan, readers, changed, tuple(allow_change))
+
+
+def _resumes(recipe: Recipe, resume: str) -> bool:
+    """Whether the weights come from a checkpoint of this run: what it started from may be gone."""
+    from lbr_dist.training.checkpoint_format import list_checkpoints
+
+    return resume not in ("auto", "never") or (resume == "auto" and bool(list_checkpoints(recipe.output)))
 
 
 def _check_model(recipe: Recipe) -> Tokenization:
@@ -108,13 +115,21 @@ def check_start(recipe: Recipe) -> None:
     """Check that the run or checkpoint in `model.start_from` suits this recipe.
 
     Raises:
-        UserError: it is missing, or its bottleneck or adapters are others; both values are named.
+        UserError: it is missing, or its bottleneck, adapters or base of a learned temperature are others; both values
+            are named.
     """
     from lbr_dist.training.checkpoint_format import resolve
 
     assert recipe.model.start_from is not None
-    start = resolve(Path(recipe.model.start_from))
+    start = resolve(Path(recipe.model.start_from), deep=False)  # on every rank; one of them reads it all later
     before = load_run_recipe(start)
+    now = recipe.contrastive
+    learned = [made.stage != "generative" and made.contrastive.learn_temperature for made in (before, recipe)]
+    if all(learned) and before.contrastive.temperature != now.temperature:
+        raise UserError(
+            f"contrastive.temperature is {now.temperature}, but {start} learned its own as a factor of "
+            f"{before.contrastive.temperature}: set it as there"
+        )
     if not before.bottleneck.enabled:
         return  # a plain run: Z, if this one has it, is new
     if not recipe.bottleneck.enabled:

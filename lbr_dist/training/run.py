@@ -215,5 +215,6 @@ class _Loop:
             "identity": {key: str(value) for key, value in s.job.plan.identity.items()},
             "wandb_id": s.wandb_id,
         }
+        s.audit.sync()
         s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait)
         self._meter.saved(time.monotonic() - began)

@@ -27,6 +27,7 @@ from lbr_dist.training.engine import make_engine, start_distributed
 from lbr_dist.training.preflight import Job, deep_check
 from lbr_dist.training.random_state import restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
+from lbr_dist.training.signals import request_stop
 from lbr_dist.training.steps import Objective, make_objective
 from lbr_dist.training.tracking import Tracker
 
@@ -87,6 +88,7 @@ def start(job: Job, resume: str, lock: RunLock, on_row: Callable[[dict[str, Any]
     recipe, environment = job.recipe, job.environment
     device = start_distributed(environment, recipe.step_timeout + 600)
     on_rank_zero(lock.take)
+    on_rank_zero(lambda: request_stop(Path(recipe.output), ""))  # what was asked of an earlier start
     on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: _prepare(job, resume))
     on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))

@@ -60,7 +60,6 @@ class StopRequest:
             request_stop(self._run_dir, "")
 
     def __enter__(self) -> Self:
-        self.obeyed()  # what an earlier start was asked
         if threading.current_thread() is threading.main_thread():  # elsewhere (a Ray worker) the host owns the signals
             self._before = {number: signal.signal(number, self._receive) for number in NUMBERS}
         return self

@@ -7,6 +7,7 @@ culprit.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -50,14 +51,16 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._step_timeout / 4)):
             if time.monotonic() - self._last > self._timeout:
-                self._report()
+                threading.Thread(target=self._report, daemon=True).start()  # a file system may be what hangs
                 time.sleep(GRACE_S)
                 os._exit(EXIT_HUNG)
 
     def _report(self) -> None:
         line = f"rank {self._rank}: no progress for {self._timeout:g} s, while {self._doing}; Python stacks:"
+        with contextlib.suppress(Exception):  # a host's stream may not be a file
+            print(line, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("w", encoding="utf-8") as file:
             print(line, file=file, flush=True)
             faulthandler.dump_traceback(file=file, all_threads=True)
-        print(f"{line}\n{self._file.read_text(encoding='utf-8')}", file=sys.stderr, flush=True)

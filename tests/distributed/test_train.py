@@ -51,6 +51,7 @@ def both(place: tuple[Path, Path, Path], tiny_model_dir: Callable[..., Path]) ->
         "one": recipe(folder / "one", *inputs, checkpoint=keep, duration={"epochs": 3}),
         "lora": recipe(folder / "lora", *inputs, checkpoint=keep, model=lora, deepspeed="zero2"),
         "modules": recipe(folder / "modules", *inputs, checkpoint=keep, model=modules),
+        "lora_bf16": recipe(folder / "lora_bf16", *inputs, checkpoint=keep, model=lora | {"dtype": "bfloat16"}),
         "bf16": recipe(folder / "bf16", *inputs, checkpoint=keep, model={"dtype": "bfloat16"}),
         "two": recipe(
             folder / "two",
@@ -93,7 +94,7 @@ def test_stage_two_starts_from_stage_one(both: dict[str, dict[str, Any]]) -> Non
     assert f"weights from {both['one']['output']}" in log
 
 
-@pytest.mark.parametrize("case", ["one", "lora", "modules", "bf16", "two"])
+@pytest.mark.parametrize("case", ["one", "lora", "lora_bf16", "modules", "bf16", "two"])
 def test_audit_proves_the_plan(both: dict[str, dict[str, Any]], case: str) -> None:
     found = audit(both[case]["output"])
     assert found.problems == []

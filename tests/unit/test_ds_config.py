@@ -49,7 +49,7 @@ def test_auto_chooses_by_machine() -> None:
     assert chosen(8, True) == chosen(1, True) == "zero3"
     assert chosen(2, False) == "cpu"
     assert chosen(1, False) == "zero0"
-    assert chosen(1, False, "bfloat16") == "zero1"
+    assert chosen(1, False, "bfloat16") == "zero2"
 
 
 @pytest.mark.parametrize(
