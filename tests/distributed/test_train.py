@@ -21,6 +21,7 @@ from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights
+from lbr_dist.training.signals import request_stop
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -107,6 +108,7 @@ def test_resumed_equals_uninterrupted(both: dict[str, dict[str, Any]], place: tu
     resumed = {
         case: {**raw, "output": cut_off(raw["output"], folder / f"{case}-resumed")} for case, raw in both.items()
     }
+    request_stop(Path(resumed["one"]["output"]), "yesterday")  # what an earlier start was asked is forgotten
     (folder / "one").rename(folder / "gone")
     try:
         results = run(folder, 2, list(resumed.values()))

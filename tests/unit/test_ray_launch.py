@@ -213,10 +213,12 @@ class TestStopFile:
             assert stop.asked() == "maintenance"
         assert stop_requested(tmp_path) == ""
 
-    def test_what_an_earlier_start_was_asked_is_forgotten(self, tmp_path: Path) -> None:
-        request_stop(tmp_path, "yesterday")
-        with StopRequest(tmp_path) as stop:
-            assert stop.asked() == ""
+    def test_a_second_start_leaves_it_to_the_first(self, tmp_path: Path) -> None:
+        """A start forgets it only once it holds the run's lock (tests/distributed/test_train.py)."""
+        request_stop(tmp_path, "maintenance")
+        with StopRequest(tmp_path):
+            pass
+        assert stop_requested(tmp_path) == "maintenance"
 
     def test_other_ranks_do_not_read_it(self, tmp_path: Path) -> None:
         with StopRequest() as stop:
