@@ -146,7 +146,7 @@ def test_startup(run):
     rows, _ = run("startup")
     parts = {row["part"]: row for row in rows}
     assert parts["checkpoint: load"]["start_wall"] is None  # a first start loads none, a restart does
-    assert parts["checkpoint: load"]["restart_wall"] > 0
+    assert parts["checkpoint: load"]["restart_wall"] is not None
     for kind in ("start", "restart"):
         assert 0 <= parts["the rest"][f"{kind}_wall"] < parts["whole"][f"{kind}_wall"]  # nothing counts twice
         assert parts["first step"][f"{kind}_wall"] > 0
