@@ -99,30 +99,29 @@ def mine(
     """
     from lbr_dist.loading import model_fingerprint
 
-    out = Path(out)
     rule = _rule(count, skip, depth, share, margin)
     if index not in ("auto", "exact", "ivf"):
         raise UserError(f"--index {index}: expected auto, exact or ivf")
-    check_target(out)
-    if out.resolve() == Path(data).resolve():
+    place = check_target(Path(out))
+    if place == Path(data).resolve():
         raise UserError(f"--out {out}: is the set itself, which mining does not change: name another folder")
     opened = open_set(data)
     given = Path(model).is_file()
     identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
     settings = {**asdict(rule), "index": index, "block": block}
     origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}
-    done = finished(out, origin, overwrite, partial(_difference, new=origin))
+    done = finished(place, origin, overwrite, partial(_difference, new=origin))
     if done is not None:
-        return MineReport(out, done, unchanged=True)
-    with workspace(out) as work, Progress() as progress:
+        return MineReport(Path(out), done, unchanged=True)
+    with workspace(place) as work, Progress() as progress:
         folder = resumable(work.absolute(), {**origin, "queries": QUERIES})
         job = _Job(model, opened, rule, folder, progress, executor or current())
         job.mine("given" if given else index, device, block)
         target = work / "set"
         target.mkdir()
-        report = job.write(target, name=out.resolve().name, origin=origin)
-        publish(target, out)
-    return MineReport(out, report, unchanged=False)
+        report = job.write(target, name=place.name, origin=origin)
+        publish(target, place)
+    return MineReport(Path(out), report, unchanged=False)
 
 
 class _Job:

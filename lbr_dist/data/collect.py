@@ -6,6 +6,7 @@ that is made for one block, by whichever process; `TextTable` joins them in orde
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,6 +18,7 @@ import xxhash
 from lbr_dist.data.minhash import SketchBlock, Sketches
 from lbr_dist.data.record import Record, normalise
 from lbr_dist.data.row_values import REASONS
+from lbr_dist.data.sources import printable
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,15 +34,18 @@ class BadRows:
         self.rows = 0
         self.counts: dict[str, int] = {}
         self.first: dict[str, str] = {}
+        self.questions_alone = 0
+        """Rows of an evaluation set from elsewhere whose answer cannot be used: no bad rows, their question counts."""
 
     def add(self, reason: str, where: str, detail: str, count: int = 1) -> None:
         """Count `count` bad rows; the first of a reason is remembered."""
         self.counts[reason] = self.counts.get(reason, 0) + count
-        self.first.setdefault(reason, f"{where}: {detail}")
+        self.first.setdefault(reason, printable(f"{where}: {detail}"))
 
     def merge(self, other: BadRows) -> None:
         """Count those of rows that come after."""
         self.rows += other.rows
+        self.questions_alone += other.questions_alone
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.first.setdefault(reason, other.first[reason])
@@ -65,13 +70,24 @@ class BadRows:
             UserError: names the count and the first row of each reason.
         """
         if self.total > max_share * self.rows:
-            shown = "; ".join(f"{count} {reason} (first: {self.first[reason]})" for reason, count in self._sorted())
             raise UserError(
-                f"{self.total} of {self.rows} rows are bad, more than --max-bad-share {max_share:g} allows: {shown}"
+                f"{self.total} of {self.rows} rows are bad, more than --max-bad-share {max_share:g} allows: {self}"
             )
 
-    def _sorted(self) -> list[tuple[str, int]]:
-        return sorted(self.counts.items(), key=lambda item: -item[1])
+    def __str__(self) -> str:
+        ordered = sorted(self.counts.items(), key=lambda item: -item[1])
+        return "; ".join(f"{count} {reason} (first: {self.first[reason]})" for reason, count in ordered)
+
+    def to_json(self) -> bytes:
+        """For `from_json`."""
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> BadRows:
+        """Inverse of `to_json`."""
+        bad = cls()
+        vars(bad).update(json.loads(data))
+        return bad
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lbr_dist.data.field_names import look_up
 from lbr_dist.data.record import Record
 from lbr_dist.errors import UserError
 
@@ -32,11 +33,11 @@ class Entity:
             raise UserError(f"--entity {text}: not a regular expression ({error})") from error
 
     def of(self, row: Mapping[str, Any], record: Record) -> str | None:
-        """The row's group; None: it has none and stands alone."""
-        value = record.id if self.field == "id" else row.get(self.field)
-        if value is None or self.pattern is None:
-            return None if value is None else str(value)
-        match = self.pattern.search(str(value))
-        if match is None:
+        """The row's group; None: it has none (no such field, nothing in it, no match) and stands alone."""
+        value = record.id if self.field == "id" else look_up(row, self.field)
+        if value in (None, [], {}) or not (text := str(value)).strip():
             return None
-        return match.group(1) if self.pattern.groups else match.group(0)
+        if self.pattern is None:
+            return text
+        match = self.pattern.search(text)
+        return (match.group(1 if self.pattern.groups else 0) or None) if match else None

@@ -50,10 +50,11 @@ class Finder:
     Args:
         fields: role to field name, where the user named it. Commas join several fields, dots lead into objects, and an
             empty name says that no field has the role.
+        lenient: where a row lacks a field of that name, the names that are recognised count.
     """
 
-    def __init__(self, fields: Mapping[str, str]) -> None:
-        self.fields = dict(fields)
+    def __init__(self, fields: Mapping[str, str], *, lenient: bool = False) -> None:
+        self.fields, self._lenient = dict(fields), lenient
         self._found: dict[tuple[str, tuple[str, ...]], tuple[str, ...] | None] = {}
 
     def find(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
@@ -63,7 +64,10 @@ class Finder:
             return None
         if mapped is not None:
             parts = tuple(mapped.split(","))
-            return parts if all(_MISSING is not reach(row, part) for part in parts) else None
+            if all(_MISSING is not reach(row, part) for part in parts):
+                return parts
+            if not self._lenient:
+                return None
         key = role, tuple(row)
         if key not in self._found:
             if len(self._found) >= MOST_FORMS:
@@ -83,6 +87,14 @@ def reach(row: Mapping[str, Any], name: str) -> Any:
             return _MISSING
         value = value[part]
     return value
+
+
+def look_up(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a field that the user named, in capitals or not, or in an object; None where there is none."""
+    found = reach(row, name)
+    if found is _MISSING:
+        found = next((row[other] for other in row if str(other).lower() == name.lower()), None)
+    return found
 
 
 def value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -26,14 +26,25 @@ class Converter:
         fields: role to field name; `options` may name several fields, joined by commas.
         max_chars: longest question, answer, option or text, in characters.
         domain, source: for rows that have no such field.
+        cells: the rows are of a CSV file, where a list can only be written as a text.
+        external: the rows are of an evaluation set from elsewhere, to which `fields` need not apply.
     """
 
     def __init__(
-        self, kind: str | None, fields: Mapping[str, str], *, max_chars: int, domain: str = "", source: str = ""
+        self,
+        kind: str | None,
+        fields: Mapping[str, str],
+        *,
+        max_chars: int,
+        domain: str = "",
+        source: str = "",
+        cells: bool = False,
+        external: bool = False,
     ) -> None:
         self.kind, self.max_chars = kind, max_chars
         self.domain, self.source = domain, source
-        self._finder = Finder(fields)
+        self._cells = cells
+        self._finder = Finder(fields, lenient=external)
 
     def __call__(self, row: Mapping[str, Any]) -> Record:
         """The row's record.
@@ -64,6 +75,23 @@ class Converter:
             negatives=negatives,
             positives=positives,
         )
+
+    def question_alone(self, row: Mapping[str, Any]) -> Record | None:
+        """The question of a row whose answer cannot be used (withheld, as in a test set, or empty), as a plain text.
+
+        None: the row has no question that can be used either.
+        """
+        try:
+            row = self._unfolded(row)
+            if self.kind == "corpus":
+                return None
+            question = self._text(self._get(row, "question"), "question")
+            if self._finder.find(row, "options") is not None:
+                options, _ = row_values.options(self._get(row, "options"), self.max_chars)
+                question = self._with_options(question, options)
+            return Record(id=self._id(row, question), text=question)
+        except RowError:
+            return None
 
     def detect(self, row: Mapping[str, Any]) -> str:
         """The kind that the row's fields tell.
@@ -110,6 +138,8 @@ class Converter:
     def _answer(self, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The answer and, where the field holds a list, the further answers."""
         value = self._get(row, "document" if self.kind == "query-document" else "answer")
+        if self._cells:
+            value = row_values.cell(value, "answer")
         if isinstance(value, list | tuple) or row_values.holds_list(value):
             first, *more = dict.fromkeys(self._texts(value, "answer") or (self._text("", "answer"),))
             return first, tuple(more)
@@ -120,8 +150,11 @@ class Converter:
         stem = self._text(self._get(row, "question"), "question")
         options, labels = row_values.options(self._get(row, "options"), self.max_chars)
         right = row_values.choose(self._get(row, "right"), options, labels)
+        return self._with_options(stem, options), options[right]
+
+    def _with_options(self, stem: str, options: list[str]) -> str:
         lines = [f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(options)]
-        return self._text("\n".join([stem, *lines]), "question"), options[right]
+        return self._text("\n".join([stem, *lines]), "question")
 
     def _text(self, value: Any, role: str) -> str:
         return row_values.text(value, role, self.max_chars)

@@ -8,7 +8,6 @@ sources, the blocks are the same whoever made them, and those that a killed run 
 from __future__ import annotations
 
 import contextlib
-import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,6 +68,9 @@ class RowBlock:
     """Kind of the part's rows as far as it is known before the first row of the block."""
     fields: Mapping[str, str]
     base: str
+    cells: bool
+    """The rows are of a CSV file."""
+    external: bool
     rows: list[tuple[int, Row]]
 
 
@@ -88,6 +90,9 @@ class FirstPass:
     """All that the first pass leaves."""
 
     bad: BadRows
+    """Of the sources."""
+    outside: dict[str, BadRows]
+    """Of each external evaluation set, by what the user named it."""
     parts: list[Part]
     spool: Spool
     numbers: Numbers
@@ -106,13 +111,16 @@ def row_blocks(job: PartJob, *, paragraphs: bool, folder: Path, most: int) -> It
         UserError: the file is damaged.
     """
     part, kind, number = job.part, job.kind, 0
-    teller = Converter(None, part.source.fields, max_chars=0)
+    teller = Converter(None, part.source.fields, max_chars=0, external=job.external)
     known, held, characters = kind, list[tuple[int, Row]](), 0
 
     def block() -> RowBlock:
         name = f"{part.name} {part.unit}"
         kept = [] if numbers_file(folder, job.number, number).exists() else held
-        return RowBlock(job.number, number, name, known, part.source.fields, part.base, kept)
+        return RowBlock(
+            job.number, number, name, known, part.source.fields, part.base, part.format in ("csv", "tsv"),
+            job.external, kept,
+        )  # fmt: skip
 
     for place, row in rows(part, paragraphs=paragraphs):
         held.append((place, row))
@@ -141,7 +149,10 @@ class DigestRows:
         if not block.rows:
             with np.load(target) as known:
                 return _summary(block, known)
-        convert = Converter(block.kind, block.fields, max_chars=self._max_chars, domain=self._domain, source=block.base)
+        convert = Converter(
+            block.kind, block.fields, max_chars=self._max_chars, domain=self._domain, source=block.base,
+            cells=block.cells, external=block.external,
+        )  # fmt: skip
         bad, columns = BadRows(), {name: list[int]() for name in COLUMNS}
         sizes, digests, negatives = array("q"), list[TextDigest](), list[tuple[int, int]]()
         with target.with_suffix(".records").open("wb", buffering=1 << 20) as spool:
@@ -152,9 +163,8 @@ class DigestRows:
                 sizes.extend(spool.write(record.to_json()) for record in batch)
         if block.number == 0 and bad.total == bad.rows == HOPELESS:
             return BlockSummary(block.part, 0, 0, bad, hopeless=True)
-        counts = json.dumps([bad.rows, bad.counts, bad.first]).encode()
         arrays: dict[str, Any] = {
-            "bad": np.frombuffer(counts, np.uint8),
+            "bad": np.frombuffer(bad.to_json(), np.uint8),
             "sizes": np.frombuffer(sizes, np.int64),
             "negatives": np.array(negatives, np.int64).reshape(-1, 2),
             **{name: np.array(values, COLUMNS[name]) for name, values in columns.items()},
@@ -176,20 +186,27 @@ class DigestRows:
                     raise row
                 record = convert(row)
             except RowError as error:
-                bad.add(error.reason, f"{block.name} {place}", error.detail)
-                if block.number == 0 and bad.total == bad.rows == HOPELESS:
-                    return
-                continue
-            for name, value in self._numbers(record, row, place).items():
+                question = convert.question_alone(row) if block.external and not isinstance(row, RowError) else None
+                if question is None:
+                    bad.add(error.reason, f"{block.name} {place}", error.detail)
+                    if block.number == 0 and bad.total == bad.rows == HOPELESS:
+                        return
+                    continue
+                record = question
+                bad.questions_alone += 1
+                links = True
+            else:
+                links = not record.is_text
+            for name, value in self._numbers(record, row, place, links).items():
                 columns[name].append(value)
             yield record
 
-    def _numbers(self, record: Record, row: Any, place: int) -> dict[str, int]:
+    def _numbers(self, record: Record, row: Any, place: int, links: bool) -> dict[str, int]:
         name = record.id.encode()
         group = self._entity.of(row, record) if self._entity else None
         content = "\0".join((*compared_texts(record), "", *record.negatives))
         return {
-            "is_text": record.is_text,
+            "is_text": not links,
             "id_hash": xxhash.xxh3_64_intdigest(name),
             "content_hash": xxhash.xxh3_64_intdigest(content.encode()),
             "entity": NO_ENTITY if group is None else xxhash.xxh3_64_intdigest(group.encode("utf-8", "replace")),
@@ -231,10 +248,12 @@ def first_pass(
 def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sketches: Path) -> FirstPass:
     """The blocks in order, as if they were one."""
     bad, table, first = BadRows(), TextTable(sketches), 0
+    outside = {job.part.source.path: BadRows() for job in jobs if job.external}
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "external", "part")}
     sizes, files, negatives = list[np.ndarray](), list[Path](), [np.zeros((0, 2), np.int64)]
     for summary in summaries:
-        bad.merge(summary.bad)
+        job = jobs[summary.part]
+        (outside[job.part.source.path] if job.external else bad).merge(summary.bad)
         file = numbers_file(folder, summary.part, summary.number)
         with np.load(file) as arrays:
             for name in COLUMNS:
@@ -242,7 +261,7 @@ def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sket
             sizes.append(arrays["sizes"])
             negatives.append(arrays["negatives"] + [first, 0])
             table.append(first, TextDigest.from_arrays(arrays))
-        columns["external"].append(np.full(summary.records, jobs[summary.part].external))
+        columns["external"].append(np.full(summary.records, job.external))
         columns["part"].append(np.full(summary.records, summary.part))
         files.append(file.with_suffix(".records"))
         first += summary.records
@@ -253,6 +272,7 @@ def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sket
     owner_hash = np.concatenate(negatives)
     return FirstPass(
         bad,
+        outside,
         [job.part for job in jobs],
         Spool(files, sizes),
         Numbers(**joined),
@@ -269,8 +289,7 @@ def numbers_file(folder: Path, part: int, number: int) -> Path:
 
 
 def _summary(block: RowBlock, arrays: Mapping[str, np.ndarray]) -> BlockSummary:
-    bad = BadRows()
-    bad.rows, bad.counts, bad.first = json.loads(arrays["bad"].tobytes())
+    bad = BadRows.from_json(arrays["bad"].tobytes())
     return BlockSummary(block.part, block.number, len(arrays["sizes"]), bad)
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbr_dist.data.collect import Numbers, Texts, compared_texts
+from lbr_dist.data.collect import NO_ENTITY, BadRows, Numbers, Texts, compared_texts
 from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.first_pass import DigestRows, FirstPass, PartJob, first_pass
 from lbr_dist.data.isolation import Containment, HoldsTarget, crossings
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.proof import prove
+from lbr_dist.data.readers import rows
 from lbr_dist.data.record import batches
 from lbr_dist.data.second_pass import WriteShard, write_shards
 from lbr_dist.data.shard_writer import write_manifest
-from lbr_dist.data.sources import Part
+from lbr_dist.data.sources import Part, printable
 from lbr_dist.data.split import CL, EVAL, EXTERNAL, GL, SIDES, TEXT, UNUSED, assign, common_texts, components
 from lbr_dist.data.spool import SpoolSlice
 from lbr_dist.errors import UserError
@@ -65,9 +66,12 @@ class Pipeline:
         self.folder, self.settings, self.tokens = folder, settings, tokens
         self.origin, self.progress, self.executor = origin, progress, executor
         self.dropped: dict[str, int] = {}
+        self.ungrouped = 0
 
-    def run(self, parts: list[Part], outside: list[Part]) -> dict[str, Any]:
+    def run(self, parts: list[Part], outside: list[Part], passed_over: Mapping[str, int]) -> dict[str, Any]:
         """Prepare the rows of `parts`, kept apart from those of `outside`; returns the report.
+
+        `passed_over`, for the report, counts the files of folders that are no part, by ending.
 
         Raises:
             UserError: too many bad rows, no rows, or sizes that cannot be met.
@@ -79,6 +83,9 @@ class Pipeline:
             self.read.bad.check(self.settings.max_bad_share)
             if not (alive & ~numbers.external).any():
                 raise UserError(f"{', '.join(part.name for part in parts)}: no records: the sources are empty")
+            for name, found in self.read.outside.items():
+                _check_outside(name, found)
+            self._check_entity(alive, parts)
             self.common = common_texts(texts.of(alive), numbers, spool)
             side, labels = self._sides(texts.of(alive))
             manifest = self._write(side, texts.of((side == EVAL) | (side == EXTERNAL)).hash.astype(np.int64))
@@ -93,7 +100,7 @@ class Pipeline:
                 )
         finally:
             spool.close()
-        report = self._report(manifest, isolation, _component_report(numbers, side, labels))
+        report = self._report(manifest, isolation, _component_report(numbers, side, labels), passed_over)
         text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         (self.folder / "set" / "report.json").write_text(text, encoding="utf-8")
         return report
@@ -124,12 +131,34 @@ class Pipeline:
             part = self.read.parts[numbers.part[number]]
             where = f"{part.name} {part.unit} {numbers.line[number]}"
             self.read.bad.add(
-                "duplicate_id", where, "its id came before, with other content", count=int(conflict.sum())
+                "duplicate_id",
+                where,
+                "its id came before, with other content: mend it, name the field of the ids (--field id=FIELD), or "
+                "leave the ids aside (--field id=)",
+                count=int(conflict.sum()),
             )
         self.dropped["repeated_row"] = int((again & ~conflict).sum())
         alive = np.ones(len(numbers.is_text), bool)
         alive[own[again]] = False
         return alive
+
+    def _check_entity(self, alive: np.ndarray, parts: list[Part]) -> None:
+        """Count the records that `--entity` groups.
+
+        Raises:
+            UserError: it groups none.
+        """
+        numbers = self.read.numbers
+        records = alive & ~numbers.external & ~numbers.is_text
+        if self.settings.entity is None or not records.any():
+            return
+        self.ungrouped = int((records & (numbers.entity == NO_ENTITY)).sum())
+        if self.ungrouped == records.sum():
+            first = next((row for part in parts for _, row in rows(part) if isinstance(row, Mapping)), {})
+            raise UserError(
+                f"--entity {self.settings.entity}: no record has a value for it; the first row has the fields "
+                + printable(", ".join(map(str, first)))
+            )
 
     def _sides(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Side of each record, int8 [records], and its component, int64 [records]."""
@@ -211,22 +240,46 @@ class Pipeline:
             yield numbers, self.read.spool.take(numbers)
 
     def _report(
-        self, manifest: dict[str, Any], isolation: dict[str, Any], components: dict[str, Any]
+        self,
+        manifest: dict[str, Any],
+        isolation: dict[str, Any],
+        components: dict[str, Any],
+        passed_over: Mapping[str, int],
     ) -> dict[str, Any]:
         return {
             "format": 1,
             "name": self.settings.name,
             "seed": self.settings.seed,
             "set": manifest["fingerprint"],
+            "passed_over": {printable(ending): count for ending, count in sorted(passed_over.items())},
             "rows": {"read": self.read.bad.rows, "bad": self.read.bad.report()},
+            "decontaminate": {
+                "read": sum(found.rows for found in self.read.outside.values()),
+                "by_question_alone": sum(found.questions_alone for found in self.read.outside.values()),
+            },
             "records": {
                 name: {"records": info["records"], "texts": info["texts"], "shards": len(info["shards"])}
                 for name, info in manifest["splits"].items()
             },
             "dropped": self.dropped,
-            "components": {**components, "similarity": self.settings.similarity},
+            "components": {**components, "similarity": self.settings.similarity, "without_entity": self.ungrouped},
             "isolation": isolation,
         }
+
+
+def _check_outside(name: str, found: BadRows) -> None:
+    """Every row of an external evaluation set counts: one that is not read is one that training may hold.
+
+    Raises:
+        UserError: a row cannot be read, or there is none.
+    """
+    if found.total:
+        raise UserError(
+            f"--decontaminate {name}: {found.total} of {found.rows} rows cannot be read, so training could hold them: "
+            f"{found}: name its fields with --field or its kind with KIND=FILE, or mend these rows"
+        )
+    if not found.rows:
+        raise UserError(f"--decontaminate {name}: has no rows: nothing would be kept out of training")
 
 
 def _component_report(numbers: Numbers, side: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

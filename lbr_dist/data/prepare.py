@@ -9,7 +9,8 @@ and the seed alone. Nothing is in place until everything is.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from lbr_dist.errors import UserError
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 2
+VERSION = 3
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 
 
@@ -52,8 +53,18 @@ class PrepareReport:
         lines = [f"{self.out}: {sides} records, from {rows['read']} rows"]
         lines += [f"bad rows: {entry['count']} {reason} (first: {entry['first']})" for reason, entry in self._bad()]
         lines += [f"dropped: {count} {reason}" for reason, count in self.data["dropped"].items() if count]
+        lines += [f"note: {note}" for note in self._notes()]
         lines.append("isolation: no shared question, answer or near-duplicate between sides (report.json)")
         return lines
+
+    def _notes(self) -> Iterator[str]:
+        if passed := self.data["passed_over"]:
+            listed = ", ".join(f"{count} {ending}" for ending, count in passed.items())
+            yield f"passed over in folders: {listed} (a file is read if it is named, or a quoted glob matches it)"
+        if alone := self.data["components"]["without_entity"]:
+            yield f"{alone} question-answer records have no --entity and stand alone"
+        if questions := self.data["decontaminate"]["by_question_alone"]:
+            yield f"{questions} --decontaminate rows have no usable answer: their question alone counts"
 
     def _bad(self) -> list[tuple[str, dict[str, Any]]]:
         return list(self.data["rows"]["bad"]["by_reason"].items())
@@ -111,7 +122,6 @@ def prepare(
     """
     from lbr_dist.model.tokenizer import Tokenization
 
-    out = Path(out)
     check_fields(fields or {})
     if not 0.5 <= similarity <= 1:
         raise UserError(f"--similarity {similarity}: must lie between 0.5 and 1")
@@ -124,15 +134,16 @@ def prepare(
         raise UserError("no sources: name at least one file, folder, glob or data set")
     if entity is not None:
         Entity.parse(entity)
+    place = check_target(Path(out))
     settings = Settings(
         parse_sizes(sizes or {}), entity, paragraphs, similarity, max_chars, max_bad_share, domain,
-        name or out.resolve().name, seed, shard_records, shard_mib,
+        name or place.name, seed, shard_records, shard_mib,
     )  # fmt: skip
-    check_target(out)
     tokens = Tokenization.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    with workspace(out) as work, Progress() as progress:
-        parts = _parts(sources, kind, fields or {}, work)
-        outside = _parts(decontaminate, None, fields or {}, work)
+    with workspace(place) as work, Progress() as progress:
+        passed_over = Counter[str]()
+        parts = _parts(sources, kind, fields or {}, work, passed_over)
+        outside = _parts(decontaminate, None, fields or {}, work, passed_over)
         with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
             origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
             for name_of, group in (("sources", parts), ("decontaminate", outside)):
@@ -140,21 +151,29 @@ def prepare(
                 for part in group:
                     origin[name_of].append(part.fingerprint())
                     advance(1)
-        done = finished(out, origin, overwrite, partial(_difference, new=origin))
+        done = finished(place, origin, overwrite, partial(_difference, new=origin))
         if done is not None:
-            return PrepareReport(out, done, unchanged=True)
+            return PrepareReport(Path(out), done, unchanged=True)
         folder = resumable(work.absolute(), {**origin, "blocks": [BLOCK_ROWS, BLOCK_CHARACTERS]})
-        report = Pipeline(folder, settings, tokens, origin, progress, executor or current()).run(parts, outside)
-        publish(folder / "set", out)
-    return PrepareReport(out, report, unchanged=False)
+        pipeline = Pipeline(folder, settings, tokens, origin, progress, executor or current())
+        report = pipeline.run(parts, outside, passed_over)
+        publish(folder / "set", place)
+    return PrepareReport(Path(out), report, unchanged=False)
 
 
-def _parts(sources: Sequence[str | Source], kind: str | None, fields: Mapping[str, str], work: Path) -> list[Part]:
+def _parts(
+    sources: Sequence[str | Source],
+    kind: str | None,
+    fields: Mapping[str, str],
+    work: Path,
+    passed_over: Counter[str],
+) -> list[Part]:
     downloads = work / "downloads"
     downloads.mkdir(exist_ok=True)
     parts = []
     for source in sources:
-        parts += expand(source if isinstance(source, Source) else Source.parse(source, kind, fields), downloads)
+        named = source if isinstance(source, Source) else Source.parse(source, kind, fields)
+        parts += expand(named, downloads, passed_over)
     return parts
 
 

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,17 +26,39 @@ RESUME = "resume"
 """Folder of the workspace that outlives a killed run."""
 
 
-def check_target(out: Path) -> None:
-    """Refuse an `out` that is not ours to replace, before anything is read.
+def check_target(out: Path) -> Path:
+    """Where `out` really lies, links followed; what is not ours to replace is refused, before anything is read.
 
     Raises:
-        UserError: it is no folder, or one that holds something else than a prepared set.
+        UserError: it is no folder, or one that holds something else than a prepared set, or one that no rename can
+            replace.
     """
-    if out.is_dir():
-        if any(out.iterdir()) and not (out / "manifest.json").is_file():
-            raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
-    elif out.exists() or out.is_symlink():
-        raise UserError(f"--out {out}: is not a folder: choose another")
+    try:
+        place = out.resolve()
+        if place.is_dir():
+            if any(place.iterdir()) and not (place / "manifest.json").is_file():
+                raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
+            if Path.cwd().is_relative_to(place):
+                raise UserError(f"--out {out}: is the current folder or holds it: name a folder to make in it")
+            if _is_mount(place):
+                raise UserError(f"--out {out}: a file system is mounted there: name a folder to make in it")
+        elif place.exists():
+            raise UserError(f"--out {out}: is not a folder: choose another")
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise UserError(f"--out {out}: cannot be used ({error}): choose another folder") from None
+    return place
+
+
+def _is_mount(place: Path) -> bool:
+    """Whether something is mounted at a folder; os.path.ismount does not see what containers bind there."""
+    if os.path.ismount(place):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return False
+    mounted = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines)
+    return str(place) in mounted
 
 
 def finished(
@@ -70,7 +93,7 @@ def workspace(out: Path) -> Iterator[Path]:
     """A folder beside `out` to work in, removed at the end; empty but for what `resumable` may use.
 
     Committed blocks stay for the next run if this one is killed, interrupted, or fails for a reason that lies neither
-    in its input nor on the disk (a lost worker, memory).
+    in its input nor in a full disk (a lost worker, memory, a fault of the storage).
 
     Raises:
         UserError: another process writes the same `out`, the folder cannot be made, or the disk is full.
@@ -95,12 +118,16 @@ def workspace(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                shutil.rmtree(folder, ignore_errors=True)
                 raise UserError(
                     f"--out {out}: the disk is full ({error.strerror}); nothing was left behind: "
                     "free space or choose a folder on another disk"
                 ) from error
+            with contextlib.suppress(OSError):
+                _clear(folder)
+            if error.errno == errno.EROFS:
+                raise UserError(f"--out {out}: the file system became read-only: mend that and run again") from error
             raise
         except BaseException:
             _clear(folder)

@@ -7,28 +7,22 @@ be read at all stops the run.
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import io
 import json
-import lzma
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
+from lbr_dist.data import compressed
+from lbr_dist.data.csv_rows import csv_rows
 from lbr_dist.data.row_values import RowError
-from lbr_dist.data.sources import ENDING, Part
+from lbr_dist.data.sources import Part
 from lbr_dist.errors import UserError
 
 BATCH = 1000
 """Rows decoded at once from columnar formats."""
 ARRAYS = ("data", "rows", "examples", "records", "items")
 """Names under which a JSON file's object may hold its array of rows."""
-SEPARATORS = ";\t|"
-"""Taken for the comma of a CSV file (or the tab of a TSV file) whose header has none."""
 FOREIGN = {
     b"\xff\xfe": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
@@ -36,6 +30,15 @@ FOREIGN = {
     b"\x28\xb5": "is compressed with zstd: let its name end in .zst",
 }
 """First bytes of a text file that is none."""
+
+DAMAGE: tuple[type[Exception], ...] = (
+    *compressed.DAMAGE,
+    tarfile.TarError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading a damaged file raises."""
 
 Row = Mapping[str, Any] | RowError
 Numbered = Iterator[tuple[int, Row]]
@@ -61,42 +64,19 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
         elif part.format == "tar":
             yield from _tar(part)
         else:
-            with _open(part) as file:
+            with part.open() as file:
                 if (start := file.peek(2)[:2]) in FOREIGN:  # type: ignore[attr-defined]
                     raise UserError(f"{part.name}: the content {FOREIGN[start]}")
                 if part.format == "jsonl":
                     yield from _jsonl(file)
                 elif part.format == "json":
-                    yield from _json(file)
+                    yield from _json(part)
                 elif part.format == "text":
                     yield from _paragraphs(file) if paragraphs else _lines(file)
                 else:
-                    yield from _csv(file, "\t" if part.format == "tsv" else ",")
-    except _damage() as error:
+                    yield from csv_rows(file, "\t" if part.format == "tsv" else ",")
+    except DAMAGE as error:
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
-
-
-def _open(part: Part) -> IO[bytes]:
-    compression = ENDING.findall(part.name)[-1][1]
-    if compression == ".zst":
-        import zstandard
-
-        return io.BufferedReader(zstandard.open(part.path, "rb"), 1 << 20)
-    if compression == ".gz":
-        return cast(IO[bytes], gzip.open(part.path, "rb"))
-    if compression == ".bz2":
-        return bz2.open(part.path, "rb")
-    if compression == ".xz":
-        return lzma.open(part.path, "rb")
-    return part.path.open("rb", buffering=1 << 20)
-
-
-def _damage() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
-    import zstandard
-
-    compression = zlib.error, lzma.LZMAError, zstandard.ZstdError
-    return EOFError, OSError, tarfile.TarError, csv.Error, ValueError, *compression
 
 
 def _jsonl(file: IO[bytes]) -> Numbered:
@@ -106,24 +86,29 @@ def _jsonl(file: IO[bytes]) -> Numbered:
         yield number, _json_object(line)
 
 
-def _json(file: IO[bytes]) -> Numbered:
+def _json(part: Part) -> Numbered:
     """An array of objects, or one under a name of `ARRAYS`, held in memory; else JSON lines, as many named so do."""
-    lines = (start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip()))
-    first, alone = next(lines, b""), next(lines, None) is None
-    file.seek(0)
+    with part.open() as file:
+        lines = (start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip()))
+        first, alone = next(lines, b""), next(lines, None) is None
     items: Any = None
     if first[:1] == b"[":
-        items = json.loads(file.read().decode("utf-8-sig"))
+        items = json.loads(_content(part).decode("utf-8-sig"))
     elif first[:1] == b"{" and (alone or isinstance(_json_object(first), RowError)):  # one object, over lines or not?
-        row = _json_object(file.read())
-        file.seek(0)
+        row = _json_object(_content(part))
         if not isinstance(row, RowError):
             items = next((row[name] for name in ARRAYS if isinstance(row.get(name), list)), [row])
     if items is None:
-        yield from _jsonl(file)
+        with part.open() as file:
+            yield from _jsonl(file)
         return
     for number, item in enumerate(items, 1):
         yield number, item if isinstance(item, dict) else RowError("wrong_type", "the item is not a JSON object")
+
+
+def _content(part: Part) -> bytes:
+    with part.open() as file:
+        return file.read()
 
 
 def _json_object(data: bytes) -> Row:
@@ -163,30 +148,23 @@ def _paragraphs(file: IO[bytes]) -> Numbered:
         yield first, _decoded(block.rstrip())
 
 
-def _csv(file: IO[bytes], delimiter: str) -> Numbered:
-    csv.field_size_limit(1 << 30)
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    header = file.peek(1 << 16).split(b"\n", 1)[0].decode("utf-8", "replace")  # type: ignore[attr-defined]
-    if delimiter not in header:
-        delimiter = next((other for other in SEPARATORS if other in header), delimiter)
-    reader = csv.DictReader(text, delimiter=delimiter)
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-    for row in reader:
-        if None in row:
-            yield reader.line_num, RowError("wrong_type", "the line has more cells than the header")
-        else:
-            yield reader.line_num, {name: cell for name, cell in row.items() if cell is not None}
-
-
 def _parquet(path: Path) -> Numbered:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+    number, dates = 0, (pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)
+    try:
+        with pq.ParquetFile(path) as file:
+            plain = pa.schema(  # as texts, dates need not lie in the years that Python knows
+                field.with_type(pa.string()) if any(kind(field.type) for kind in dates) else field
+                for field in file.schema_arrow
+            )
+            for batch in file.iter_batches(BATCH):
+                for row in batch.cast(plain).to_pylist():
+                    number += 1
+                    yield number, row
+    except pa.ArrowException as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _columns(batches: Iterator[Mapping[str, list[Any]]]) -> Numbered:
@@ -197,6 +175,23 @@ def _columns(batches: Iterator[Mapping[str, list[Any]]]) -> Numbered:
             yield number, dict(zip(batch, values, strict=True))
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar in which only its end mark ends the archive: tarfile takes damage and truncation for it too."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            what = "its end mark is missing: it was cut short" if isinstance(error, _CUT) else error
+            raise tarfile.ReadError(f"{what}, at byte {tarfile_.offset}") from None
+
+
+_CUT = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[attr-defined]
+
+
 def _tar(part: Part) -> Numbered:
     """Samples: neighbouring members with the same name up to the first dot, as WebDataset groups them.
 
@@ -204,7 +199,7 @@ def _tar(part: Part) -> Numbered:
     """
     number, key = 0, ""
     row: Row | None = None
-    with tarfile.open(part.path, "r|*") as tar:
+    with part.open() as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
         for member in tar:
             if not member.isfile():
                 continue
@@ -216,9 +211,11 @@ def _tar(part: Part) -> Numbered:
                 if row is not None:
                     yield number, row
                 number, key, row = number + 1, folder + slash + stem, {}
-            file = tar.extractfile(member)
-            assert file is not None
-            row = _join(row, _member(file.read(), extension))
+            content = tar.extractfile(member)
+            assert content is not None
+            row = _join(row, _member(content.read(), extension))
+        while file.read(1 << 20):  # to where a checksum is
+            pass
     if row is not None:
         yield number, row
 

@@ -7,6 +7,7 @@ under `text`, with its `title` before it, as retrieval data sets have it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ REASONS = {
     "duplicate_id": "the id occurs twice with different content",
 }
 """Why a row is bad."""
+PYTHON_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
+"""What str() makes of a list of texts, where it is not JSON too."""
 
 
 class RowError(Exception):
@@ -64,6 +67,7 @@ def text(value: Any, role: str, max_chars: int) -> str:
 def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
     """A list of texts, or the list under `text` of an object; one text is a list of one, empty ones are left out."""
     value = parsed(value)
+    _refuse_python_list(value, role)
     if holds_list(value):
         value = value["text"]
     if value is None or value == "":
@@ -127,6 +131,24 @@ def parsed(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def cell(value: Any, role: str) -> Any:
+    """A text, or the list of texts that it is in JSON.
+
+    Raises:
+        RowError: it is a list as Python prints it.
+    """
+    found = parsed(value)
+    if isinstance(found, list) and all(isinstance(item, str) for item in found):
+        return found
+    _refuse_python_list(value, role)
+    return value
+
+
+def _refuse_python_list(value: Any, role: str) -> None:
+    if isinstance(value, str) and PYTHON_LIST.fullmatch(value):
+        raise RowError("wrong_type", f"{role} is a list as Python prints it: write it as JSON (json.dumps)")
 
 
 def type_name(value: Any) -> str:

@@ -6,13 +6,17 @@ same content and settings need not be prepared twice. Remote files are copied he
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lbr_dist.data import remote
+from lbr_dist.data.compressed import ENDINGS, open_file
 from lbr_dist.data.field_names import KINDS
 from lbr_dist.data.shards import file_xxh128
 from lbr_dist.errors import UserError
@@ -27,11 +31,12 @@ FORMATS = {
     ".txt": "text",
     ".tar": "tar",
 }
-"""Format of a file by the ending of its name, which one of `COMPRESSED` may follow (not with .parquet)."""
-COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+"""Format of a file by the ending of its name, which one of `compressed.ENDINGS` may follow (not with .parquet)."""
 UNITS = {"jsonl": "line", "json": "item", "csv": "line", "tsv": "line", "text": "line", "tar": "sample"}
 """What a row is called in a message; elsewhere it is a row."""
-ENDING = re.compile(rf"({'|'.join(map(re.escape, FORMATS))})({'|'.join(map(re.escape, COMPRESSED))})?(?=$|[\s'\"?#|])")
+ENDING = re.compile(
+    rf"({'|'.join(map(re.escape, FORMATS))})({'|'.join(map(re.escape, ENDINGS))})?(?=$|[\s'\"?#|])", re.IGNORECASE
+)
 HUB = "hub:"
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -80,15 +85,25 @@ class Part:
     @property
     def base(self) -> str:
         """Its file name without folders: part of the output, where the whole path is not."""
-        return re.split(r"[/\\]", self.name.rstrip("/"))[-1]
+        return printable(re.split(r"[/\\]", self.name.rstrip("/"))[-1])
+
+    def open(self) -> IO[bytes]:
+        """The file's content, decompressed; fails as `open_file` does."""
+        return open_file(self.path, ENDING.findall(self.name)[-1][1])
 
     def fingerprint(self) -> dict[str, Any]:
-        """Identity of the content, with the settings that decide how it is read."""
+        """Identity of the content, with the settings that decide how it is read.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        files = [self.path]
         if self.dataset is not None:
-            files = sorted({entry["filename"] for entry in self.dataset.cache_files})
-            digests = [file_xxh128(Path(name)) for name in files]
-        else:
-            digests = [file_xxh128(self.path)]
+            files = [Path(name) for name in sorted({entry["filename"] for entry in self.dataset.cache_files})]
+        try:
+            digests = [file_xxh128(file) for file in files]
+        except OSError as error:
+            raise UserError(f"{self.name}: cannot be read ({error.strerror})") from None
         return {
             "name": self.base,
             "xxh128": digests,
@@ -97,11 +112,14 @@ class Part:
         }
 
 
-def expand(source: Source, downloads: Path) -> list[Part]:
+def expand(source: Source, downloads: Path, passed_over: Counter[str] | None = None) -> list[Part]:
     """The files behind a source, sorted by name; remote ones are copied into `downloads` first.
 
+    Args:
+        passed_over: counts, by ending, the files of a folder that are not read.
+
     Raises:
-        UserError: there are none, or one has no known format.
+        UserError: there are none, or one has no known format or cannot be read.
     """
     path = source.path
     if path.startswith(HUB):
@@ -115,17 +133,15 @@ def expand(source: Source, downloads: Path) -> list[Part]:
     if _is_dataset(local) or (not local.exists() and folder and _is_dataset(Path(folder))):
         return [_dataset_part(source, path, local if local.exists() else Path(folder))]
     if local.is_dir():
-        if (local / "manifest.json").is_file():
+        if _is_set(local):
             raise UserError(f"{path}: is a prepared set, not a source: give its tars, for example {path}/eval/*.tar")
-        found = [file for file in sorted(local.rglob("*")) if file.is_file() and ENDING.search(file.name)]
-        files = [
-            file for file in found if _format(file.name) != "json"
-        ]  # settings and the like: to be named or globbed
+        files = list(_walk(local, Counter() if passed_over is None else passed_over))
     elif local.is_file():
         files = [local]
     else:
         anchor = Path(local.anchor or ".")
-        files = sorted(anchor.glob(str(local.relative_to(local.anchor)))) if re.search(r"[*?\[]", path) else []
+        found = anchor.glob(str(local.relative_to(local.anchor))) if re.search(r"[*?\[]", path) else ()
+        files = sorted(file for file in found if not file.is_dir())
     if not files:
         raise UserError(f"{path}: no such file, folder or glob with source files ({', '.join(FORMATS)})")
     return [Part(str(file), _format(file.name), file, source) for file in files]
@@ -135,9 +151,54 @@ def _format(name: str) -> str:
     endings = ENDING.findall(name)
     if not endings:
         raise UserError(
-            f"{name}: unknown format; names end in {', '.join(FORMATS)}, then {', '.join(COMPRESSED)} if compressed"
+            f"{name}: unknown format; names end in {', '.join(FORMATS)}, then {', '.join(ENDINGS)} if compressed"
         )
-    return FORMATS[endings[-1][0]]
+    return FORMATS[endings[-1][0].lower()]
+
+
+def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
+    """The source files in a folder and those in it, sorted, links followed; the others are counted.
+
+    What is hidden is left aside, as are prepared sets (an earlier output) and .json files (settings and the like).
+    """
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+    seen, found = set(), list[Path]()
+    for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        folder = Path(place)
+        identity = os.path.realpath(folder)
+        if identity in seen or _is_set(folder):
+            passed_over["prepared set"] += identity not in seen
+            folders.clear()
+            continue
+        seen.add(identity)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if name.startswith("."):
+                continue
+            file, is_source = folder / name, ENDING.search(name) is not None and _format(name) != "json"
+            if is_source and not file.exists():
+                raise UserError(f"{file}: is a link to a file that does not exist: mend or remove it")
+            if is_source and file.is_file():
+                found.append(file)
+            else:
+                passed_over[file.suffix or name] += 1
+    yield from sorted(found)
+
+
+def _is_set(folder: Path) -> bool:
+    """Whether it holds what `lbr prepare` and `lbr mine` make."""
+    try:
+        return "splits" in json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def printable(text: str) -> str:
+    """The text with what no UTF-8 file can hold (a file name's wrong bytes, half of a surrogate pair) written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_dataset(folder: Path) -> bool:

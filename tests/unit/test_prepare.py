@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import gzip
 import json
 import os
 import random
@@ -12,73 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared import WORDS, domain, everything, questions_and_texts, run, write
 
 from lbr_dist.data import first_pass, shard_writer
 from lbr_dist.data import record as record_module
 from lbr_dist.data.isolation import Crossings
-from lbr_dist.data.prepare import PrepareReport, prepare
+from lbr_dist.data.prepare import prepare
 from lbr_dist.data.record import normalise
 from lbr_dist.data.shards import ShardReader, open_set, verify
 from lbr_dist.errors import UserError
 
 
-class Bytes:
-    """A tokenizer of one token per byte."""
-
-    fingerprint = "bytes-1"
-    path = "models/bytes"
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
-
-
-WORDS = [f"word{i}" for i in range(3000)]
-
-
-def sentence(rng: random.Random, words: int = 25) -> str:
-    return " ".join(rng.sample(WORDS, words))
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def domain(seed: int = 0) -> list[dict]:
-    """100 entities: two to four questions each for one answer, which is near-duplicated now and then."""
-    rng = random.Random(seed)
-    rows = []
-    for entity in range(100):
-        answer = sentence(rng)
-        for number in range(rng.randint(2, 4)):
-            own = answer if number % 2 == 0 else answer.rsplit(" ", 1)[0] + " changed"
-            rows.append({"id": f"e{entity}:{number}", "question": f"What is t{entity}x{number}?", "answer": own})
-    return rows
-
-
 @pytest.fixture
 def sources(tmp_path: Path) -> list[str]:
-    rng = random.Random(9)
-    rows = domain()
-    write(tmp_path / "qa.jsonl", rows)
-    texts = [sentence(rng) for _ in range(50)]
-    texts += [f"Page {i}: {row['answer']}, as {sentence(rng, 30)}" for i, row in enumerate(rows)]  # quotes
-    texts += [row["answer"].upper() + "." for row in rows]  # the same, normalised
-    with gzip.open(tmp_path / "corpus.txt.gz", "wt") as file:
-        file.write("\n".join(texts))
-    return [str(tmp_path / "qa.jsonl"), str(tmp_path / "corpus.txt.gz")]
-
-
-def run(sources: list[str], out: Path, **settings: Any) -> PrepareReport:
-    return prepare(sources, out, tokenizer=Bytes(), **settings)  # type: ignore[arg-type]
-
-
-def everything(out: Path) -> dict[str, list[dict]]:
-    opened = open_set(out)
-    found = {}
-    for split, info in opened.splits.items():
-        found[split] = ShardReader(opened, split).read(range(info.records)) if info.records else []
-    return found
+    return questions_and_texts(tmp_path)
 
 
 def test_sides_share_nothing(sources: list[str], tmp_path: Path) -> None:
@@ -331,34 +277,70 @@ def test_entity_groups_rows_that_share_no_text(tmp_path: Path) -> None:
     assert [len(side) for side in sides.values()] == [40, 20, 20]
 
 
-def test_decontamination_drops_whole_components(sources: list[str], tmp_path: Path) -> None:
-    rows = domain()
-    outside = [
-        {"query": "unheard of", "document": rows[0]["answer"] + "!"},
-        {"query": rows[-1]["question"].upper(), "document": "unheard of too"},
-        {"text": sentence(random.Random(9))},  # the first of the corpus
+@pytest.mark.parametrize("entity", ["Group", "GROUP~(g.*)", "about.group"])
+def test_entity_fields_are_found_as_others_are(tmp_path: Path, entity: str) -> None:
+    rows = [
+        {
+            "id": str(i),
+            "question": f"q {i}",
+            "answer": f"a {i}",
+            "group": f"g{i // 4}",
+            "about": {"group": f"g{i // 4}"},
+        }
+        for i in range(80)
     ]
-    write(tmp_path / "beir.jsonl", outside[:2])
-    write(tmp_path / "texts.jsonl", outside[2:])
-    report = run(sources, tmp_path / "out", decontaminate=[str(tmp_path / "beir.jsonl"), str(tmp_path / "texts.jsonl")])
-    kept = {row["id"] for side in everything(tmp_path / "out").values() for row in side}
-    gone = [row["id"] for row in rows if row["id"] not in kept]
-    assert {name.split(":")[0] for name in gone} == {"e0", "e99"}
-    assert len(gone) == sum(row["id"].startswith(("e0:", "e99:")) for row in rows)
-    assert report.data["dropped"]["connected_to_external_evaluation"] == len(gone)
-    texts = [normalise(row["text"]) for row in everything(tmp_path / "out")["gl"] if "text" in row]
-    assert normalise(outside[2]["text"]) not in texts
-    assert not [text for text in texts if normalise(rows[0]["answer"]) in text]
+    path = write(tmp_path / "qa.jsonl", rows)
+    report = run([str(path)], tmp_path / "out", entity=entity, sizes={"gl": 0.5, "cl": 0.25, "eval": 0.25})
+    sides = everything(tmp_path / "out")
+    assert sum(len({int(row["id"]) // 4 for row in side}) for side in sides.values()) == 20
+    assert report.data["components"]["without_entity"] == 0
 
 
-def test_a_corpus_is_decontaminated_of_questions(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    texts = [{"id": str(i), "text": sentence(rng)} for i in range(60)]
-    outside = [{"question": "unheard of", "answer": texts[7]["text"]}]
-    corpus, questions = write(tmp_path / "corpus.jsonl", texts), write(tmp_path / "questions.jsonl", outside)
-    run([str(corpus)], tmp_path / "out", kind="corpus", sizes={"cl": 0}, decontaminate=[str(questions)])
-    kept = {row["id"] for row in everything(tmp_path / "out")["gl"]}
-    assert kept == {row["id"] for row in texts} - {"7"}
+def test_entity_values_that_are_blank_group_nothing(tmp_path: Path) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "group": ["", " ", None, "x"][i % 4]} for i in range(200)]
+    report = run([str(write(tmp_path / "qa.jsonl", rows))], tmp_path / "out", entity="group")
+    assert report.data["components"]["largest"] == 50
+    assert "note: 150 question-answer records have no --entity and stand alone" in report.lines
+
+
+@pytest.mark.parametrize("entity", ["gruppe", "question~(never)", "blank"])
+def test_entity_that_no_row_has(tmp_path: Path, entity: str) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "blank": ""} for i in range(80)]
+    path = write(tmp_path / "qa.jsonl", rows)
+    with pytest.raises(UserError, match=r"--entity .*: no record has a value for it; .* question, answer, blank"):
+        run([str(path)], tmp_path / "out", entity=entity)
+
+
+def test_lists_in_the_cells_of_a_csv_file(tmp_path: Path) -> None:
+    path = tmp_path / "qa.csv"
+    lines = [f'q {i},a {i},"[""n {i}"", ""m {i}""]"' for i in range(100)]
+    lines[10] = 'q 10,"[""a 10"", ""b 10""]",[]'
+    lines[20] = "q 20,[2-(acetyloxy)] benzoic acid,[3H] water"
+    path.write_text("question,answer,negatives\n" + "\n".join(lines) + "\n")
+    run([str(path)], tmp_path / "out")
+    records = {row["question"]: row for side in everything(tmp_path / "out").values() for row in side}
+    assert (records["q 10"]["answer"], records["q 10"]["positives"]) == ("a 10", ["b 10"])
+    assert records["q 20"]["answer"] == "[2-(acetyloxy)] benzoic acid"
+    assert records["q 30"]["negatives"] == ["n 30", "m 30"]
+    for cells in ("\"['a', 'b']\",", "a,\"['n', 'm']\""):
+        path.write_text(f"question,answer,negatives\nq,{cells}\n")
+        with pytest.raises(
+            UserError, match=r"line 2: (answer|negatives) is a list as Python prints it: write it as JSON"
+        ):
+            run([str(path)], tmp_path / "bad")
+
+
+def test_names_that_no_file_can_hold(tmp_path: Path) -> None:
+    lines = [json.dumps({"question": f"q {i}", "answer": f"a {i}"}) for i in range(200)]
+    lines[7] = '{"\\ud800": 1, "answer": "a"}'
+    path = tmp_path / "wei\udcdf.jsonl"  # a name in Latin-1
+    path.write_text("\n".join(lines))
+    report = run([str(path)], tmp_path / "out")
+    first = json.loads((tmp_path / "out/report.json").read_text())["rows"]["bad"]["by_reason"]["missing_field"]["first"]
+    assert "wei\\udcdf.jsonl line 8" in first
+    assert "\\ud800" in first
+    assert {row["source"] for row in everything(tmp_path / "out")["gl"]} == {"wei\\udcdf.jsonl"}
+    "\n".join(report.lines).encode()
 
 
 def test_negatives_that_are_evaluation_answers_are_removed(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,48 @@ def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
     assert [row["text"] for _, row in read(folder, tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
     assert [row["text"] for _, row in read(f"{folder}/**/*.txt", tmp_path)] == ["a.txt", "b.txt", "sub/c.txt"]
     assert [row["text"] for _, row in read(f"{folder}/[b]*.txt", tmp_path)] == ["b.txt"]
+
+
+def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for place in (folder / "deep", folder / ".hidden", elsewhere, folder / "made" / "gl"):
+        place.mkdir(parents=True)
+    for name in ("A.TXT", "deep/b.Txt", ".hidden/c.txt", ".d.txt", "e.json", "f.JSON", "g.pdf", "README"):
+        (folder / name).write_text(name)
+    (folder / "made/manifest.json").write_text('{"splits": {}}')  # an earlier output
+    (folder / "made/gl/000000.tar").write_bytes(b"")
+    (folder / "deep/manifest.json").write_text("[]")  # none of ours
+    (elsewhere / "h.txt").write_text("h.txt")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "circle").symlink_to(folder)
+    passed_over: Counter[str] = Counter()
+    parts = expand(Source(str(folder)), tmp_path, passed_over)
+    assert [part.name.removeprefix(f"{folder}/") for part in parts] == ["A.TXT", "deep/b.Txt", "linked/h.txt"]
+    assert [row["text"] for part in parts for _, row in rows(part)] == ["A.TXT", "deep/b.Txt", "h.txt"]  # type: ignore[call-overload]
+    assert passed_over == {".json": 2, ".JSON": 1, ".pdf": 1, "README": 1, "prepared set": 1}
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"gone.jsonl: is a link to a file that does not exist"):
+        expand(Source(str(folder)), tmp_path)
+
+
+def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
+    days = pa.array([0, 10_000_000], pa.int32()).cast(pa.date32())
+    moments = pa.array([1, 2**62], pa.timestamp("us"))
+    table = pa.table({"question": ["q", "r"], "answer": ["a", "b"], "day": days, "at": moments, "exact": moments})
+    pq.write_table(table, tmp_path / "a.parquet")
+    first, second = (row for _, row in read(tmp_path / "a.parquet", tmp_path))
+    assert (first["day"], first["at"]) == ("1970-01-01", "1970-01-01 00:00:00.000001")
+    assert second["question"] == "r"
+    inside = pa.StructArray.from_arrays([days], ["day"])
+    pq.write_table(pa.table({"question": ["q", "r"], "about": inside}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b.parquet: damaged or not a parquet file"):
+        read(tmp_path / "b.parquet", tmp_path)
+
+
+def test_json_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"a.json: damaged or not a json file"):
+        read(tmp_path / "a.json", tmp_path)
 
 
 def test_pipe_source(tmp_path: Path) -> None:

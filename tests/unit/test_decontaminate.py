@@ -1,0 +1,116 @@
+"""Evaluation sets from elsewhere: what is in them is kept out of training, or the run says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prepared import domain, everything, questions_and_texts, run, sentence, write
+
+from lbr_dist.data.record import normalise
+from lbr_dist.errors import UserError
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[str]:
+    return questions_and_texts(tmp_path)
+
+
+def test_decontamination_drops_whole_components(sources: list[str], tmp_path: Path) -> None:
+    rows = domain()
+    outside = [
+        {"query": "unheard of", "document": rows[0]["answer"] + "!"},
+        {"query": rows[-1]["question"].upper(), "document": "unheard of too"},
+        {"text": sentence(random.Random(9))},  # the first of the corpus
+    ]
+    write(tmp_path / "beir.jsonl", outside[:2])
+    write(tmp_path / "texts.jsonl", outside[2:])
+    report = run(sources, tmp_path / "out", decontaminate=[str(tmp_path / "beir.jsonl"), str(tmp_path / "texts.jsonl")])
+    kept = {row["id"] for side in everything(tmp_path / "out").values() for row in side}
+    gone = [row["id"] for row in rows if row["id"] not in kept]
+    assert {name.split(":")[0] for name in gone} == {"e0", "e99"}
+    assert len(gone) == sum(row["id"].startswith(("e0:", "e99:")) for row in rows)
+    assert report.data["dropped"]["connected_to_external_evaluation"] == len(gone)
+    texts = [normalise(row["text"]) for row in everything(tmp_path / "out")["gl"] if "text" in row]
+    assert normalise(outside[2]["text"]) not in texts
+    assert not [text for text in texts if normalise(rows[0]["answer"]) in text]
+
+
+def test_a_corpus_is_decontaminated_of_questions(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [{"id": str(i), "text": sentence(rng)} for i in range(60)]
+    outside = [{"question": "unheard of", "answer": texts[7]["text"]}]
+    corpus, questions = write(tmp_path / "corpus.jsonl", texts), write(tmp_path / "questions.jsonl", outside)
+    run([str(corpus)], tmp_path / "out", kind="corpus", sizes={"cl": 0}, decontaminate=[str(questions)])
+    kept = {row["id"] for row in everything(tmp_path / "out")["gl"]}
+    assert kept == {row["id"] for row in texts} - {"7"}
+
+
+def test_renamed_fields_of_the_sources_need_not_be_those_of_the_evaluation_set(tmp_path: Path) -> None:
+    rows = domain()
+    renamed = [{"frage": row["question"], "antwort": row["answer"]} for row in rows]
+    own, outside = write(tmp_path / "own.jsonl", renamed), write(tmp_path / "bench.jsonl", rows[:40])
+    fields = {"question": "frage", "answer": "antwort"}
+    run([str(own)], tmp_path / "out", fields=fields, decontaminate=[str(outside)])
+    kept = {row["question"] for side in everything(tmp_path / "out").values() for row in side}
+    assert not kept & {row["question"] for row in rows[:40]}
+    assert kept & {row["question"] for row in rows[60:]}
+    write(tmp_path / "same.jsonl", renamed[:40])
+    run([str(own)], tmp_path / "again", fields=fields, decontaminate=[str(tmp_path / "same.jsonl")])
+    assert everything(tmp_path / "again") == everything(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (
+            ['{"frage": "q", "antwort": "a"}'],
+            "1 of 1 rows cannot be read.*line 1: cannot tell .* fields frage, antwort",
+        ),
+        (['{"question": "q", "answer": "a"}'] * 300 + ["{"], "1 of 301 rows .* invalid_json .first: .*line 301"),
+        ([], "has no rows"),
+    ],
+)
+def test_an_evaluation_set_that_cannot_be_read_whole(
+    sources: list[str], tmp_path: Path, lines: list[str], problem: str
+) -> None:
+    (tmp_path / "bench.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=rf"--decontaminate {tmp_path}/bench.jsonl: {problem}"):
+        run(sources, tmp_path / "out", decontaminate=[str(tmp_path / "bench.jsonl")], max_bad_share=1)
+
+
+OPTIONS = {"opa": "one", "opb": "two", "opc": "three", "opd": "four"}
+
+
+@pytest.mark.parametrize(
+    "withheld",
+    [
+        lambda row: {"question": row["question"]},
+        lambda row: {"question": row["question"], "answer": None},
+        lambda row: {"question": row["question"], "answer": ""},
+    ],
+)
+def test_withheld_answers_leave_the_question(tmp_path: Path, withheld: Any) -> None:
+    rows = domain()
+    own, outside = write(tmp_path / "own.jsonl", rows), write(tmp_path / "test.jsonl", [withheld(r) for r in rows[:9]])
+    report = run([str(own)], tmp_path / "out", decontaminate=[str(outside)])
+    kept = {row["id"].split(":")[0] for side in everything(tmp_path / "out").values() for row in side}
+    assert not kept & {row["id"].split(":")[0] for row in rows[:9]}  # whole entities go, as with answers
+    assert report.data["decontaminate"] == {"read": 9, "by_question_alone": 9}
+    assert any("9 --decontaminate rows have no usable answer" in line for line in report.lines)
+
+
+def test_withheld_choices_leave_the_question_with_its_options(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = [{"question": sentence(rng), **OPTIONS, "cop": i % 4} for i in range(200)]
+    own, outside = tmp_path / "own.jsonl", tmp_path / "test.jsonl"
+    write(own, rows)
+    write(outside, [{**row, "cop": -1} for row in rows[:20]])
+    report = run([str(own)], tmp_path / "out", decontaminate=[str(outside)])
+    assert report.data["dropped"]["connected_to_external_evaluation"] == 20
+    kept = json.dumps(everything(tmp_path / "out"))
+    assert rows[7]["question"] not in kept
+    assert sum(row["question"] in kept for row in rows) == 180
