@@ -124,6 +124,11 @@ class LbrModel(nn.Module):
                 "model.path and the bottleneck settings must be those of the run that wrote it"
             )
 
+    def freeze_head(self) -> None:
+        """Give a head of its own (not tied to the embedding) no gradients: a contrastive loss does not use it."""
+        if not self.causal_lm.config.tie_word_embeddings:
+            self.causal_lm.lm_head.requires_grad_(False)
+
     @property
     def causal_lm(self) -> Any:
         """The transformers model inside, for export and generation."""

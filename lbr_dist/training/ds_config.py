@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
@@ -31,6 +31,10 @@ class Regime:
     def stage(self) -> int:
         """ZeRO stage."""
         return int(self.config["zero_optimization"]["stage"])
+
+    def on_disk(self, part: Literal["offload_optimizer", "offload_param"]) -> bool:
+        """Whether a part is offloaded to NVMe."""
+        return bool(self.config["zero_optimization"].get(part, {}).get("device") == "nvme")
 
 
 def load_regime(recipe: Recipe, *, world: int, cuda: bool) -> Regime:

@@ -83,6 +83,8 @@ def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
         sharding = HfDeepSpeedConfig(regime.config)  # while it lives, from_pretrained loads sharded
     module = LbrModel.build(recipe, for_zero3=regime.stage == 3)
     module.train()
+    if "generative" not in recipe.tasks and not regime.on_disk("offload_param"):
+        module.freeze_head()
     optimizer = make_optimizer(module, recipe)
     with _without_compiler():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=regime.config)

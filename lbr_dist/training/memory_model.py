@@ -114,7 +114,8 @@ def trained_elements(shape: Shape, recipe: Recipe) -> int:
     lora = recipe.model.lora
     z = recipe.bottleneck.count * shape.width
     if lora is None:
-        return shape.total + z
+        head = 0 if shape.tied or "generative" in recipe.tasks else shape.table  # see LbrModel.freeze_head
+        return shape.total - head + z
     ends = [shape.width + shape.query, shape.width + shape.key, shape.width + shape.key, shape.query + shape.width]
     ends += [shape.width + shape.inner] * 3
     return shape.layers * lora.r * sum(ends) + z

@@ -56,7 +56,7 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     cuda = torch.cuda.is_available()
     changed = check_folder(recipe, resume=resume, allow_change=allow_change)
     regime = load_regime(recipe, world=environment.world, cuda=cuda)
-    check_nvme(regime)
+    check_nvme(recipe, regime)
     tokenization = _check_model(recipe)
     _check_same_model(recipe, resume, allow_change)
     if recipe.model.start_from is not None and not _resumes(recipe, resume):
@@ -155,16 +155,20 @@ def _how_many(recipe: Recipe) -> tuple[object, ...]:
     return bottleneck.count, bottleneck.effective_ratio, surprisal and surprisal.bits
 
 
-def check_nvme(regime: Regime) -> None:
+def check_nvme(recipe: Recipe, regime: Regime) -> None:
     """Check what offload to NVMe needs: a folder to write to, and what DeepSpeed compiles its operator from.
 
     Raises:
-        UserError: names the setting, or what to install.
+        UserError: names the setting, or what to install; or weights that a checkpoint could not read there.
     """
+    if recipe.model.lora is not None and regime.on_disk("offload_param"):
+        raise UserError(
+            f"deepspeed {regime.name}: offload_param to nvme puts the frozen weights of model.lora where checkpoints "
+            "cannot read them: offload_param to cpu"
+        )
     for part in ("offload_optimizer", "offload_param"):
-        section = regime.config["zero_optimization"].get(part, {})
-        if section.get("device") == "nvme":
-            path = section.get("nvme_path")
+        if regime.on_disk(part):
+            path = regime.config["zero_optimization"][part].get("nvme_path")
             if path is None or not os.access(path, os.W_OK):
                 raise UserError(
                     f"deepspeed {regime.name}: zero_optimization.{part}.nvme_path is {path}, which is not a folder "

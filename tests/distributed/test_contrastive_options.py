@@ -44,6 +44,7 @@ SGD = {"name": "sgd", "lr": 0.3, "z_lr": 0.3, "clip": 0, "weight_decay": 0, "sch
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path]) -> dict[Any, dict[str, Any]]:
     """(case, ranks) to the recipe of a finished run of four steps."""
     folder, model = tmp_path_factory.mktemp("options"), tiny_model_dir("qwen3")
+    models = {"few": tiny_model_dir("qwen3", tied=False)}  # whose head is frozen
     data = make_set(folder / "data", model)
     found: dict[Any, dict[str, Any]] = {}
     for world, regime in LAYOUTS:
@@ -52,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[...,
         recipes = {
             name: recipe(
                 place / name,
-                model,
+                models.get(name, model),
                 data,
                 deepspeed=regime,
                 optim=SGD,

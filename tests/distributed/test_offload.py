@@ -88,7 +88,7 @@ def test_offload_to_a_disk(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", "llama", hidden=512)
     raw = recipe(tmp_path / "unused", model, tmp_path, deepspeed=offload)
     try:
-        check_nvme(load_regime(parse_recipe(raw, "test"), world=2, cuda=False))
+        check_nvme(parse_recipe(raw, "test"), load_regime(parse_recipe(raw, "test"), world=2, cuda=False))
     except UserError as error:
         pytest.skip(str(error))
     check(tmp_path, model, make_set(tmp_path / "data", model), offload)
@@ -99,17 +99,20 @@ def test_offload_to_a_disk(tmp_path: Path) -> None:
 def test_a_disk_that_is_not_there_and_a_missing_library_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def regime() -> Any:
-        raw = recipe(tmp_path / "unused", tmp_path, tmp_path, deepspeed=str(tmp_path / "nvme.json"))
-        return load_regime(parse_recipe(raw, "test"), world=1, cuda=False)
+    def check_it(**model: Any) -> None:
+        raw = recipe(tmp_path / "unused", tmp_path, tmp_path, deepspeed=str(tmp_path / "nvme.json"), model=model)
+        parsed = parse_recipe(raw, "test")
+        check_nvme(parsed, load_regime(parsed, world=1, cuda=False))
 
     nvme(tmp_path)
     for name in ("CC", "CXX", "CFLAGS", "LDFLAGS", "CPATH", "LIBRARY_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
     with pytest.raises(UserError, match=r"libaio.*or offload to cpu"):
-        check_nvme(regime())
+        check_it()
+    with pytest.raises(UserError, match=r"frozen weights of model\.lora .* offload_param to cpu"):
+        check_it(lora={"r": 2})
     shutil.copy(FOLDER / "zero3_nvme.json", tmp_path / "nvme.json")
     if not os.access("/local_nvme", os.W_OK):
         with pytest.raises(UserError, match=r"offload_optimizer\.nvme_path is /local_nvme, which is not a folder"):
-            check_nvme(regime())
+            check_it()

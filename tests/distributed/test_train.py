@@ -47,13 +47,17 @@ def both(place: tuple[Path, Path, Path], tiny_model_dir: Callable[..., Path]) ->
     folder, *inputs = place
     keep = {"every_steps": CUT, "keep_last": 9}
     lora = {"lora": {"r": 4, "dropout": 0.1}}
-    modules = {"path": str(tiny_model_dir("llama", tied=False)), "lora": {"r": 4, "train_modules": ["embed_tokens"]}}
+    untied = {"path": str(tiny_model_dir("llama", tied=False))}
+    modules = untied | {"lora": {"r": 4, "train_modules": ["embed_tokens"]}}
     cases = {
         "one": recipe(folder / "one", *inputs, checkpoint=keep, duration={"epochs": 3}),
         "lora": recipe(folder / "lora", *inputs, checkpoint=keep, model=lora, deepspeed="zero2"),
         "modules": recipe(folder / "modules", *inputs, checkpoint=keep, model=modules),
         "lora_bf16": recipe(folder / "lora_bf16", *inputs, checkpoint=keep, model=lora | {"dtype": "bfloat16"}),
         "bf16": recipe(folder / "bf16", *inputs, checkpoint=keep, model={"dtype": "bfloat16"}),
+        "head": recipe(
+            folder / "head", *inputs, stage="contrastive", checkpoint=keep, duration={"epochs": 4}, model=untied
+        ),
         "two": recipe(
             folder / "two",
             *inputs,
@@ -95,7 +99,7 @@ def test_stage_two_starts_from_stage_one(both: dict[str, dict[str, Any]]) -> Non
     assert f"weights from {both['one']['output']}" in log
 
 
-@pytest.mark.parametrize("case", ["one", "lora", "lora_bf16", "modules", "bf16", "two"])
+@pytest.mark.parametrize("case", ["one", "lora", "lora_bf16", "modules", "bf16", "head", "two"])
 def test_audit_proves_the_plan(both: dict[str, dict[str, Any]], case: str) -> None:
     found = audit(both[case]["output"])
     assert found.problems == []
@@ -131,6 +135,18 @@ def test_bfloat16_keeps_float32_masters(both: dict[str, dict[str, Any]]) -> None
     """What a run saves, and goes on from, has more digits than the weights that the model computes with."""
     for name, weight in iterate_weights(both["bf16"]["output"]):
         assert not torch.equal(weight, weight.bfloat16().float()), name
+
+
+def test_stage_two_leaves_a_head_of_its_own_alone(both: dict[str, dict[str, Any]]) -> None:
+    """It is neither used nor tied to what is, so it has no gradients, no optimizer state and no weight decay."""
+    raw = both["head"]
+    before = dict(LbrModel.build(parse_recipe(raw, "test")).named_parameters())
+    after = dict(iterate_weights(raw["output"]))
+    assert torch.equal(after["backbone.lm_head.weight"], before["backbone.lm_head.weight"])
+    assert not torch.equal(after["backbone.model.embed_tokens.weight"], before["backbone.model.embed_tokens.weight"])
+    checkpoint = next((Path(raw["output"]) / "checkpoints").glob("step-*"))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert [entry["name"] for entry in manifest["parameters"] if not entry["trained"]] == ["backbone.lm_head.weight"]
 
 
 def test_frozen_weights_are_kept_and_unfrozen_modules_saved(both: dict[str, dict[str, Any]]) -> None:
