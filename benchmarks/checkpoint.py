@@ -4,7 +4,7 @@ A ZeRO-3 engine with AdamW in float32 (12 bytes of state per parameter) on gloo 
 saves alternate, so that a busy machine troubles both, and training goes on behind the asynchronous ones. Goal: stall /
 synchronous time <= 0.1.
 
-    python benchmarks/checkpoint.py --ranks 2 --million 34 --repeats 7
+    python -m benchmarks.checkpoint --ranks 2 --million 34 --repeats 7
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+from benchmarks.common import add_options, head, ratio, save, table, title
 
 WIDTH = 4096
 """Few large layers: the benchmark is about bytes, not about collective calls."""
@@ -54,7 +56,7 @@ def _any(value: bool) -> bool:
     return bool(flag)
 
 
-def _rank(rank: int, world: int, port: int, million: int, repeats: int, folder: str) -> None:
+def _rank(rank: int, world: int, port: int, million: int, repeats: int, folder: str, queue: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
@@ -79,42 +81,53 @@ def _rank(rank: int, world: int, port: int, million: int, repeats: int, folder: 
         while _any(checkpointer.busy):
             _train_step(engine)
         checkpointer.wait()
-        if repeat:  # the first pays for the buffers
-            synchronous.append(full)
-            stalls.append(stall)
-        elif rank == 0:
-            print(f"first save, which allocates the buffers: {full:.2f} s")
+        synchronous.append(full)
+        stalls.append(stall)
     if rank == 0:
         newest = run / "checkpoints" / f"step-{2 * repeats + 1:06d}"
         size = sum(file.stat().st_size for file in newest.iterdir())
         assert verify(newest) == []
-        _report(size, world, synchronous, stalls)
+        queue.put((size, synchronous, stalls))
     torch.distributed.destroy_process_group()
 
 
-def _report(size: int, world: int, synchronous: list[float], stalls: list[float]) -> None:
-    full, stall = statistics.median(synchronous), statistics.median(stalls)
-    print(f"checkpoint of {size / 2**30:.2f} GiB on {world} ranks, {len(stalls)} saves of each kind (medians)")
-    print(f"  synchronous save          {full:.3f} s  ({size / 2**30 / full:.2f} GiB/s, forced to disk)")
-    print(f"  asynchronous save, stall  {stall:.3f} s  (min {min(stalls):.3f}, max {max(stalls):.3f})")
-    print(f"  stall / synchronous       {stall / full:.3f}  (goal 0.1)")
-
-
 def main() -> None:
-    """Run the ranks and print the comparison."""
+    """Run the ranks, and save the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--million", type=int, default=34, help="millions of parameters")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", help="where to write; default: a temporary folder")
     parser.add_argument("--port", type=int, default=29617)
+    add_options(parser)
     options = parser.parse_args()
-    folder = tempfile.mkdtemp(dir=options.folder)
+    world, million, repeats = (1, 17, 1) if options.toy else (options.ranks, options.million, options.repeats)
+    folder, queue = tempfile.mkdtemp(dir=options.folder), mp.get_context("spawn").SimpleQueue()
     try:
-        arguments = (options.ranks, options.port, options.million, options.repeats, folder)
-        mp.spawn(_rank, args=arguments, nprocs=options.ranks)
+        mp.spawn(_rank, args=(world, options.port, million, repeats, folder, queue), nprocs=world)
+        size, (first, *synchronous), (_, *stalls) = queue.get()
     finally:
         shutil.rmtree(folder)
+    command = f"python -m benchmarks.checkpoint --ranks {world} --million {million} --repeats {repeats}"
+    gib, (middle, low, high) = size / 2**30, ratio(stalls, synchronous)
+    full, stall = statistics.median(synchronous), statistics.median(stalls)
+    row = {
+        "gib": f"{gib:.2f}",
+        "first": f"{first:.2f}",
+        "full": f"{full:.3f} ({gib / full:.2f} GiB/s)",
+        "stall": f"{stall:.3f}",
+        "ratio": f"{middle:.3f} ({low:.3f} to {high:.3f})",
+    }
+    about = head(command, toy=options.toy, ranks=world, goal=0.1)
+    heads = {"gib": "checkpoint, GiB", "first": "first save, s", "full": "synchronous save, s", "stall": "stall, s"}
+    heads["ratio"] = "stall over synchronous (goal: 0.1)"
+    lines = title("How long a checkpoint stops training", about)
+    lines += [
+        f"{world} ranks, {repeats} saves of each kind in turn, medians. A synchronous save ends with its bytes forced "
+        "to disk; the first also allocates the buffers.",
+        "",
+    ]
+    save(options.out, "checkpoint", about, [row], lines + table(heads, [row]))
 
 
 if __name__ == "__main__":

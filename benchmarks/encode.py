@@ -3,17 +3,15 @@
     python -m benchmarks.encode TEXTS.jsonl[.gz] [--field answer] [--model FOLDER] [--limit 5000] [--repeat 3]
 
 Without `--model` a random Llama of 10M parameters is made, with a tokenizer trained on the texts: speed does not depend
-on what the weights are. The sentence-transformers side loads what `lbr export` writes. Rounds alternate between the two
-and the best of each counts; on a CPU, seconds are CPU seconds of one thread, so a busy machine shifts them little.
+on what the weights are. The sentence-transformers side loads what `lbr export` writes. The sides take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
+import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.common import add_options, head, ratio, save, table, take_turns, title
 from lbr_dist.rows import read_texts
 
 MAX_TOKENS = 256
@@ -99,16 +98,8 @@ def both(model: Path, exported: Path, tokens: int, device: str) -> tuple[Any, An
     return ours, SentenceTransformer(str(exported), device=device)
 
 
-def seconds(function: Callable[[], Any], device: str) -> float:
-    """Time of one call: of the processor's work on a CPU, by the clock elsewhere."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    began = clock()
-    function()
-    return clock() - began
-
-
 def main() -> None:
-    """Measure and print a Markdown table."""
+    """Measure, and save a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
     parser.add_argument("--field")
@@ -117,36 +108,50 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=5000)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    if arguments.device == "cpu":
+    add_options(parser)
+    options = parser.parse_args()
+    if options.device == "cpu":
         os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizer's threads
         torch.set_num_threads(1)
-    texts = [text for _, text in islice(read_texts(arguments.texts, "passage", arguments.field), arguments.limit)]
+    limit = 40 if options.toy else options.limit
+    texts = [text for _, text in islice(read_texts(options.texts, "passage", options.field), limit)]
     with tempfile.TemporaryDirectory() as scratch:
-        model = arguments.model or Path(scratch) / "model"
-        if arguments.model is None:
+        model = options.model or Path(scratch) / "model"
+        if options.model is None:
             make_model(model, texts)
-        ours, theirs = both(model, Path(scratch) / "exported", arguments.tokens, arguments.device)
-        rows: dict[str, Callable[[], Any]] = {"lbr": lambda: ours.encode(texts)}
+        ours, theirs = both(model, Path(scratch) / "exported", options.tokens, options.device)
+        sides: dict[str, Callable[[], Any]] = {"lbr": lambda: ours.encode(texts)}
         for size in (32, 128):
-            rows[f"sentence-transformers, batch {size}"] = lambda size=size: theirs.encode(  # type: ignore[misc]
+            sides[f"sentence-transformers, batch {size}"] = lambda size=size: theirs.encode(  # type: ignore[misc]
                 texts, batch_size=size, show_progress_bar=False
             )
         agreement = (ours.encode(texts[:256]) * theirs.encode(texts[:256], show_progress_bar=False)).sum(1).min()
-        times: dict[str, list[float]] = {name: [] for name in rows}
-        for _ in range(arguments.repeat):
-            for name, function in rows.items():
-                times[name].append(seconds(function, arguments.device))
-        lengths = np.array([len(s.x) for s in ours.samples(texts, "passage")]) + arguments.tokens
-    print(f"{len(texts):,} texts of {arguments.texts.name}, {lengths.mean():.1f} tokens on average", end=", ")
-    print(f"{sum(p.numel() for p in ours.model.parameters()) / 1e6:.1f}M parameters, {arguments.device}", end=", ")
-    print(f"{torch.get_num_threads()} thread, {platform.machine()}, torch {torch.__version__}.")
-    print(f"Lowest cosine between the two: {agreement:.6f}.\n")
-    print("| encoder | texts/s | tokens/s | time relative to lbr |\n| --- | ---: | ---: | ---: |")
-    base = min(times["lbr"])
+        times = take_turns(sides, options.repeat, options.device)
+        lengths = np.array([len(s.x) for s in ours.samples(texts, "passage")]) + options.tokens
+    parameters = sum(p.numel() for p in ours.model.parameters())
+    command = f"python -m benchmarks.encode {options.texts.name} --limit {limit} --repeat {options.repeat}"
+    about = head(command, options.device, toy=options.toy, texts=len(texts), parameters=parameters)
+    rows = []
     for name, taken in times.items():
-        best = min(taken)
-        print(f"| {name} | {len(texts) / best:,.0f} | {lengths.sum() / best:,.0f} | {best / base:.2f} |")
+        middle, low, high = ratio(taken, times["lbr"])
+        typical = statistics.median(taken)
+        rows.append(
+            {
+                "encoder": name,
+                "texts_s": f"{len(texts) / typical:,.0f}",
+                "tokens_s": f"{lengths.sum() / typical:,.0f}",
+                "ratio": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            }
+        )
+    lines = title("`lbr encode` beside sentence-transformers", about)
+    lines += [
+        f"{len(texts):,} texts of {options.texts.name}, {lengths.mean():.1f} tokens on average; "
+        f"{parameters / 1e6:.1f}M parameters. Medians of {options.repeat} rounds. "
+        f"Lowest cosine between the two: {agreement:.6f}.",
+        "",
+    ]
+    heads = {"encoder": "encoder", "texts_s": "texts/s", "tokens_s": "tokens/s", "ratio": "time over lbr's"}
+    save(options.out, "encode", about, rows, lines + table(heads, rows))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,7 @@ def main() -> None:
         # the whole matrix takes 4 * 3 * size^2 bytes and more: 13 GiB at 32,768
         sides = ("strips", "whole") if size <= (WHOLE_CUDA if args.device == "cuda" else WHOLE_CPU) else ("strips",)
         rows.append(measure(size, args.width, args.device, args.two_way, sides))
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{common.cpu_name()}, one thread"
-    head = {
-        "date": date.today().isoformat(),
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "two_way": args.two_way,
-        "command": "python -m benchmarks.infonce",
-    }
-    text = markdown(head, rows)
+    text = markdown(head := _head(args), rows)
     print(text)
     if not args.toy:
         name = "infonce" + ("_two_way" if args.two_way else "") + ("_cuda" if args.device == "cuda" else "")
@@ -94,17 +85,24 @@ def measure(size: int, width: int, device: str, two_way: bool, sides: tuple[str,
     return row
 
 
+def _head(args: argparse.Namespace) -> dict[str, Any]:
+    flags = [name for name in ("huge", "two_way") if getattr(args, name)]
+    command = " ".join(["python -m benchmarks.infonce", *(f"--{name.replace('_', '-')}" for name in flags)])
+    if args.huge:
+        command += f" --rows {args.rows}"
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{common.cpu_name()}, one thread"
+    return common.head(command, args.device, two_way=args.two_way, toy=args.toy) | {"hardware": hardware}
+
+
 def huge(size: int, width: int, rows: int, args: argparse.Namespace) -> None:
     """Peak memory of the strips with `rows` of `size` queries, and what it is with all of them."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         found = pool.apply(_short_memory, (size, width, rows, args.device, args.two_way))
     rest = (size - rows) * width * 4 / MIB
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{common.cpu_name()}, one thread"
     row: dict[str, Any] = {"batch": size, "width": width, "rows": rows, "measured_mib": found, "rest_mib": rest}
-    row |= {"total_mib": found + rest, "two_way": args.two_way, "hardware": hardware, "torch": str(torch.__version__)}
-    text = (
-        f"InfoNCE in strips, {size:,} x {size:,} x {width:,}, forward and backward: peak memory beside the inputs. "
-        f"{hardware}, torch {torch.__version__}, {date.today().isoformat()}.\n\n"
+    row |= {"total_mib": found + rest, **(head := _head(args))}
+    text = "\n".join(common.title("InfoNCE in strips: memory at size", head)) + (
+        f"\n{size:,} x {size:,} x {width:,}, forward and backward: peak memory beside the inputs.\n\n"
         f"- {rows:,} queries against {size:,} passages: {found:,.0f} MiB measured\n"
         f"- the gradient of the other {size - rows:,} queries: {rest:,.0f} MiB\n"
         f"- together: {found + rest:,.0f} MiB (goal: under 2,048)\n"
@@ -222,9 +220,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 def markdown(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The table."""
     lines = [
-        f"InfoNCE{', two-way' if head['two_way'] else ''}: strips against the whole matrix. {head['hardware']}, "
-        f"torch {head['torch']}, {head['date']}.",
-        "",
+        *common.title(f"InfoNCE{', two-way' if head['two_way'] else ''}: strips against the whole matrix", head),
         "| batch | width | strips, s | whole, s | ratio | strips, MiB | whole, MiB | gradient error: strips to whole | "
         "strips to float64 | whole to float64 |",
         "| ---: " * 10 + "|",

@@ -268,6 +268,7 @@ def padded_loss(model: Any, z_KD: Tensor | None, samples: Sequence[Sample]) -> T
 def report(results: dict[str, Any]) -> str:
     """Markdown tables."""
     hardware, lines = results["hardware"], ["# Packed bins against padded batches", ""]
+    lines += ["    python -m benchmarks.packing --data DIR", ""]
     lines += [f"{hardware['cpu']}, {hardware['threads']} thread, torch {hardware['torch']}, {results['date']}.", ""]
     if results["toy"]:
         lines += ["**Toy sizes: these figures mean nothing.**", ""]
