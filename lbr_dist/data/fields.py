@@ -8,6 +8,7 @@ list, because reasons are counted and reported; nothing is repaired silently.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ class Converter:
         external: bool = False,
     ) -> None:
         self.kind, self.max_chars = kind, max_chars
+        self._told = kind is not None
         self.domain, self.source = domain, source
         self._cells = cells
         self._finder = Finder(fields, lenient=external)
@@ -133,7 +135,8 @@ class Converter:
         if optional:
             return None
         wanted = self._finder.fields.get(role) or ", ".join(NAMES[role])
-        raise RowError("missing_field", f"no {role}: looked for {wanted}; the row has {', '.join(map(str, row))}")
+        kind = "" if self._told else f"; an earlier row told that these are of kind {self.kind}: see --kind"
+        raise RowError("missing_field", f"no {role}: looked for {wanted}; the row has {', '.join(map(str, row))}{kind}")
 
     def _answer(self, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The answer and, where the field holds a list, the further answers."""
@@ -170,6 +173,8 @@ class Converter:
 
     def _id(self, row: Mapping[str, Any], *content: str) -> str:
         value = self._get(row, "id", optional=True)
+        if isinstance(value, float):  # where some rows have none, pandas makes whole numbers floats, and none NaN
+            value = None if math.isnan(value) else int(value) if value.is_integer() else value
         if value is None or value == "":
             return content_id(*content)
         if isinstance(value, bool) or not isinstance(value, str | int):

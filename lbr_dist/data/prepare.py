@@ -9,6 +9,7 @@ and the seed alone. Nothing is in place until everything is.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,8 +127,8 @@ def prepare(
     if not 0.5 <= similarity <= 1:
         raise UserError(f"--similarity {similarity}: must lie between 0.5 and 1")
     for flag, bound in (("shard-records", shard_records), ("shard-mib", shard_mib), ("max-chars", max_chars)):
-        if bound <= 0:
-            raise UserError(f"--{flag} {bound}: must be more than 0")
+        if not 0 < bound < math.inf:
+            raise UserError(f"--{flag} {bound}: must be a number of more than 0")
     if not 0 <= max_bad_share <= 1:
         raise UserError(f"--max-bad-share {max_bad_share}: must lie between 0 and 1")
     if not sources:

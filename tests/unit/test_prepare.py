@@ -382,7 +382,8 @@ def test_kinds_in_one_set_and_plain_corpus_alone(tmp_path: Path) -> None:
         ({"kind": "poem"}, "--kind poem"),
         ({"sizes": {"gl": "0.9", "eval": "0.2"}}, "add up to more than 1"),
         ({"sizes": {"gl": "100000"}}, "the sizes ask for 100089 question-answer records"),
-        ({"shard_records": 0}, "--shard-records 0: must be more than 0"),
+        ({"shard_records": 0}, "--shard-records 0: must be a number of more than 0"),
+        ({"shard_mib": float("nan")}, "--shard-mib nan: must be a number of more than 0"),
     ],
 )
 def test_wrong_settings(sources: list[str], tmp_path: Path, settings: dict, message: str) -> None:

@@ -101,6 +101,10 @@ def test_missing_id_is_made_of_the_content() -> None:
     assert first.id == convert({"query": "q", "output": "a", "id": ""}).id
     assert first.id != convert({"question": "q", "answer": "b"}).id
     assert content_id("ab", "c") != content_id("a", "bc")
+    assert first.id == convert({"question": "q", "answer": "a", "id": float("nan")}).id  # what pandas makes of none
+    assert convert({"question": "q", "answer": "a", "id": 7.0}).id == "7"
+    with pytest.raises(RowError, match="id is a number, not a text or a whole number"):
+        convert({"question": "q", "answer": "a", "id": 7.5})
 
 
 @pytest.mark.parametrize(
@@ -245,6 +249,13 @@ def test_right_option_must_exist(right: object) -> None:
 def test_unrecognised_fields_are_listed_with_the_remedy() -> None:
     with pytest.raises(RowError, match=r"among the fields foo, bar: .*--field question=prompt"):
         convert({"foo": "q", "bar": "a"})
+
+
+def test_a_kind_that_an_earlier_row_told_is_named() -> None:
+    converter = Converter(None, {}, max_chars=100)
+    converter({"text": "t"})
+    with pytest.raises(RowError, match=r"no text: .* an earlier row told that these are of kind corpus: see --kind"):
+        converter({"question": "q", "answer": "a"})
 
 
 def test_entity() -> None:
