@@ -24,7 +24,7 @@ from typing import Any
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
-from lbr_dist.launch.ray_worker import STARTED, work
+from lbr_dist.launch.ray_worker import claimed, is_ours, work
 
 MAX_FAILURES = 3
 """Failures in a row without a new checkpoint that a run may recover from."""
@@ -148,9 +148,9 @@ def _attempt(
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
-        if stop.asked and not (folder / STARTED).exists():
+        if stop.asked and not claimed(folder):
             return EXIT_RUN_AGAIN  # nothing to lose yet, and maybe nobody who would hear it
-        if stop.asked and thread.is_alive() and not stop_requested(run_dir):
+        if stop.asked and thread.is_alive() and is_ours(run_dir, folder) and not stop_requested(run_dir):
             with contextlib.suppress(OSError):
                 request_stop(run_dir, stop.asked)
     result = ended[0]

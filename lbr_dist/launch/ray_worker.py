@@ -14,7 +14,7 @@ from typing import Any
 from lbr_dist.environment import Environment
 
 STARTED = "started"
-"""File in the attempt's folder: rank 0 runs."""
+"""File in the attempt's folder: which holder of the run folder's lock rank 0 is; empty until it holds it."""
 RESUME = "resume"
 """File in the attempt's folder: what these workers resume from."""
 
@@ -33,19 +33,35 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     environment = this_rank(config["source"])
-    if environment.rank == 0:
-        (Path(config["attempt"]) / STARTED).touch()
     from lbr_dist.recipes import parse_recipe
     from lbr_dist.training.run import train
+    from lbr_dist.training.run_lock import holder
 
+    started, run_dir = Path(config["attempt"]) / STARTED, Path(config["recipe"]["output"])
     outcome = train(
         parse_recipe(config["recipe"], "the driver's recipe"),
         resume=(Path(config["attempt"]) / RESUME).read_text(encoding="utf-8"),
         allow_change=config["allow_change"],
         environment=environment,
         on_row=Gauges(config["recipe"]["output"]) if environment.rank == 0 else None,
+        on_claim=lambda: started.write_text(holder(run_dir), encoding="utf-8"),
     )
     return {"step": outcome.step, "total_steps": outcome.total_steps, "exit_code": outcome.exit_code}
+
+
+def claimed(attempt: Path) -> str:
+    """Which holder of the run folder's lock an attempt is; "": it does not hold it yet."""
+    try:
+        return (attempt / STARTED).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def is_ours(run_dir: Path, attempt: Path) -> bool:
+    """Whether the run that is at work in the folder is this attempt's, and a stop request would be for it."""
+    from lbr_dist.training.run_lock import holder
+
+    return bool(claimed(attempt)) and claimed(attempt) == holder(run_dir)
 
 
 def this_rank(source: str) -> Environment:
