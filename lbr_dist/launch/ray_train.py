@@ -175,6 +175,7 @@ def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_
             "allow_change": allow_change,
             "attempt": str(folder),
             "source": f"ray, job {job}",
+            "here": str(Path.cwd()),
         },
         torch_config=TorchConfig(timeout_s=int(recipe.step_timeout) + 600),
         scaling_config=api.ScalingConfig(

@@ -7,6 +7,7 @@ the driver sorts by its type.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank.
 
     Args:
-        config: `recipe` (a resolved recipe as a mapping), `allow_change`, `attempt` (folder), `source` (for the log).
+        config: `recipe` (a resolved recipe as a mapping), `allow_change`, `attempt` (folder), `source` (for the log),
+            `here` (the driver's working directory: a run that another launcher began may know relative paths).
 
     Returns:
         `step`, `total_steps` and `exit_code` of the outcome.
@@ -32,6 +34,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         UserError, ContactLostError: see `train`.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
+    with contextlib.suppress(OSError):  # a folder of the driver's node alone
+        os.chdir(config["here"])
     environment = this_rank(config["source"])
     from lbr_dist.recipes import parse_recipe
     from lbr_dist.training.run import train

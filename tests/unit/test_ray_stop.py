@@ -116,8 +116,11 @@ class TestStopIsForOnesOwnRun:
             "allow_change": (),
             "attempt": str(tmp_path),
             "source": "",
+            "here": "/",
         }
+        monkeypatch.chdir(tmp_path)
         assert ray_worker.work(config)["exit_code"] == 0
+        assert Path.cwd() == Path("/"), "where the driver is"
         assert said[0] == ""
         assert said[1].startswith(f"process {os.getpid()} on ")
         assert ray_worker.is_ours(tmp_path, tmp_path)
