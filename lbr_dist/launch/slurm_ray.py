@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lbr_dist.environment import detect
 from lbr_dist.errors import EXIT_USER_ERROR, UserError
@@ -27,6 +31,12 @@ from lbr_dist.launch.ray_start import address_towards, keep_to_node_address, sta
 WAIT_S = 180.0
 LIVED_S = 60.0
 """A node that ends after so long had started: a start that fails does so sooner."""
+ENDING_S = 2.0
+"""How long Ray's processes may still write when they are told to end; `ray start` itself would look on for 30 s."""
+SOCKET = "r/session_2026-11-23_08-00-00_000000_1234567/sockets/plasma_store.9"
+"""The longest path of a socket in Ray's folder: with a process id of seven digits, and the last start of a node."""
+SOCKET_BYTES = 107
+"""Linux takes no longer paths of sockets."""
 OBJECT_STORE_BYTES = 256 << 20
 """Training moves nothing through Ray's object store but small messages."""
 
@@ -48,11 +58,44 @@ def start_options(environ: Mapping[str, str], address: str, ports: Sequence[int]
         return [*options, f"--address={environ['RAY_ADDRESS']}"]
     options += ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
     options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    return [*options, f"--temp-dir={environ['LBR_RAY_FOLDER']}"]
+    return [*options, f"--temp-dir={environ['LBR_RAY_FOLDER']}/r"]
+
+
+def check_folder(folder: Path) -> None:
+    """Check that Ray's sockets can be in a folder of this path.
+
+    Raises:
+        UserError: it is too long.
+    """
+    scratch, excess = folder.parent, len(os.fsencode(folder / SOCKET)) - SOCKET_BYTES
+    if excess > 0:
+        size = len(os.fsencode(scratch))
+        raise UserError(
+            f"LBR_SCRATCH {scratch}: its path has {size} bytes, and Ray's sockets leave room for {size - excess}: "
+            "name a folder with a shorter path on each node's own disk"
+        )
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of this node in which Ray makes its own: that one is open to every user, this one is not.
+
+    Raises:
+        UserError: it cannot be made, or is another user's.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.lstat()
+    except OSError as error:
+        raise UserError(f"LBR_SCRATCH: {folder} cannot be made on {socket.gethostname()}: {error.strerror}") from None
+    if state.st_uid != os.getuid() or not stat.S_ISDIR(state.st_mode):
+        raise UserError(f"LBR_SCRATCH: {folder} is not yours on {socket.gethostname()}: choose another LBR_SCRATCH")
+    folder.chmod(0o700)
 
 
 def run_node(ports: Sequence[int]) -> int:
     """Run Ray until the step ends; nodes other than the head wait until it listens.
+
+    Its folder is removed then; where Ray failed it stays, for its logs.
 
     Ray gives its own processes 20 to 30 s to come up, which is little on a busy node, or where all nodes read Python
     from one file system at once: a start that fails is tried again, within WAIT_S. And so is a node that had started
@@ -63,12 +106,27 @@ def run_node(ports: Sequence[int]) -> int:
     host, port = head.rsplit(":", 1)
     if detect().rank > 0:
         _wait_for_port(host, int(port))
+    folder = Path(os.environ["LBR_RAY_FOLDER"])
+    make_folder(folder)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        code = _keep_up(options, host, int(port))
+    except SystemExit:  # the step is ended: Slurm tells all of Ray's processes, too
+        time.sleep(ENDING_S)
+        code = 0
+    if code == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def _keep_up(options: Sequence[str], host: str, port: int) -> int:
+    """Start the node, and again where that can help."""
     deadline = time.monotonic() + WAIT_S
     while True:
         began = time.monotonic()
         code = start(options)
         ended = time.monotonic()
-        if ended - began > LIVED_S and _answers(host, int(port)):
+        if ended - began > LIVED_S and _answers(host, port):
             deadline = ended + WAIT_S
         if code == 0 or ended > deadline:
             return code
@@ -117,6 +175,7 @@ def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
     command, *numbers = arguments
     try:
+        check_folder(Path(os.environ["LBR_RAY_FOLDER"]))
         if command == "node":
             return run_node([int(number) for number in numbers])
         keep_to_node_address()

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import stat
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from lbr_dist.errors import UserError
 from lbr_dist.launch import slurm_ray
 
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """A port that answers as Ray's head does, and the environment of the second node's step."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    before = signal.getsignal(signal.SIGTERM)
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory(prefix="lbr-") as scratch:
+        monkeypatch.setenv("LBR_RAY_FOLDER", f"{scratch}/ray-7-0")
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         step = {"JOB_ID": "7", "STEP_ID": "1", "PROCID": "1", "LOCALID": "0", "NTASKS": "2", "CPUS_ON_NODE": "4"}
         for name, value in step.items():
@@ -21,6 +29,7 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
         for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
             monkeypatch.delenv(name, raising=False)
         yield server
+    signal.signal(signal.SIGTERM, before)
 
 
 class Clock:
@@ -71,3 +80,41 @@ def test_a_head_that_never_answers_is_one_line(
     monkeypatch.setattr(slurm_ray, "WAIT_S", 0.1)
     assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 1
     assert capsys.readouterr().err == "error: Ray's head at 127.0.0.1:1 did not answer within 0 s: see its log\n"
+
+
+@pytest.mark.usefixtures("head")
+def test_ray_is_behind_a_door_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(os.environ["LBR_RAY_FOLDER"])
+
+    def start(options: Sequence[str]) -> int:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        (folder / "r" / "session_latest").mkdir(parents=True)
+        os.kill(os.getpid(), signal.SIGTERM)  # the step is ended, and Ray's nodes with it
+        return 1
+
+    monkeypatch.setattr(slurm_ray, "start", start)
+    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("command", [["node", "1", "2", "3", "4"], ["wait", "2"]])
+def test_a_folder_that_is_too_long_for_sockets_is_refused_at_once(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("LBR_RAY_FOLDER", f"/scratch/{'x' * 30}/ray-12345678-0")
+    assert slurm_ray.main(command) == 2
+    message = f"error: LBR_SCRATCH /scratch/{'x' * 30}: its path has 39 bytes, and Ray's sockets leave room for "
+    assert capsys.readouterr().err.startswith(message)
+    longest = f"/{'x' * (slurm_ray.SOCKET_BYTES - 2 - len(slurm_ray.SOCKET))}"
+    slurm_ray.check_folder(Path(longest))
+    with pytest.raises(UserError):
+        slurm_ray.check_folder(Path(f"{longest}x"))
+
+
+@pytest.mark.usefixtures("head")
+def test_a_folder_of_somebody_else_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(os.environ["LBR_RAY_FOLDER"])
+    folder.symlink_to(folder.parent)
+    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 2
+    assert f"{folder} is not yours on " in capsys.readouterr().err
