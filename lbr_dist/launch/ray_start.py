@@ -62,12 +62,17 @@ def start(options: Sequence[str]) -> int:
 def keep_to_node_address() -> None:
     """Begin this program again with its own ports on the address that faces RAY_ADDRESS: a driver listens, too.
 
-    Nothing happens where RAY_ADDRESS is not HOST:PORT, and in what a node of `start` has started (`ray job submit`).
+    Nothing happens where RAY_ADDRESS is not HOST:PORT, and in what a node of `start` has started (`ray job submit`). A
+    host that cannot be reached is left to `cluster`, which says so as it says all mistakes.
     """
     head = os.environ.get("RAY_ADDRESS", "")
     if "LBR_NODE_ADDRESS" in os.environ or not re.fullmatch(r"[^:/]+:\d+", head):
         return
-    made = listening_on(address_towards(head), os.environ)
+    try:
+        address = address_towards(head)
+    except UserError:
+        return
+    made = listening_on(address, os.environ)
     if made:
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **made})
