@@ -26,10 +26,10 @@ from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.launch.mistakes import HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe
 
-HISTORY = "slurm.jsonl"
 MAX_RESTARTS = 3
 """Restarts without a new checkpoint after which a job is not started again."""
 PORTS, BLOCK = range(20_000, 32_000), 16
@@ -112,12 +112,14 @@ def begin(recipe: Recipe, attempt: Attempt) -> None:
 
 
 def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision:
-    """Decide what becomes of the job and write it down.
+    """Decide what becomes of the job and write it down; a rank's word of a mistake counts more than the code.
 
     Raises:
         UserError: the run folder cannot be written, so that restarts could not be counted.
     """
     folder = Path(recipe.output)
+    if code != 0 and word(folder, attempt.job, attempt.restart).exists():
+        code = EXIT_USER_ERROR
     step = newest_step(folder)
     idle = idle_starts(read_rows(folder / HISTORY), attempt.job, step)
     decision = decide(code, asked=asked, idle=idle, limit=attempt.limit)

@@ -9,6 +9,7 @@
     lock              who is at work here (see run_lock)
     ray/              what Ray Train writes about its attempts
     slurm.jsonl       starts and ends of Slurm jobs, and why each was requeued or not
+    mistakes/         starts of Slurm jobs that a rank ended for a mistake
 
 A folder belongs to one recipe. Going on with a changed one is refused unless the change cannot alter what the run would
 have been (logging, checkpointing, loader processes, memory layout), or the user allows the field by name.
@@ -30,7 +31,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
-STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl")
+STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl", "mistakes")
 """What a start that found a mistake leaves in the folder; the next start goes on in it."""
 
 SEEN_AFTER_S = 75.0

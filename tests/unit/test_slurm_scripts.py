@@ -14,12 +14,14 @@ import pytest
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.launch import slurm
+from lbr_dist.launch.mistakes import left
 from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_step
 from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
 from lbr_dist.launch.slurm_ray import start_options
 from lbr_dist.launch.torchrun import combined
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.run_folder import check_folder
 
 PROJECT = Path(__file__).parents[2]
 JOB = Attempt(job=7, restart=0, nodes="n[1-2]", limit=3)
@@ -61,6 +63,27 @@ def test_no_progress_stops_after_the_set_number_of_restarts(recipe: Recipe, code
         begin(recipe, attempt)
         decisions.append(end(recipe, attempt, code, asked=False).requeue)
     assert decisions == [True, True, True, False]
+
+
+def test_a_mistake_that_srun_does_not_report_is_one(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank hung and was killed: srun says 137."""
+    run = Path(recipe.output)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def end_of_a_rank() -> None:
+        with pytest.raises(UserError, match="loss nan"), left(run):
+            raise UserError("loss nan")
+
+    end_of_a_rank()
+    assert not run.exists(), "no job of the scripts"
+    begin(recipe, JOB)
+    with pytest.raises(RuntimeError), left(run):
+        raise RuntimeError
+    assert end(recipe, JOB, 137, asked=False).requeue
+    end_of_a_rank()
+    assert not end(recipe, JOB, 137, asked=False).requeue
+    assert end(recipe, Attempt(7, 1, "n1", limit=3), 137, asked=False).requeue
+    assert check_folder(recipe, resume="auto") == [], "the next start may go on"
 
 
 def test_starts_that_had_no_end_count_too(recipe: Recipe) -> None:
