@@ -52,7 +52,7 @@ def encode_file(
 
     Args:
         model: as in `lbr_dist.loading.load_encoder`.
-        source: JSONL (also .gz, .zst), Parquet or plain text (a text per line).
+        source: a file that `lbr prepare` reads: JSONL, CSV, Parquet, text (a text per line) ..., also compressed.
         out: Parquet file to make, with the columns `id` (the row's own, or its number) and `embedding` (float32 list of
             fixed size, unit length), in the order of the input.
         side: query or passage: which instruction the texts get.
@@ -64,8 +64,8 @@ def encode_file(
         executor: where blocks are embedded; default: the current one.
 
     Raises:
-        UserError: no such file or field, a row without a text (its line is named), `out` exists, or the parts beside it
-            belong to another input, model or setting.
+        UserError: no such file or field, a damaged file, a row without a text (its line is named), `out` exists,
+            or the parts beside it belong to another input, model or setting.
     """
     from lbr_dist.loading import model_fingerprint
 

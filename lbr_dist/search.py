@@ -47,8 +47,7 @@ def search(
 
     Args:
         model: as in `lbr_dist.loading.load_encoder`, or `bm25`.
-        corpus: a prepared set (its answers and texts, every split), or a JSONL, Parquet or text file as `lbr encode`
-            takes.
+        corpus: a prepared set (its answers and texts, every split), or a file as `lbr encode` takes.
         queries: what to look for.
         k: results per query; fewer where the corpus has fewer.
         field: of a file: field that holds the text.

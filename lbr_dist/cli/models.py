@@ -57,7 +57,7 @@ def export(
 
 def encode(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, export or sentence-transformers model.")],
-    source: Annotated[Path, typer.Argument(help="JSONL (also .gz, .zst), Parquet, or text with a text per line.")],
+    source: Annotated[Path, typer.Argument(help="File of texts: JSONL, CSV, Parquet, text ..., as lbr prepare reads.")],
     out: Annotated[Path, typer.Argument(help="Parquet file to make: id and embedding.")],
     side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
     field: Annotated[str | None, typer.Option(help="Field that holds the text; default: by side.")] = None,
@@ -81,7 +81,7 @@ def encode(
 
 def search(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, export, sentence-transformers model, or bm25.")],
-    corpus: Annotated[Path, typer.Argument(help="Prepared set, or a JSONL, Parquet or text file.")],
+    corpus: Annotated[Path, typer.Argument(help="Prepared set, or a file of texts.")],
     queries: Annotated[list[str], typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,
     field: Annotated[str | None, typer.Option(help="Field of the file that holds the text.")] = None,

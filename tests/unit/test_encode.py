@@ -173,10 +173,15 @@ def test_killed_and_resumed(tmp_path, run):
     [
         (None, {}, "in.jsonl: no such file"),
         ("", {}, "has no rows"),
-        ('{"text": "a"}\n{"text": ', {}, "line 2: not JSON"),
-        ('{"text": "a"}\n\n[1]\n', {}, "line 3: a list"),
-        ('{"text": "a"}\n{"text": 3}\n', {}, "line 2: field 'text' is a int, not a text"),
+        ('{"text": "a"}\n{"text": ', {}, "in.jsonl: line 2: the line is not valid JSON .*; repair or remove it"),
+        ('{"text": "a"}\n\n[1]\n', {}, "line 3: the line is not a JSON object"),
+        ('{"text": "a"}\n{"text": ' + "[" * 100_000, {}, "line 2: the line is not valid JSON"),
+        ('{"text": "a"}\n{"text": 3}\n', {}, "line 2: field 'text' is a number, not a text"),
+        ('{"text": "a"}\n{"text": null}\n', {}, "line 2: field 'text' is null"),
         ('{"text": "a"}\n{"id": 3}\n', {}, "line 2: field 'text' is missing"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', {}, r"line 2: the text is not valid UTF-8 \(text, character 0\)"),
+        ('{"text": "a", "id": "\\ud83d"}\n', {}, r"line 1: the text is not valid UTF-8 \(id, character 0\)"),
+        ('{"text": "a", "id": [1]}\n', {}, "line 1: id is a list, not a text or a whole number"),
         ('{"body": "a"}\n', {}, "no field 'answer' or .* which has 'body'; name one with --field"),
         ('{"body": "a"}\n', {"field": "txet"}, "no field 'txet' in its first row, which has 'body'"),
     ],
@@ -189,13 +194,55 @@ def test_bad_input_is_named(tmp_path, content, options, message):
         list(read_texts(source, "passage", **options))
 
 
+def test_a_row_without_an_id_gets_its_number(tmp_path):
+    rows = [{"text": "a", "id": None}, {"text": "b", "id": ""}, {"text": "c", "id": 7}, {"text": ""}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    assert list(read_texts(source, "passage")) == [("0", "a"), ("1", "b"), ("7", "c"), ("3", "")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL.GZ", "a.Jsonl.zst", "a.jsonl.bz2", "a.txt", "a.csv", "a.json"])
+def test_files_are_read_as_sources_are(tmp_path, name):
+    """With a byte order mark, under any ending, in capitals or not."""
+    content = {"txt": "fever\r\n\r\npain\r\n", "csv": "text,n\r\nfever,1\r\npain,2\r\n"}
+    default = '{"text": "fever"}\n{"text": "pain"}\n'
+    data = b"\xef\xbb\xbf" + content.get(name.rpartition(".")[2], default).encode()
+    (tmp_path / name).write_bytes(compressed(data, name))
+    assert list(read_texts(tmp_path / name, "passage")) == [("0", "fever"), ("1", "pain")]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])
+@pytest.mark.parametrize("harm", ["truncated", "emptied", "changed"])
+def test_a_damaged_file_is_never_taken_for_whole(tmp_path, ending, harm):
+    lines = (json.dumps({"text": " ".join(map(str, np.random.default_rng(row).random(20)))}) for row in range(3000))
+    data = compressed("\n".join(lines).encode(), ending)
+    source = tmp_path / f"a.jsonl.{ending}"
+    changed = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
+    source.write_bytes({"truncated": data[: len(data) // 2], "emptied": b"", "changed": changed}[harm])
+    with pytest.raises(UserError, match=f"a.jsonl.{ending}: (damaged|line)"):
+        list(read_texts(source, "passage"))
+
+
+def compressed(data, name):
+    import bz2
+    import lzma
+
+    import zstandard
+
+    ending = name.lower().rpartition(".")[2]
+    kinds = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    return kinds.get(ending, bytes)(data)
+
+
 def test_other_bad_files_are_named(tmp_path):
     for name, data, message in (
-        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.parquet", b"no parquet", "cannot be read as Parquet"),
-        ("a.csv", b"x", "unknown kind of file"),
+        ("a.jsonl", b'{"text": "\xff"}', r"line 1: the text is not valid UTF-8 \(byte 10\)"),
+        ("b.jsonl", b"\xff\xfe{\0", "is UTF-16"),
+        ("a.jsonl.gz", b"no gzip", "damaged"),
+        ("a.parquet", b"no parquet", "damaged or not a parquet file"),
+        ("a.doc", b"x", "a.doc: unknown format; names end in"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=message):
             list(read_texts(tmp_path / name, "passage"))
+    with pytest.raises(UserError, match="is not a file"):
+        read_texts(tmp_path, "passage")
