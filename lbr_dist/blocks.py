@@ -7,6 +7,7 @@ part. Blocks depend on the input alone, so it does not matter which process embe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lbr_dist.disk import sync
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,6 +119,10 @@ def part_vectors(part: pa.Table) -> np.ndarray:
 def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray) -> None:
     flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
-    temporary = file.with_suffix(".tmp")
-    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": column}), temporary)
-    temporary.replace(file)
+    temporary = file.with_suffix(f".{os.urandom(4).hex()}.tmp")  # two nodes may have been given the block
+    try:
+        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": column}), temporary)
+        sync(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

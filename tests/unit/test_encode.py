@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -120,6 +121,82 @@ def test_a_failed_run_goes_on_where_it_stopped(tmp_path, run, monkeypatch):
     assert read(out)[1] == pytest.approx(load_encoder(run, "cpu").encode(some), abs=1e-5)
     with pytest.raises(UserError, match="exists already"):
         encode_file(run, source, out, progress=False)
+
+
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call
+
+
+def failing_write(monkeypatch, number, at):
+    """The `at`-th table and those after it meet a full disk."""
+    real, tables = pq.write_table, []
+
+    def write_table(table, file, **options):
+        tables.append(file)
+        if len(tables) >= at:
+            raise OSError(number, "Error writing bytes to file")
+        real(table, file, **options)
+
+    monkeypatch.setattr(module.pq, "write_table", write_table)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_loses_no_finished_part(tmp_path, run, monkeypatch, number):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(40)])
+    out = tmp_path / "out.parquet"
+    with monkeypatch.context() as patch:
+        failing_write(patch, number, at=3)
+        with pytest.raises(UserError, match=f"out.parquet: {os.strerror(number)}; .* kept in .*out.parquet.parts"):
+            encode_file(run, source, out, block=8, progress=False, device="cpu")
+    assert sorted(file.name for file in (tmp_path / "out.parquet.parts").iterdir()) == [
+        "00000001.parquet", "00000002.parquet", "job.json", "lock",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("lbr_dist.encode.sync", raising(OSError(number, "full")))  # where the parts are joined
+        with pytest.raises(UserError, match=os.strerror(number)):
+            encode_file(run, source, out, block=8, progress=False, device="cpu")
+    assert not out.exists()
+    assert not (tmp_path / "out.parquet.parts" / "joined.tmp").exists()
+    assert encode_file(run, source, out, block=8, progress=False, device="cpu").resumed == 40
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
+
+
+def test_a_second_command_for_one_output_is_refused(tmp_path, run):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(40)])
+    out = tmp_path / "out.parquet"
+
+    class Second:
+        """Tries to write the same output before every block."""
+
+        def stream(self, sources, read, work, *, model=False):
+            for source_ in sources:
+                for block in read(source_):
+                    with pytest.raises(UserError, match=f"out.parquet.parts: process {os.getpid()} on .* is writing it"):
+                        encode_file(run, source, out, block=8, progress=False, device="cpu")
+                    yield work(block)
+
+    assert encode_file(run, source, out, block=8, progress=False, device="cpu", executor=Second()).texts == 40
+    assert len(read(out)[0]) == 40
+
+
+def test_a_mistyped_model_leaves_nothing_in_the_way(tmp_path, run):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
+    out = tmp_path / "out.parquet"
+    with pytest.raises(UserError, match="nowhere"):
+        encode_file(str(tmp_path / "nowhere"), source, out, progress=False, device="cpu")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    encode_file(run, source, out, progress=False, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["file/out.parquet", "n" * 300, "n" * 252])
+def test_an_output_that_cannot_be_made(tmp_path, run, name):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be (made|written) .*; name another"):
+        encode_file(run, source, tmp_path / name, progress=False)
 
 
 SLOW = """
