@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lbr_dist.cli.options import dtype_option
+from lbr_dist.cli.options import dtype_option, positive
 from lbr_dist.errors import UserError
 
 app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_help=True)
@@ -48,7 +48,7 @@ def consolidate(
     path: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    max_shard_gib: Annotated[float, typer.Option(help="Largest file, in GiB.")] = 4,
+    max_shard_gib: Annotated[float, typer.Option(callback=positive, help="Largest file, in GiB.")] = 4,
 ) -> None:
     """Write the weights as plain safetensors shards."""
     from lbr_dist.training.weights import consolidate as write

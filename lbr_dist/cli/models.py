@@ -21,9 +21,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Prepared set; its eval side is used.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: MODEL/eval of the first run.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Further mteb task, by name. Repeatable.")] = None,
-    distractors: Annotated[int, typer.Option(help="Passages from the training sides added to the corpus.")] = 0,
-    generate: Annotated[int, typer.Option(help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
-    hardest: Annotated[int, typer.Option(help="Non-positives per query in the separation ratio.")] = 10,
+    distractors: Annotated[int, typer.Option(min=0, help="Passages from the training sides added to the corpus.")] = 0,
+    generate: Annotated[int, typer.Option(min=0, help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
+    hardest: Annotated[int, typer.Option(min=1, help="Non-positives per query in the separation ratio.")] = 10,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Measure models: retrieval (mteb), generation, separation ratio."""
@@ -44,7 +44,8 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Model folder to make.")],
     tokens: Annotated[
-        int | None, typer.Option(help="Bottleneck tokens that every text gets, for a run where their number varies.")
+        int | None,
+        typer.Option(min=0, help="Bottleneck tokens that every text gets, for a run where their number varies."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     scores: Annotated[Path | None, typer.Option(help="eval.json for the model card; default: the run's own.")] = None,

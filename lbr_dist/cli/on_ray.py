@@ -60,7 +60,7 @@ def cluster_options() -> argparse.ArgumentParser:
                                                          "[--gpus-per-worker N]", allow_abbrev=False)  # fmt: skip
     made.add_argument("--num-workers", type=_positive)
     made.add_argument("--cpus-per-worker", type=_positive, default=1)
-    made.add_argument("--gpus-per-worker", type=int)
+    made.add_argument("--gpus-per-worker", type=int, choices=range(1025), metavar="N")
     return made
 
 

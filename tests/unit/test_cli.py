@@ -98,6 +98,40 @@ def test_mistakes_are_one_line_and_exit_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (["eval", "m", "--data", "d"], ["--hardest=0", "--hardest=-5", "--generate=-1", "--distractors=-3"]),
+        (["search", "m", "c", "q"], ["-k=0"]),
+        (["encode", "m", "a", "b"], ["--dim=0"]),
+        (["export", "r", "o"], ["--tokens=-1"]),
+        (["checkpoint", "consolidate", "r", "o"], ["--max-shard-gib=0", "--max-shard-gib=nan", "--max-shard-gib=inf"]),
+        (["mine", "m", "d", "--out", "o"], ["--negatives=0", "--skip=-1", "--depth=0", "--share=nan", "--share=0"]),
+        (["mine", "m", "d", "--out", "o"], ["--share=inf", "--margin=-1", "--margin=nan", "--margin=inf"]),
+        (
+            ["prepare", "a", "--out", "o", "--tokenizer", "t"],
+            ["--seed=-1", "--seed=99999999999999999999", "--similarity=nan", "--similarity=0.4", "--max-chars=0",
+             "--max-bad-share=nan", "--max-bad-share=2", "--shard-records=0", "--shard-mib=nan", "--shard-mib=0"],
+        ),
+        (["plan", "stage1"], ["--world-size=0"]),
+        (["train", "stage1"], ["--nproc=0"]),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_name_their_option(
+    command: list[str],
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lbr: Callable[..., Done],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for option in options:
+        done = lbr(*command, *option.split("="))
+        assert done.returncode == 2, option
+        assert f"Invalid value for '{option.partition('=')[0]}'" in done.stderr.replace(" / '-n'", "'"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_recipes_are_listed_and_copied(tmp_path: Path, lbr: Callable[..., Done]) -> None:
     assert "stage2" in lbr("recipes").stdout
     target = tmp_path / "mine.yaml"
