@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lbr_dist.disk import sync
-from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Encoder, Side
@@ -86,6 +85,8 @@ class EncodeBlock:
         Raises:
             UserError: the model cannot be loaded, or gives a vector that is not finite (the text's id is named).
         """
+        from lbr_dist.evaluation.encoder import check_finite
+
         if not block.texts:
             return EncodedBlock(block.number, len(block.ids), True, 0)
         if self._encoder is None:
@@ -94,10 +95,7 @@ class EncodeBlock:
             self._encoder = load_encoder(self._model, self._device)
         before = self._encoder.cut
         vectors_ND = self._encoder.encode(block.texts, self._side)
-        finite_N = np.isfinite(vectors_ND).all(1)
-        if not finite_N.all():
-            first = block.ids[int(np.argmin(finite_N))]
-            raise UserError(f"model {self._model}: its embedding of {first} is not finite: the model is damaged")
+        check_finite(vectors_ND, block.ids, self._model)
         _write_part(part_file(self._parts, block.number), block.ids, vectors_ND)
         return EncodedBlock(block.number, len(block.ids), False, self._encoder.cut - before)
 

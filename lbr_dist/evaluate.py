@@ -7,6 +7,7 @@ with them, and the separation ratio is computed from the same ones.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 
+log = logging.getLogger("lbr")
+
 FORMAT = 1
+UNFINISHED = "eval.unfinished.json"
+"""What was measured before a model failed; `lbr report` reads it."""
+NO_WRONG_PASSAGE = "SR and AUC are left out: every passage answers every question, so there is no wrong one."
 
 
 def evaluate(
@@ -46,19 +53,28 @@ def evaluate(
         progress: bars on a terminal.
 
     Returns:
-        What `eval.json` holds: `data`, and per model `name`, `model`, `retrieval` (mteb's scores), `separation`,
-        `generation`, `tasks`, `cut` (texts that were too long) and `seconds`.
+        What `eval.json` holds: `data`, per model `name`, `model`, `retrieval` (mteb's scores), `separation`,
+        `generation`, `tasks`, `cut` (texts that were too long) and `seconds`, and `notes` where there is one.
 
     Raises:
-        UserError: a model, the set or a task cannot be loaded; `out` is a file. Task names are checked first.
+        UserError: a number out of range, a model, the set or a task that cannot be loaded, or an `out` that cannot be
+            written. What can be checked without loading a model is checked first.
     """
     from lbr_dist.evaluation.retrieval import named_task
+    from lbr_dist.loading import check_spec
 
     out = Path(out)
+    for flag, number, least in (("hardest", hardest, 1), ("generate", generate, 0), ("distractors", distractors, 0)):
+        if number < least:
+            raise UserError(f"--{flag} {number}: expected at least {least}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; give a folder")
     held_out = load_held_out(data, distractors=distractors)
     further = {name: named_task(name) for name in tasks}
+    for spec in models:
+        if spec != "bm25":
+            check_spec(spec)
+    usable_folder(out, f"--out {out}")
     results: dict[str, Any] = {
         "format": FORMAT,
         "data": {
@@ -70,9 +86,18 @@ def evaluate(
         },
         "models": [],
     }
+    if all(len(rows) == len(held_out.passages) for rows in held_out.positives):
+        results["notes"] = [NO_WRONG_PASSAGE]
     for spec in models:
-        results["models"].append(_evaluate_one(spec, held_out, further, generate, hardest, device, progress))
+        try:
+            results["models"].append(_evaluate_one(spec, held_out, further, generate, hardest, device, progress))
+        except BaseException:
+            if results["models"]:
+                _write_json(results, out / UNFINISHED)
+                log.warning("%s: holds the models that were measured before %s", out / UNFINISHED, spec)
+            raise
     write_results(results, out)
+    (out / UNFINISHED).unlink(missing_ok=True)
     return results
 
 
@@ -88,15 +113,19 @@ def default_out(models: Sequence[str]) -> Path:
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
-    """Write an evaluation as JSON, Markdown and PNG."""
+    """Write an evaluation as JSON, Markdown and PNG; the numbers first, which a failing picture must not cost."""
     from lbr_dist.evaluation.report import markdown_table, plot
 
     out.mkdir(parents=True, exist_ok=True)
-    plot(results, out / "eval.png")
+    _write_json(results, out / "eval.json")
     (out / "eval.md").write_text(markdown_table(results) + "\n", encoding="utf-8")
-    temporary = out / ".eval.json.tmp"
+    plot(results, out / "eval.png")
+
+
+def _write_json(results: dict[str, Any], file: Path) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(out / "eval.json")
+    temporary.replace(file)
 
 
 def _evaluate_one(
@@ -130,9 +159,8 @@ def _evaluate_one(
     scores["retrieval"] = retrieval_scores(wrapped, held_out_task(data))
     clock.lap("retrieval")
     queries_QD, passages_PD = (np.concatenate(wrapped.vectors[side]) for side in ("query", "passage"))
-    if len(data.passages) > 1:
-        figures = separation(queries_QD, passages_PD, data.positives, hardest)
-        scores["separation"] = {name: value for name, value in figures.items() if np.isfinite(value)}
+    figures = separation(queries_QD, passages_PD, data.positives, hardest)
+    scores["separation"] = {name: value for name, value in figures.items() if np.isfinite(value)}
     clock.lap("separation")
     scores["cut"] = encoder.cut
     if generate and isinstance(encoder, PackedEncoder):

@@ -9,6 +9,7 @@ killed goes on at the first missing block.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -97,7 +98,7 @@ def mine(
     Raises:
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else.
     """
-    from lbr_dist.loading import model_fingerprint
+    from lbr_dist.loading import check_spec, model_fingerprint
 
     rule = _rule(count, skip, depth, share, margin)
     if index not in ("auto", "exact", "ivf"):
@@ -107,6 +108,8 @@ def mine(
         raise UserError(f"--out {out}: is the set itself, which mining does not change: name another folder")
     opened = open_set(data)
     given = Path(model).is_file()
+    if not given and model != "bm25":
+        check_spec(model)
     identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
     settings = {**asdict(rule), "index": index, "block": block}
     origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}
@@ -224,10 +227,10 @@ def _rule(count: int, skip: int, depth: int, share: float | None, margin: float 
         raise UserError(f"--negatives {count}: expected at least 1")
     if skip < 0 or depth < skip + count:
         raise UserError(f"--skip {skip}, --depth {depth}: the window must hold at least --negatives {count} ranks")
-    if share is not None and share <= 0:
-        raise UserError(f"--share {share}: must be more than 0")
-    if margin is not None and margin < 0:
-        raise UserError(f"--margin {margin}: must not be negative")
+    if share is not None and not 0 < share < math.inf:
+        raise UserError(f"--share {share}: must be more than 0, and finite")
+    if margin is not None and not 0 <= margin < math.inf:
+        raise UserError(f"--margin {margin}: must not be negative, and finite")
     return Rule(count, skip, depth, SHARE if share is None and margin is None else share, margin)
 
 

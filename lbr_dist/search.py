@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from lbr_dist.rows import read_texts
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Encoder
+
+log = logging.getLogger("lbr")
 
 TILE = 65_536
 """Passages scored at a time."""
@@ -67,12 +71,15 @@ def search(
 
         rows_QK, scores_QK = BM25(texts).search(queries, k)
     else:
+        from lbr_dist.evaluation.encoder import check_finite
         from lbr_dist.loading import load_encoder, model_fingerprint
 
         encoder = load_encoder(model, device)
         folder = Path(cache_dir) if cache_dir is not None else default_cache()
         passages_PD = _embedded(encoder, model_fingerprint(model), texts, folder, progress)
-        rows_QK, scores_QK = top_k(encoder.encode(list(queries), "query"), passages_PD, k)
+        queries_QD = encoder.encode(list(queries), "query")
+        check_finite(queries_QD, queries, model)
+        rows_QK, scores_QK = top_k(queries_QD, passages_PD, k)
     return [
         [Hit(float(score), ids[row], texts[row]) for row, score in zip(rows_K, scores_K, strict=True)]
         for rows_K, scores_K in zip(rows_QK, scores_QK, strict=True)
@@ -145,17 +152,30 @@ def default_cache() -> Path:
 
 
 def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, progress: bool) -> np.ndarray:
-    """Vectors of the corpus, from the cache where this model has embedded these texts before."""
+    """Vectors of the corpus, from the cache where this model has embedded these texts before.
+
+    The cache is there for speed: one that is damaged or cannot be written costs the time, not the answer.
+    """
+    from lbr_dist.evaluation.encoder import check_finite
+
     digest = xxhash.xxh3_128(model.encode())
     for text in texts:
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     file = folder / f"{digest.hexdigest()}.npy"
-    if file.is_file():
-        return np.load(file, mmap_mode="r")
+    with contextlib.suppress(OSError, ValueError, EOFError):  # none there, or a damaged one
+        known_PD = np.load(file, mmap_mode="r")
+        if len(known_PD) == len(texts):
+            return known_PD
     passages_PD = encoder.encode(texts, "passage", progress)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_finite(passages_PD, texts, encoder.name)
     temporary = file.with_suffix(f".{os.getpid()}.tmp.npy")
-    np.save(temporary, passages_PD)
-    temporary.replace(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, passages_PD)
+        temporary.replace(file)
+    except OSError as error:
+        log.warning("%s: the vectors of the corpus are not kept (%s)", folder, error.strerror)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return passages_PD

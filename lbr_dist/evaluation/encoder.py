@@ -241,6 +241,23 @@ def unit(rows_ND: np.ndarray) -> np.ndarray:
     return rows_ND / np.where(norm_N1 > 0, norm_N1, 1).astype(np.float32)
 
 
+def check_finite(rows_ND: np.ndarray, names: Sequence[str], model: str) -> None:
+    """Refuse vectors that nothing can be compared with.
+
+    Args:
+        names: of the rows, for the message.
+        model: likewise.
+
+    Raises:
+        UserError: a row has a number that is not finite.
+    """
+    finite_N = np.isfinite(rows_ND).all(1)
+    if not finite_N.all():
+        first = names[int(np.argmin(finite_N))]
+        shown = first if len(first) <= 60 else f"{first[:60]}..."
+        raise UserError(f"model {model}: its embedding of {shown!r} is not finite: the model is damaged")
+
+
 def default_device() -> str:
     """`cuda` where there is one."""
     import torch

@@ -14,7 +14,7 @@ import numpy as np
 
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25
-from lbr_dist.evaluation.encoder import Encoder, Side
+from lbr_dist.evaluation.encoder import Encoder, Side, check_finite
 from lbr_dist.evaluation.held_out import HeldOut
 
 if TYPE_CHECKING:
@@ -124,10 +124,15 @@ class MtebEncoder:
         return _meta(self.encoder.name)
 
     def encode(self, inputs: Iterable[dict[str, Any]], *, prompt_type: Any = None, **_: Any) -> np.ndarray:
-        """float32 [texts, D]; queries get the query instruction, everything else the passage instruction."""
+        """float32 [texts, D]; queries get the query instruction, everything else the passage instruction.
+
+        Raises:
+            UserError: a vector is not finite.
+        """
         texts = [text for batch in inputs for text in batch["text"]]
         side: Side = "query" if prompt_type is not None and prompt_type.value == "query" else "passage"
         vectors_ND = self.encoder.encode(texts, side, self.progress)
+        check_finite(vectors_ND, texts, self.encoder.name)
         if self.keep:
             self.vectors[side].append(vectors_ND)
         return vectors_ND

@@ -174,7 +174,9 @@ def test_a_second_command_for_one_output_is_refused(tmp_path, run):
         def stream(self, sources, read, work, *, model=False):
             for source_ in sources:
                 for block in read(source_):
-                    with pytest.raises(UserError, match=f"out.parquet.parts: process {os.getpid()} on .* is writing it"):
+                    with pytest.raises(
+                        UserError, match=f"out.parquet.parts: process {os.getpid()} on .* is writing it"
+                    ):
                         encode_file(run, source, out, block=8, progress=False, device="cpu")
                     yield work(block)
 
