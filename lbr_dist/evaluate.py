@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lbr_dist.data.sources import printable
 from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
@@ -57,11 +58,12 @@ def evaluate(
         `generation`, `tasks`, `cut` (texts that were too long) and `seconds`, and `notes` where there is one.
 
     Raises:
-        UserError: a number out of range, a model, the set or a task that cannot be loaded, or an `out` that cannot be
-            written. What can be checked without loading a model is checked first.
+        UserError: a number out of range, a model, a device, the set or a task that cannot be had, or an `out` that
+            cannot be written. What can be checked without loading a model is checked first.
     """
     from lbr_dist.evaluation.retrieval import named_task
     from lbr_dist.loading import check_spec
+    from lbr_dist.model.plain import usable_device
 
     out = Path(out)
     for flag, number, least in (("hardest", hardest, 1), ("generate", generate, 0), ("distractors", distractors, 0)):
@@ -74,6 +76,7 @@ def evaluate(
     for spec in models:
         if spec != "bm25":
             check_spec(spec)
+    device = usable_device(device)
     usable_folder(out, f"--out {out}")
     results: dict[str, Any] = {
         "format": FORMAT,
@@ -124,7 +127,8 @@ def write_results(results: dict[str, Any], out: Path) -> None:
 
 def _write_json(results: dict[str, Any], file: Path) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
 
 
@@ -154,7 +158,7 @@ def _evaluate_one(
         return {**scores, "seconds": clock.laps}
     encoder = load_encoder(spec, device)
     clock.lap("load")
-    scores = {"name": encoder.name, "model": spec}
+    scores = {"name": printable(encoder.name), "model": printable(spec)}
     wrapped = MtebEncoder(encoder, keep=True, progress=progress)
     scores["retrieval"] = retrieval_scores(wrapped, held_out_task(data))
     clock.lap("retrieval")

@@ -65,8 +65,9 @@ def export(
         `out`.
 
     Raises:
-        UserError: `out` holds something or cannot be made, `scores` is no evaluation, the run has no checkpoint, its number of bottleneck tokens varies and `tokens`
-            does not say how many, or the check finds a text whose vector differs.
+        UserError: `out` holds something or cannot be made, `scores` is no evaluation, the run has no checkpoint, its
+            number of bottleneck tokens varies and `tokens` does not say how many, or the check finds a text whose
+            vector differs.
     """
     out = Path(out)
     evaluation = _evaluation(run, scores)

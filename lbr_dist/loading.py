@@ -102,11 +102,12 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
         device: default: CUDA where there is one.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or there is no such device.
     """
-    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, TruncatedEncoder, default_device
+    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, TruncatedEncoder
+    from lbr_dist.model.plain import usable_device
 
-    device = device or default_device()
+    device = usable_device(device)
     spec, dim = split_dim(spec)
     if dim is not None:
         return TruncatedEncoder(load_encoder(spec, device), dim)
@@ -137,7 +138,8 @@ def check_spec(spec: str) -> None:
         return
     folder = Path(path)
     if not folder.is_dir() and (folder.is_absolute() or (len(folder.parts) > 1 and folder.parent.is_dir())):
-        raise UserError(f"model {spec}: {'is a file' if folder.exists() else 'no such folder'}")
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise UserError(f"model {spec}: not a run, an export or a sentence-transformers model ({problem})")
     plain = (folder / "config.json").is_file() and not (folder / "modules.json").is_file()
     if plain and not spec.startswith("hf:"):
         raise UserError(f"model {spec}: a plain model folder has no pooling of its own; say hf:{spec}?pooling=mean")

@@ -24,6 +24,7 @@ from lbr_dist.data.execute import Executor, current
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
+from lbr_dist.data.sources import printable
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose
@@ -122,7 +123,7 @@ def mine(
         job.mine("given" if given else index, device, block)
         target = work / "set"
         target.mkdir()
-        report = job.write(target, name=place.name, origin=origin)
+        report = job.write(target, name=printable(place.name), origin=origin)
         publish(target, place)
     return MineReport(Path(out), report, unchanged=False)
 
@@ -204,7 +205,7 @@ class _Job:
                 self.opened, target, self.candidates, notes.passages(), name=name, source=origin, note=notes.note
             )
         facts = {
-            "model": self.model,
+            "model": printable(self.model),
             "set": f"{self.opened.name} ({self.opened.fingerprint})",
             "search": self.search,
             "passages": self.passages,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.config import Recipe
+from lbr_dist.data.sources import printable
 from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.report import COLOURS, Metric, bars, literal_text, markdown_table, read_evaluation
@@ -167,7 +168,7 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
 
 def _read_run(path: Path) -> RunLog:
     recipe = load_recipe(path / "recipe.yaml")
-    return RunLog(recipe.tracking.name or path.resolve().name, recipe, read_rows(path / "metrics.jsonl"))
+    return RunLog(printable(recipe.tracking.name or path.resolve().name), recipe, read_rows(path / "metrics.jsonl"))
 
 
 def _figures(model: dict[str, Any]) -> dict[str, Any]:

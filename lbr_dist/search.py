@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from lbr_dist.data.row_values import REASONS, RowError, text
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts
@@ -63,8 +65,13 @@ def search(
         For each query its hits, best first; passages with equal texts are one.
 
     Raises:
-        UserError: the model or the corpus cannot be read, or is empty.
+        UserError: the model or the corpus cannot be read, or a query or the corpus is empty.
     """
+    for query in queries:
+        try:
+            text(query, "the query", sys.maxsize)
+        except RowError as error:
+            raise UserError(f"query {query!r}: {REASONS[error.reason]}") from None
     ids, texts = load_corpus(corpus, field)
     if model == "bm25":
         from lbr_dist.evaluation.bm25 import BM25
@@ -105,8 +112,8 @@ def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str]
                 pairs += [(r["id"], r["text"] if "text" in r else r["answer"]) for r in records]
                 reader.close()
     unique: dict[str, str] = {}
-    for name, text in pairs:
-        unique.setdefault(text, name)
+    for name, passage in pairs:
+        unique.setdefault(passage, name)
     if not unique:
         raise UserError(f"corpus {corpus}: has no texts")
     return list(unique.values()), list(unique)
@@ -159,8 +166,8 @@ def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, prog
     from lbr_dist.evaluation.encoder import check_finite
 
     digest = xxhash.xxh3_128(model.encode())
-    for text in texts:
-        data = text.encode()
+    for passage in texts:
+        data = passage.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     file = folder / f"{digest.hexdigest()}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # none there, or a damaged one

@@ -16,8 +16,11 @@ app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_h
 @app.command("list")
 def list_checkpoints(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """The checkpoints of a run, newest first."""
+    from lbr_dist.training.checkpoint_format import checkpoints_folder
     from lbr_dist.training.checkpoint_format import list_checkpoints as found
 
+    if not checkpoints_folder(run).is_dir():
+        raise UserError(f"{run}: no run folder (it has no checkpoints/)")
     for path, manifest in found(run):
         print(f"{path.name}  {_describe(manifest)}")
 

@@ -1,5 +1,6 @@
 """The command line: answers at once, says one line and exits with 2 where the user is wrong."""
 
+import io
 import resource
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_help_answers_within_a_second() -> None:
         (["export", "nowhere", "out"], ["nowhere"]),
         (["export", "nowhere", "out", "--dtype", "int8"], ["--dtype int8"]),
         (["checkpoint", "verify", "nowhere"], ["nowhere"]),
+        (["checkpoint", "list", "nowhere"], ["nowhere", "no run folder"]),
         (["audit", "nowhere"], ["nowhere", "audit"]),
         (["report", "nowhere"], ["nowhere"]),
         (["prepare", "a.jsonl", "--out", "o", "--tokenizer", "nowhere", "--field", "question"], ["--field question"]),
@@ -130,6 +132,16 @@ def test_numbers_out_of_range_name_their_option(
         assert done.returncode == 2, option
         assert f"Invalid value for '{option.partition('=')[0]}'" in done.stderr.replace(" / '-n'", "'"), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_terminal_cannot_show_ends_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lbr: Callable[..., Done]
+) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert lbr("recipes", "stage1", str(tmp_path / "é.yaml")).returncode == 0
+    shown.flush()
+    assert shown.buffer.getvalue().endswith(b"\\xe9.yaml\n")
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path, lbr: Callable[..., Done]) -> None:

@@ -87,7 +87,7 @@ def test_names_are_checked_before_any_model_runs(tmp_path, data):
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").touch()
     for spec, message in (
-        (str(tmp_path / "typo"), "typo: no such folder"),
+        (str(tmp_path / "typo"), "no such folder"),
         (str(tmp_path / "file"), "is a file"),
         (str(tmp_path / "plain"), "has no pooling of its own"),
         (f"hf:{tmp_path}?pooling=max", "expected hf:PATH"),
@@ -117,6 +117,18 @@ def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeyp
     assert not kept.exists()
 
 
+def test_a_path_need_not_be_utf_8(tmp_path, data, monkeypatch):
+    class Named:
+        name, cut = "model \udcff", 0
+
+        def encode(self, texts, side="passage", progress=False):
+            return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
+
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Named())
+    evaluate(["\udcff"], data, tmp_path / "out", progress=False)
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["models"][0]["name"] == r"model \udcff"
+
+
 def test_a_set_whose_every_passage_is_right_has_no_ratio(tmp_path, tiny_model_dir):
     base = tiny_model_dir("llama")
     rows = [{"id": f"q{n}", "question": f"is {word} so?", "answer": "yes"} for n, word in enumerate("abcdefgh")]
@@ -137,7 +149,7 @@ def test_a_model_that_gives_no_numbers_is_not_measured(tmp_path, data, monkeypat
             return np.full((len(texts), 4), np.nan, np.float32)
 
     monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Broken())
-    with pytest.raises(UserError, match="model broken: its embedding of .* is not finite"):
+    with pytest.raises(UserError, match=r"model broken: its embedding of .* is not finite"):
         evaluate(["broken"], data, tmp_path / "out", progress=False)
 
 

@@ -244,7 +244,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, tiny_mo
         with pytest.raises(UserError, match=r"export to .*: (it is a file|cannot be made)"):
             export(run, out)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="it is the current folder|not empty"):
+    with pytest.raises(UserError, match=r"it is the current folder|not empty"):
         export(run, ".")
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("lbr_dist.export.COSINE", {"float32": 1.1})

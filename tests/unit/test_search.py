@@ -63,6 +63,12 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_no_answer(tmp_path, 
     assert "are not kept (Not a directory)" in caplog.text
 
 
+@pytest.mark.parametrize("query", ["", "  ", "\udcff"])
+def test_a_query_that_is_none_is_named(corpus, query):
+    with pytest.raises(UserError, match=r"query .*: (a field is empty|the text is not valid UTF-8)"):
+        search("never-loaded", corpus, ["pain", query], progress=False)
+
+
 def test_a_model_that_gives_no_numbers_is_named(tmp_path, corpus, monkeypatch):
     class Broken:
         name, cut = "broken", 0
@@ -77,7 +83,7 @@ def test_a_model_that_gives_no_numbers_is_named(tmp_path, corpus, monkeypatch):
 
     for side in ("query", "passage"):
         monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_, side=side: Broken(side))
-        with pytest.raises(UserError, match="embedding of .* is not finite: the model is damaged"):
+        with pytest.raises(UserError, match=r"embedding of .* is not finite: the model is damaged"):
             search("broken", corpus, ["pain"], cache_dir=tmp_path / side, progress=False)
         assert not list(tmp_path.glob("passage/*"))
 
