@@ -123,7 +123,7 @@ def _open_parts(out: Path, job: dict[str, Any]) -> Iterator[Path]:
             _check_job(parts, job, out)
         except OSError as error:
             raise UserError(f"encode: {parts}: cannot be written ({error.strerror}); name another output") from None
-        with room(f"encode: {out}", f"free space and repeat the command: finished parts are kept in {parts}"):
+        with room(f"encode: {out}", f"free space and repeat the command: finished parts, if any, are kept in {parts}"):
             yield parts
         shutil.rmtree(parts, ignore_errors=True)
 

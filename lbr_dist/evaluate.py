@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def evaluate(
         UserError: a number out of range, a model, a device, the set or a task that cannot be had, or an `out` that
             cannot be written. What can be checked without loading a model is checked first.
     """
-    from lbr_dist.evaluation.retrieval import named_task
+    from lbr_dist.evaluation.retrieval import check_data, named_task
     from lbr_dist.loading import check_spec
     from lbr_dist.model.plain import usable_device
 
@@ -76,6 +77,8 @@ def evaluate(
     for spec in models:
         if spec != "bm25":
             check_spec(spec)
+    for task in further.values():
+        check_data(task)
     device = usable_device(device)
     usable_folder(out, f"--out {out}")
     results: dict[str, Any] = {
@@ -99,8 +102,13 @@ def evaluate(
                 _write_json(results, out / UNFINISHED)
                 log.warning("%s: holds the models that were measured before %s", out / UNFINISHED, spec)
             raise
-    write_results(results, out)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    try:
+        write_results(results, out)
+        (out / UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        place = Path(tempfile.mkdtemp(prefix="lbr-eval-"))
+        _write_json(results, place / "eval.json")
+        raise UserError(f"--out {out}: {error.strerror}; the results lie in {place}/eval.json") from error
     return results
 
 
@@ -128,8 +136,11 @@ def write_results(results: dict[str, Any], out: Path) -> None:
 def _write_json(results: dict[str, Any], file: Path) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _evaluate_one(

@@ -15,7 +15,7 @@ import numpy as np
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.sources import printable
-from lbr_dist.disk import usable_folder
+from lbr_dist.disk import room, usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.report import COLOURS, Metric, bars, literal_text, markdown_table, read_evaluation
 from lbr_dist.logs import read_rows
@@ -73,8 +73,8 @@ def report(runs: Sequence[str | Path], out: str | Path) -> str:
         parts.append("## Training\n\n" + training_table(logs))
     parts += [f"## {results['data']['name']}\n\n{markdown_table(results)}" for results in evaluations]
     text = "\n\n".join([*parts, "![loss and retrieval](report.png)"]) + "\n"
-    (out / "report.md").write_text(text, encoding="utf-8")
-    with literal_text():
+    with room(f"--out {out}", "free space, or choose a folder on another disk"), literal_text():
+        (out / "report.md").write_text(text, encoding="utf-8")
         figure(logs, evaluations, out / "report.png")
     return text
 

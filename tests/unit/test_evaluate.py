@@ -1,6 +1,8 @@
 """`lbr eval` end to end: a prepared set, a run, its export, a plain model and BM25 in one table."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -74,6 +76,8 @@ def test_names_are_checked_before_any_model_runs(tmp_path, data):
         evaluate(["never-loaded"], data, tmp_path / "out", tasks=["NoSuchTask"], progress=False)
     with pytest.raises(UserError, match="not a prepared set"):
         evaluate(["never-loaded"], tmp_path, tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="mteb task NFCorpus: cannot be run"):
+        evaluate(["never-loaded"], data, tmp_path / "out", tasks=["NFCorpus"], progress=False)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="it is a file"):
         evaluate(["never-loaded"], data, tmp_path / "file", progress=False)
@@ -115,6 +119,19 @@ def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeyp
     assert "| BM25 |" in report([kept], tmp_path / "report")
     evaluate(["bm25"], data, tmp_path / "out", progress=False)
     assert not kept.exists()
+
+
+def test_a_full_disk_does_not_cost_the_results(tmp_path, data, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("lbr_dist.evaluate.write_results", full)
+    with pytest.raises(UserError, match="No space left on device; the results lie in .*elsewhere.*eval.json"):
+        evaluate(["bm25"], data, tmp_path / "out", progress=False)
+    (kept,) = (tmp_path / "elsewhere").glob("*/eval.json")
+    assert "| BM25 |" in report([kept], tmp_path / "report")
 
 
 def test_a_path_need_not_be_utf_8(tmp_path, data, monkeypatch):
