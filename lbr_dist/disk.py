@@ -70,7 +70,12 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
         with room(what, "nothing was left behind; free space, or choose a folder on another disk"):
             temporary.chmod(0o755)
             yield temporary
-            temporary.rename(place)
+            try:
+                temporary.rename(place)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise UserError(f"{what}: something else was written there meanwhile; choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -69,15 +69,16 @@ def encode_file(
         executor: where blocks are embedded; default: the current one.
 
     Raises:
-        UserError: no such file or field, a damaged file, a row without a text (its line is named), `out` exists,
-            or is being written by another process, the parts beside it belong to another input, model or setting, or
-            the disk is full (finished parts are kept for the next attempt).
+        UserError: no such file or field, a damaged file, a row without a text (its line is named), an input that changes
+            while it is read, an `out` that exists or is being written by another process, parts beside it of another
+            input, model or setting, or a full disk (finished parts are kept for the next attempt).
     """
-    from lbr_dist.loading import model_fingerprint
+    from lbr_dist.loading import model_fingerprint, pinned
 
     source, out = Path(source), Path(out)
     _check_absent(out)
     read_texts(source, side, field)
+    model = pinned(model)  # a run in training may have another checkpoint by the next block
     job = {
         "version": VERSION,
         "model": model_fingerprint(model),
@@ -94,6 +95,9 @@ def encode_file(
             resumed += done.texts * done.resumed
             total, count, cut = total + done.texts, count + 1, cut + done.cut
             advance(done.texts)
+        if _fingerprint(source) != job["input"]:
+            shutil.rmtree(parts)
+            raise UserError(f"{source}: was changed while it was read; encode it again")
         width = _join([part_file(parts, number) for number in range(1, count + 1)], parts / "joined.tmp", out)
     return EncodeReport(total, resumed, cut, width)
 

@@ -119,6 +119,21 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
     return SentenceTransformerEncoder(spec, device)
 
 
+def pinned(spec: str) -> str:
+    """A specification that goes on meaning the same model: a run becomes its newest verified checkpoint.
+
+    Raises:
+        UserError: the run has none.
+    """
+    path, dim = split_dim(spec)
+    if not is_run(path):
+        return spec
+    from lbr_dist.training.checkpoint_format import resolve
+
+    checkpoint = str(resolve(path))
+    return checkpoint if dim is None else f"{checkpoint}?dim={dim}"
+
+
 def check_spec(spec: str) -> None:
     """Find out what is wrong with a specification as far as that takes no loading.
 

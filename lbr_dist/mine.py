@@ -99,7 +99,7 @@ def mine(
     Raises:
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else.
     """
-    from lbr_dist.loading import check_spec, model_fingerprint
+    from lbr_dist.loading import check_spec, model_fingerprint, pinned
 
     rule = _rule(count, skip, depth, share, margin)
     if index not in ("auto", "exact", "ivf"):
@@ -111,6 +111,7 @@ def mine(
     given = Path(model).is_file()
     if not given and model != "bm25":
         check_spec(model)
+        model = pinned(model)  # questions and answers are embedded by one checkpoint of a run in training
     identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
     settings = {**asdict(rule), "index": index, "block": block}
     origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}

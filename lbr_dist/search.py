@@ -79,8 +79,9 @@ def search(
         rows_QK, scores_QK = BM25(texts).search(queries, k)
     else:
         from lbr_dist.evaluation.encoder import check_finite
-        from lbr_dist.loading import load_encoder, model_fingerprint
+        from lbr_dist.loading import load_encoder, model_fingerprint, pinned
 
+        model = pinned(model)
         encoder = load_encoder(model, device)
         folder = Path(cache_dir) if cache_dir is not None else default_cache()
         passages_PD = _embedded(encoder, model_fingerprint(model), texts, folder, progress)

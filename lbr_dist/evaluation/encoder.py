@@ -253,7 +253,7 @@ def check_finite(rows_ND: np.ndarray, names: Sequence[str], model: str) -> None:
     if not finite_N.all():
         first = names[int(np.argmin(finite_N))]
         shown = first if len(first) <= 60 else f"{first[:60]}..."
-        raise UserError(f"model {model}: its embedding of {shown!r} is not finite: the model is damaged")
+        raise UserError(f"model {model}: its embedding of {shown} is not finite: the model is damaged")
 
 
 class _bar:  # noqa: N801 (a context manager used as a function)

@@ -24,6 +24,13 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
+def test_what_was_written_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="make out: something else was written there"), new_folder(out, "make out"):
+        (out / "theirs").mkdir(parents=True)
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
 def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

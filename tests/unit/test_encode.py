@@ -184,6 +184,40 @@ def test_a_second_command_for_one_output_is_refused(tmp_path, run):
     assert len(read(out)[0]) == 40
 
 
+class Meanwhile:
+    """Runs `act` once the first block is read."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def stream(self, sources, read, work, *, model=False):
+        for source in sources:
+            for block in read(source):
+                if block.number == 1:
+                    self.act()
+                yield work(block)
+
+
+def test_a_run_in_training_is_embedded_by_one_checkpoint(tmp_path, tiny_model_dir):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(20)])
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    expected = load_encoder(str(run), "cpu").encode(texts(20))
+    later = Meanwhile(lambda: make_run(run, tiny_model_dir("llama"), step=20, seed=1))
+    options = {"block": 8, "progress": False, "device": "cpu"}
+    encode_file(str(run), source, tmp_path / "out.parquet", executor=later, **options)
+    assert read(tmp_path / "out.parquet")[1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_input_that_changes_is_noticed(tmp_path, run):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(20)])
+    options = {"block": 8, "progress": False, "device": "cpu"}
+    change = Meanwhile(lambda: source.write_text(source.read_text() + '{"text": "more"}\n'))
+    with pytest.raises(UserError, match="was changed while it was read"):
+        encode_file(run, source, tmp_path / "out.parquet", executor=change, **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    assert encode_file(run, source, tmp_path / "out.parquet", **options).texts == 21
+
+
 def test_a_mistyped_model_leaves_nothing_in_the_way(tmp_path, run):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
     out = tmp_path / "out.parquet"

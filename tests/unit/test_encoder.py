@@ -5,7 +5,7 @@ from runs import make_run
 
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation import encoder as module
-from lbr_dist.loading import is_run, load_encoder, load_run, model_fingerprint
+from lbr_dist.loading import is_run, load_encoder, load_run, model_fingerprint, pinned
 from lbr_dist.model.batching import batches
 
 WORDS = [
@@ -166,6 +166,16 @@ def test_specifications(run, tiny_model_dir, tmp_path):
     for device in ("gpu", "meta", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {device}: cannot be used"):
             load_encoder(str(run), device)
+
+
+def test_a_pinned_run_stays_the_same_model(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    assert pinned(f"{run}?dim=4") == f"{run}/checkpoints/step-000010?dim=4"
+    before = pinned(str(run))
+    make_run(run, tiny_model_dir("llama"), step=20)
+    assert pinned(str(run)).endswith("step-000020")
+    assert model_fingerprint(pinned(str(run))) == model_fingerprint(str(run)) != model_fingerprint(before)
+    assert pinned("hf:x?pooling=mean") == "hf:x?pooling=mean"
 
 
 def test_a_plain_model_is_loaded_whole_or_not_at_all(tmp_path, tiny_model_dir):

@@ -128,7 +128,7 @@ def test_a_full_disk_does_not_cost_the_results(tmp_path, data, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
     monkeypatch.setattr("lbr_dist.evaluate.write_results", full)
-    with pytest.raises(UserError, match="No space left on device; the results lie in .*elsewhere.*eval.json"):
+    with pytest.raises(UserError, match=r"No space left on device; the results lie in .*elsewhere.*eval.json"):
         evaluate(["bm25"], data, tmp_path / "out", progress=False)
     (kept,) = (tmp_path / "elsewhere").glob("*/eval.json")
     assert "| BM25 |" in report([kept], tmp_path / "report")

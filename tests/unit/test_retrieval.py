@@ -6,7 +6,14 @@ import pytest
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25, words
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
-from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, check_data, held_out_task, named_task, retrieval_scores
+from lbr_dist.evaluation.retrieval import (
+    BM25Search,
+    MtebEncoder,
+    check_data,
+    held_out_task,
+    named_task,
+    retrieval_scores,
+)
 
 
 class Vectors:
