@@ -69,9 +69,9 @@ def encode_file(
         executor: where blocks are embedded; default: the current one.
 
     Raises:
-        UserError: no such file or field, a damaged file, a row without a text (its line is named), an input that changes
-            while it is read, an `out` that exists or is being written by another process, parts beside it of another
-            input, model or setting, or a full disk (finished parts are kept for the next attempt).
+        UserError: no such file or field, a damaged file, a row without a text (its line is named), an input that is
+            changed while it is read, an `out` that exists or is being written by another process, parts beside it of
+            another input, model or setting, or a full disk (finished parts are kept for the next attempt).
     """
     from lbr_dist.loading import model_fingerprint, pinned
 
