@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from lbr_dist.blocks import BLOCK_TEXTS
-from lbr_dist.data.execute import Executor, current
+from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
@@ -100,6 +100,7 @@ def mine(
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else.
     """
     from lbr_dist.loading import check_spec, model_fingerprint, pinned
+    from lbr_dist.model.plain import usable_device
 
     rule = _rule(count, skip, depth, share, margin)
     if index not in ("auto", "exact", "ivf"):
@@ -113,6 +114,8 @@ def mine(
         check_spec(model)
         model = pinned(model)  # questions and answers are embedded by one checkpoint of a run in training
     identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
+    if device is not None and isinstance(executor or current(), Here):
+        usable_device(device)  # before the workspace, which an error would empty of what an earlier run committed
     settings = {**asdict(rule), "index": index, "block": block}
     origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}
     done = finished(place, origin, overwrite, partial(_difference, new=origin))
