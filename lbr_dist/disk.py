@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -28,6 +29,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_mount(place: Path) -> bool:
+    """Whether something is mounted at a folder; os.path.ismount does not see what containers bind there."""
+    if os.path.ismount(place):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return False
+    mounted = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines)
+    return str(place) in mounted
 
 
 def usable_folder(folder: Path, what: str) -> None:
@@ -59,7 +72,7 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
             raise UserError(f"{what}: it is a file; choose another name")
         if place.is_dir() and any(place.iterdir()):
             raise UserError(f"{what}: it exists and is not empty; choose another folder or remove it")
-        if os.path.ismount(place) or Path.cwd().is_relative_to(place):
+        if is_mount(place) or Path.cwd().is_relative_to(place):
             raise UserError(f"{what}: it is the current folder, holds it, or is a mount; name a folder to make in it")
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))

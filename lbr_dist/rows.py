@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.readers import rows
-from lbr_dist.data.row_values import REASONS, RowError, text, type_name
+from lbr_dist.data.row_values import REASONS, RowError, identifier, text, type_name
 from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 
@@ -66,18 +66,10 @@ def _problem(error: RowError) -> str:
 def _texts(found: Iterator[tuple[str, Mapping[str, Any]]], field: str) -> Iterator[tuple[str, str]]:
     for number, (place, row) in enumerate(found):
         try:
-            item = _id(row.get("id"), number), _text(row, field)
+            item = identifier(row.get("id")) or str(number), _text(row, field)
         except RowError as error:
             raise UserError(f"{place}: {_problem(error)}; repair the row, or name another --field") from None
         yield item
-
-
-def _id(value: Any, number: int) -> str:
-    if value is None or value == "":
-        return str(number)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError("wrong_type", f"id is {type_name(value)}, not a text or a whole number")
-    return text(str(value), "id", sys.maxsize)
 
 
 def _text(row: Mapping[str, Any], field: str) -> str:

@@ -12,14 +12,13 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.shards import open_set
-from lbr_dist.disk import sync
+from lbr_dist.disk import is_mount, sync
 from lbr_dist.errors import UserError
 
 RESUME = "resume"
@@ -40,25 +39,13 @@ def check_target(out: Path) -> Path:
                 raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
             if Path.cwd().is_relative_to(place):
                 raise UserError(f"--out {out}: is the current folder or holds it: name a folder to make in it")
-            if _is_mount(place):
+            if is_mount(place):
                 raise UserError(f"--out {out}: a file system is mounted there: name a folder to make in it")
         elif place.exists():
             raise UserError(f"--out {out}: is not a folder: choose another")
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise UserError(f"--out {out}: cannot be used ({error}): choose another folder") from None
     return place
-
-
-def _is_mount(place: Path) -> bool:
-    """Whether something is mounted at a folder; os.path.ismount does not see what containers bind there."""
-    if os.path.ismount(place):
-        return True
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
-        return False
-    mounted = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines)
-    return str(place) in mounted
 
 
 def finished(
