@@ -331,7 +331,8 @@ def test_a_damaged_file_is_never_taken_for_whole(tmp_path, ending, harm):
     source = tmp_path / f"a.jsonl.{ending}"
     changed = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
     source.write_bytes({"truncated": data[: len(data) // 2], "emptied": b"", "changed": changed}[harm])
-    with pytest.raises(UserError, match=f"a.jsonl.{ending}: (damaged|line)"):
+    told = "(damaged|line)" if harm == "changed" else "damaged"
+    with pytest.raises(UserError, match=f"a.jsonl.{ending}: {told}"):
         list(read_texts(source, "passage"))
 
 
