@@ -121,7 +121,7 @@ def mine(
     done = finished(place, origin, overwrite, partial(_difference, new=origin))
     if done is not None:
         return MineReport(Path(out), done, unchanged=True)
-    with workspace(place) as work, Progress() as progress:
+    with workspace(place, dear=True) as work, Progress() as progress:
         folder = resumable(work.absolute(), {**origin, "queries": QUERIES})
         job = _Job(model, opened, rule, folder, progress, executor or current())
         job.mine("given" if given else index, device, block)
