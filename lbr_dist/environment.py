@@ -96,12 +96,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
 
 
 def first_host(nodes: str) -> str:
-    """First host of a Slurm node list: `gpu[03-07,9],login` gives `gpu03`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    """First host of a Slurm node list: `gpu[03-07,9]x[1-2],login` gives `gpu03x1`."""
+    match = re.match(r"(?:[^\[\],]|\[\d[\d,-]*\])+", nodes)
     if not match:
         raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR")
-    prefix, number, suffix = match.groups()
-    return prefix + (number or "") + (suffix or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match.group())
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

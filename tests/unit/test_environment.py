@@ -68,7 +68,13 @@ def test_nonsense_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu03", "gpu03"), ("gpu[03-07,9],login", "gpu03"), ("a,b", "a"), ("rack2-n[1,5]-ib,x", "rack2-n1-ib")],
+    [
+        ("gpu03", "gpu03"),
+        ("gpu[03-07,9],login", "gpu03"),
+        ("rack[1-2]n[01-04]", "rack1n01"),
+        ("a,b", "a"),
+        ("rack2-n[1,5]-ib,x", "rack2-n1-ib"),
+    ],
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
