@@ -180,7 +180,11 @@ launch_torchrun() {
 start_ray() { # start_ray PORT DASHBOARD CLIENT AGENT: a Ray cluster of the allocation's nodes, for this start of the job
   local address=127.0.0.1
   if [ "${#hosts[@]}" -gt 1 ]; then
-    read -r address _ < <(getent ahostsv4 "${hosts[0]}") || die "${hosts[0]}: no IPv4 address (getent ahostsv4)"
+    # what other nodes reach: by its own name a Debian machine is 127.0.1.1
+    address=$(here -c 'from sys import argv
+from lbr_dist.launch.ray_start import address_towards
+print(address_towards(argv[1]))' "${hosts[1]}:1") || die "${hosts[0]}: has no IPv4 address that faces ${hosts[1]}"
+    [[ $address != 127.* ]] || die "${hosts[0]}: the name ${hosts[1]} leads to $address there: mend its /etc/hosts"
   else
     export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # on Linux: loopback stays loopback
   fi

@@ -70,6 +70,7 @@ class Server:
         self._speeds: dict[tuple[int, int], float | str] = {}
 
     def run(self, shared: Sequence[Path], quick: bool) -> bool:
+        """Ask the nodes that connect, and print what was found; returns whether all is well."""
         self._accept()
         self._clocks()
         for folder in shared:
