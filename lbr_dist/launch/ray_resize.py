@@ -15,7 +15,7 @@ from typing import Any
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from lbr_dist.launch.ray_train import newest_checkpoint
-from lbr_dist.launch.ray_worker import RESUME
+from lbr_dist.launch.ray_worker import RESUME, STARTED, is_ours
 from lbr_dist.training.signals import request_stop, stop_requested
 
 WAIT_S = 300.0
@@ -41,6 +41,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
             self._resume = "auto"  # this attempt's own work
         self._first = False
         (self._attempt / RESUME).write_text(self._resume, encoding="utf-8")
+        (self._attempt / STARTED).write_text("", encoding="utf-8")
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """Workers run from here on."""
@@ -52,9 +53,9 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Let the workers save and stop, if there are any."""
-        if not self._running:
-            return
-        self._running = False
+        running, self._running = self._running, False
+        if not (running and is_ours(self._run_dir, self._attempt)):
+            return  # maybe they still wait for the lock, and the run at work there is another submission's
         reason = f"a resize to {resize_decision.num_workers} workers"
         request_stop(self._run_dir, reason)
         deadline = time.monotonic() + WAIT_S

@@ -24,7 +24,7 @@ from typing import Any
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
-from lbr_dist.launch.ray_worker import STARTED, work
+from lbr_dist.launch.ray_worker import claimed, is_ours, work
 
 MAX_FAILURES = 3
 """Failures in a row without a new checkpoint that a run may recover from."""
@@ -122,8 +122,9 @@ def _attempts(
             return 1
         if newest_checkpoint(run_dir) != before or resume == "never":
             resume = "auto"  # this run's own work
-        if not _wait_for_room(request, where, stop):
-            return EXIT_RUN_AGAIN
+        given_up = _wait_for_room(request, where, stop)
+        if given_up is not None:
+            return given_up
         print(f"restart {failures} of at most {request.max_failures} without progress", file=sys.stderr, flush=True)
 
 
@@ -148,9 +149,9 @@ def _attempt(
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
-        if stop.asked and not (folder / STARTED).exists():
+        if stop.asked and not claimed(folder):
             return EXIT_RUN_AGAIN  # nothing to lose yet, and maybe nobody who would hear it
-        if stop.asked and thread.is_alive() and not stop_requested(run_dir):
+        if stop.asked and thread.is_alive() and is_ours(run_dir, folder) and not stop_requested(run_dir):
             with contextlib.suppress(OSError):
                 request_stop(run_dir, stop.asked)
     result = ended[0]
@@ -174,6 +175,7 @@ def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_
             "allow_change": allow_change,
             "attempt": str(folder),
             "source": f"ray, job {job}",
+            "here": str(Path.cwd()),
         },
         torch_config=TorchConfig(timeout_s=int(recipe.step_timeout) + 600),
         scaling_config=api.ScalingConfig(
@@ -211,25 +213,27 @@ def newest_checkpoint(run_dir: Path) -> tuple[str, int] | None:
     return next(((path.name, found.sequence) for path, found in list_checkpoints(run_dir) if found), None)
 
 
-def _wait_for_room(request: Request, where: str, stop: Stop) -> bool:
-    """Wait until the living nodes have room again; False: asked to stop meanwhile.
+def _wait_for_room(request: Request, where: str, stop: Stop) -> int | None:
+    """Wait until the living nodes have room again, as they had at first.
 
-    Raises:
-        UserError: not within NODE_WAIT_S.
+    Returns:
+        The exit code where that is the end: asked to stop meanwhile, or no room within NODE_WAIT_S, which is no mistake
+        but a fault, that a later start may not find any more.
     """
     deadline, told = time.monotonic() + NODE_WAIT_S, False
     while not stop.asked:
         try:
             check_room(living_nodes(), request.bundle, request.min_workers, where)
-            return True
+            return None
         except UserError as error:
             if time.monotonic() > deadline:
-                raise UserError(f"{error}, and run again (waited {NODE_WAIT_S:g} s)") from None
+                print(f"error: waited {NODE_WAIT_S:g} s for nodes: {error}, and run again", file=sys.stderr, flush=True)
+                return 1
             if not told:
                 print(f"waiting for nodes: {error}", file=sys.stderr, flush=True)
             told = True
         time.sleep(POLL_S)
-    return False
+    return EXIT_RUN_AGAIN
 
 
 def _brief(error: Exception) -> str:

@@ -7,6 +7,7 @@ the driver sorts by its type.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from lbr_dist.environment import Environment
 
 STARTED = "started"
-"""File in the attempt's folder: rank 0 runs."""
+"""File in the attempt's folder: which holder of the run folder's lock rank 0 is; empty until it holds it."""
 RESUME = "resume"
 """File in the attempt's folder: what these workers resume from."""
 
@@ -23,7 +24,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank.
 
     Args:
-        config: `recipe` (a resolved recipe as a mapping), `allow_change`, `attempt` (folder), `source` (for the log).
+        config: `recipe` (a resolved recipe as a mapping), `allow_change`, `attempt` (folder), `source` (for the log),
+            `here` (the driver's working directory: a run that another launcher began may know relative paths).
 
     Returns:
         `step`, `total_steps` and `exit_code` of the outcome.
@@ -32,20 +34,38 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         UserError, ContactLostError: see `train`.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
+    with contextlib.suppress(OSError):  # a folder of the driver's node alone
+        os.chdir(config["here"])
     environment = this_rank(config["source"])
-    if environment.rank == 0:
-        (Path(config["attempt"]) / STARTED).touch()
     from lbr_dist.recipes import parse_recipe
     from lbr_dist.training.run import train
+    from lbr_dist.training.run_lock import holder
 
+    started, run_dir = Path(config["attempt"]) / STARTED, Path(config["recipe"]["output"])
     outcome = train(
         parse_recipe(config["recipe"], "the driver's recipe"),
         resume=(Path(config["attempt"]) / RESUME).read_text(encoding="utf-8"),
         allow_change=config["allow_change"],
         environment=environment,
         on_row=Gauges(config["recipe"]["output"]) if environment.rank == 0 else None,
+        on_claim=lambda: started.write_text(holder(run_dir), encoding="utf-8"),
     )
     return {"step": outcome.step, "total_steps": outcome.total_steps, "exit_code": outcome.exit_code}
+
+
+def claimed(attempt: Path) -> str:
+    """Which holder of the run folder's lock an attempt is; "": it does not hold it yet."""
+    try:
+        return (attempt / STARTED).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def is_ours(run_dir: Path, attempt: Path) -> bool:
+    """Whether the run that is at work in the folder is this attempt's, and a stop request would be for it."""
+    from lbr_dist.training.run_lock import holder
+
+    return bool(claimed(attempt)) and claimed(attempt) == holder(run_dir)
 
 
 def this_rank(source: str) -> Environment:

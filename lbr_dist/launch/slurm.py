@@ -209,7 +209,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--asked", action="store_true")
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    given = parser.parse_args(arguments)
+    for option in ("--resume", "--allow-change"):  # for the run: the scripts give it the same arguments
+        parser.add_argument(option, action="append")
+    given = parser.parse_intermixed_args(arguments)
     try:
         return _run(given)
     except UserError as error:

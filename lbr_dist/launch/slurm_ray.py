@@ -21,9 +21,12 @@ import time
 from collections.abc import Mapping, Sequence
 
 from lbr_dist.environment import detect
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_start import address_towards, keep_to_node_address, start
 
 WAIT_S = 180.0
+LIVED_S = 60.0
+"""A node that ends after so long had started: a start that fails does so sooner."""
 OBJECT_STORE_BYTES = 256 << 20
 """Training moves nothing through Ray's object store but small messages."""
 
@@ -52,31 +55,39 @@ def run_node(ports: Sequence[int]) -> int:
     """Run Ray until the step ends; nodes other than the head wait until it listens.
 
     Ray gives its own processes 20 to 30 s to come up, which is little on a busy node, or where all nodes read Python
-    from one file system at once: a start that fails is tried again, within WAIT_S.
+    from one file system at once: a start that fails is tried again, within WAIT_S. And so is a node that had started
+    and died (its raylet ran out of memory), however late, as long as the head is there: a run waits for its room.
     """
     head = os.environ["RAY_ADDRESS"]
     options = start_options(os.environ, address_towards(head), ports)
+    host, port = head.rsplit(":", 1)
     if detect().rank > 0:
-        host, port = head.rsplit(":", 1)
         _wait_for_port(host, int(port))
     deadline = time.monotonic() + WAIT_S
     while True:
+        began = time.monotonic()
         code = start(options)
-        if code == 0 or time.monotonic() > deadline:
+        ended = time.monotonic()
+        if ended - began > LIVED_S and _answers(host, int(port)):
+            deadline = ended + WAIT_S
+        if code == 0 or ended > deadline:
             return code
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _wait_for_port(host: str, port: int) -> None:
     deadline = time.monotonic() + WAIT_S
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
-        else:
-            return
+    while not _answers(host, port):
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"Ray's head at {host}:{port} did not answer within {WAIT_S:.0f} s: see its log")
+        time.sleep(0.2)
 
 
 def wait_for_nodes(count: int) -> bool:
@@ -105,10 +116,14 @@ def wait_for_nodes(count: int) -> bool:
 def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
     command, *numbers = arguments
-    if command == "node":
-        return run_node([int(number) for number in numbers])
-    keep_to_node_address()
-    return 0 if wait_for_nodes(int(numbers[0])) else 1
+    try:
+        if command == "node":
+            return run_node([int(number) for number in numbers])
+        keep_to_node_address()
+        return 0 if wait_for_nodes(int(numbers[0])) else 1
+    except (UserError, ConnectionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":

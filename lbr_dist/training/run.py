@@ -66,6 +66,7 @@ def train(
     allow_change: Sequence[str] = (),
     environment: Environment | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
+    on_claim: Callable[[], object] | None = None,
 ) -> Outcome:
     """Run a recipe from where its run folder stands to its end. Called alike on every rank.
 
@@ -76,6 +77,7 @@ def train(
         allow_change: recipe fields, or sections, that may differ from the run that is resumed.
         environment: this rank; default: what the environment variables say.
         on_row: gets each logged row of metrics too, on rank 0.
+        on_claim: called on rank 0 when the run folder is this run's: its lock is held, and a stop request is for it.
 
     Raises:
         UserError: something cannot work, or a loss is not finite; the message names it.
@@ -95,7 +97,7 @@ def train(
     with _full_disk_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir) as lock:
         from lbr_dist.training.session import start
 
-        session = start(job, resume, lock, on_row)
+        session = start(job, resume, lock, on_row, on_claim)
         log.info("ready after %s", tracking.duration(time.monotonic() - began))
         try:
             return _Loop(session, stop, watchdog).run()

@@ -62,6 +62,10 @@ SET_PATH = re.compile(r"data\.sets\.\d+\.path")
 """Harmless too: sets are compared by their content when a checkpoint is chosen, wherever they have moved."""
 
 
+FOLDERS = ("model.path", "model.start_from")
+"""The same where they are the same folder: Ray's drivers make them absolute, other launchers leave them as they are."""
+
+
 def has_run(folder: Path) -> bool:
     """Whether a run has claimed the folder."""
     return (folder / RECIPE).is_file()
@@ -104,7 +108,11 @@ def check_same(folder: Path, recipe: Recipe, allow_change: Sequence[str] = ()) -
     Raises:
         UserError: it is another run; the differing fields are named.
     """
-    changed = differences(load_run_recipe(folder), recipe)
+    changed = {
+        field: (old, new)
+        for field, (old, new) in differences(load_run_recipe(folder), recipe).items()
+        if not (field in FOLDERS and old and new and _same_folder(old, new))
+    }
     refused = {
         field: pair
         for field, pair in changed.items()
@@ -165,6 +173,10 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
         for field in sorted({*before, *after})
         if before.get(field) != after.get(field)
     }
+
+
+def _same_folder(old: str, new: str) -> bool:
+    return Path(new).exists() and Path(old).resolve() == Path(new).resolve()
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,14 @@ GONE_S = 180.0
 """Without a sign of life for so long, a holder on another machine is gone."""
 
 
+def holder(folder: Path) -> str:
+    """Who holds, or held last, the lock of a run folder; "" where nobody ever did."""
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
 class RunLock:
     """Context that gives the lock back, if `take` was called."""
 
@@ -96,6 +104,7 @@ class RunLock:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        os.fsync(file.fileno())  # other machines ask `holder`
         self._file = file
         return True
 

@@ -79,8 +79,14 @@ class Session:
         self.engine.destroy()
 
 
-def start(job: Job, resume: str, lock: RunLock, on_row: Callable[[dict[str, Any]], None] | None = None) -> Session:
-    """Bring the run to where it goes on; `on_row` gets each row of metrics, on rank 0. Collective.
+def start(
+    job: Job,
+    resume: str,
+    lock: RunLock,
+    on_row: Callable[[dict[str, Any]], None] | None = None,
+    on_claim: Callable[[], object] | None = None,
+) -> Session:
+    """Bring the run to where it goes on; `on_row` and `on_claim` as for `train`. Collective.
 
     Raises:
         UserError: a damaged set, checkpoint or model, a checkpoint of another run, or a run folder that is in use.
@@ -89,6 +95,7 @@ def start(job: Job, resume: str, lock: RunLock, on_row: Callable[[dict[str, Any]
     device = start_distributed(environment, recipe.step_timeout + 600)
     on_rank_zero(lock.take)
     on_rank_zero(lambda: request_stop(Path(recipe.output), ""))  # what was asked of an earlier start
+    on_rank_zero(on_claim or (lambda: None))
     on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: _prepare(job, resume))
     on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))

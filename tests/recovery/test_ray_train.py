@@ -160,6 +160,22 @@ def test_a_killed_worker_a_signal_and_no_secret_written(tmp_path: Path, raw: dic
         assert torch.equal(weight, weights[name]), name
 
 
+def test_a_second_submission_that_is_stopped_leaves_the_first_alone(tmp_path: Path, raw: dict[str, Any]) -> None:
+    first_run = {**raw, "output": str(tmp_path / "run"), "duration": {"steps": 12}, "tracking": {}}
+    with Driver(tmp_path, first_run) as first:
+        first.until(lambda: len(first.rows()) >= 3)
+        workers = first.workers()
+        for worker in workers:
+            worker.suspend()
+        with Driver(tmp_path, first_run) as second:
+            second.until(lambda: "is at work there; waiting" in (second.run / "log.txt").read_text())
+            second.signal(signal.SIGTERM)
+            assert second.wait() == EXIT_RUN_AGAIN, second.output()
+        for worker in workers:
+            worker.resume()
+        assert first.wait() == 0, first.output()
+
+
 def audit_starts(run: Path) -> int:
     file = run / "audit" / "rank-0.jsonl"
     return file.read_text().count('"start"') if file.is_file() else 0

@@ -136,7 +136,7 @@ def test_command_line(
     assert len(capsys.readouterr().out.split()) == 3
     assert main(["end", "--code", "75", "--asked", str(file)]) == 0
     assert capsys.readouterr().out == "requeue\n"
-    assert main(["output", str(file), "output=elsewhere"]) == 0
+    assert main(["output", str(file), "--allow-change", "optim.lr", "output=elsewhere", "--resume=auto"]) == 0
     assert main(["evaluated", str(file)]) == 0
     assert capsys.readouterr().out == "elsewhere\nd\n"
 

@@ -1,0 +1,55 @@
+"""Which changed recipes may go on with a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.launch import ray_stage
+from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.run_folder import check_same, claim
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a model and a run to start from."""
+    for folder in ("base", "other", "stage1"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipe(model: str = "base", **more: Any) -> Recipe:
+    raw = {
+        "stage": "contrastive",
+        "output": "run",
+        "model": {"path": model, "start_from": "stage1"},
+        "data": {"sets": [{"path": "d"}]},
+        "batch": {"global_batch": 2},
+        "duration": {"steps": 1},
+    }
+    return parse_recipe({**raw, **more}, "test")
+
+
+def test_a_run_goes_on_under_another_launcher(place: Path) -> None:
+    """Ray's drivers make paths absolute; the others leave them relative to the folder they are started in."""
+    ray = ray_stage.absolute(recipe(), place)
+    assert ray.model.path == str(place / "base")
+    claim(recipe())
+    assert check_same(place / "run", ray) == []
+    claim(ray)
+    assert check_same(place / "run", recipe()) == []
+
+
+@pytest.mark.parametrize("model", ["other", "org/base", "nowhere/base"])
+def test_another_model_is_refused(place: Path, model: str) -> None:
+    claim(recipe())
+    with pytest.raises(UserError, match=r"model\.path was 'base' and is"):
+        check_same(place / "run", recipe(model))
+    claim(recipe(model))
+    with pytest.raises(UserError, match=rf"model\.path was '{model}' and is"):
+        check_same(place / "run", ray_stage.absolute(recipe(), place))
