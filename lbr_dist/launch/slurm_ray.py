@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lbr_dist.environment import detect
 from lbr_dist.errors import EXIT_USER_ERROR, UserError
@@ -27,6 +28,8 @@ from lbr_dist.launch.ray_start import address_towards, keep_to_node_address, sta
 WAIT_S = 180.0
 LIVED_S = 60.0
 """A node that ends after so long had started: a start that fails does so sooner."""
+SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+"""The longest path, with the longest process id, that Ray makes in its folder; a socket's may have 107 bytes in all."""
 OBJECT_STORE_BYTES = 256 << 20
 """Training moves nothing through Ray's object store but small messages."""
 
@@ -48,7 +51,23 @@ def start_options(environ: Mapping[str, str], address: str, ports: Sequence[int]
         return [*options, f"--address={environ['RAY_ADDRESS']}"]
     options += ["--head", f"--port={gcs}", f"--ray-client-server-port={client}"]
     options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    return [*options, f"--temp-dir={environ['LBR_RAY_FOLDER']}"]
+    return [*options, f"--temp-dir={temp_folder(environ)}"]
+
+
+def temp_folder(environ: Mapping[str, str]) -> Path:
+    """Ray's folder on every node, which it opens to all: in one that only this user may enter.
+
+    Raises:
+        UserError: its path is too long for Ray's sockets.
+    """
+    folder = Path(environ["LBR_RAY_FOLDER"]) / "r"
+    over = len(os.fsencode(f"{folder}{SOCKET}")) - 107
+    if over > 0:
+        raise UserError(
+            f"LBR_SCRATCH: the path {folder.parent} is {over} characters too long for Ray's sockets: name a folder "
+            "with a shorter one (slurm/site.env), or use another LAUNCHER"
+        )
+    return folder
 
 
 def run_node(ports: Sequence[int]) -> int:
@@ -117,7 +136,12 @@ def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
     command, *numbers = arguments
     try:
+        folder = temp_folder(os.environ).parent
         if command == "node":
+            try:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"LBR_SCRATCH: {folder} cannot be made ({error.strerror}): name another") from None
             return run_node([int(number) for number in numbers])
         keep_to_node_address()
         return 0 if wait_for_nodes(int(numbers[0])) else 1

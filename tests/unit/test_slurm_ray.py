@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +22,11 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
             monkeypatch.setenv(f"SLURM_{name}", value)
         for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
             monkeypatch.delenv(name, raising=False)
-        yield server
+        with tempfile.TemporaryDirectory(dir="/tmp") as scratch:
+            monkeypatch.setenv("LBR_RAY_FOLDER", f"{scratch}/ray-7-0")
+            yield server
+            made = Path(scratch) / "ray-7-0"
+            assert not made.exists() or made.stat().st_mode & 0o777 == 0o700
 
 
 class Clock:
@@ -71,3 +77,14 @@ def test_a_head_that_never_answers_is_one_line(
     monkeypatch.setattr(slurm_ray, "WAIT_S", 0.1)
     assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 1
     assert capsys.readouterr().err == "error: Ray's head at 127.0.0.1:1 did not answer within 0 s: see its log\n"
+
+
+@pytest.mark.usefixtures("head")
+@pytest.mark.parametrize("command", [["node", "1", "2", "3", "4"], ["wait", "2"]])
+def test_a_folder_that_is_no_place_for_sockets_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """And found before Ray tries it for three minutes."""
+    monkeypatch.setenv("LBR_RAY_FOLDER", f"/scratch/{'long/' * 9}ray-7-0")
+    assert slurm_ray.main(command) == 2
+    assert "characters too long for Ray's sockets: name a folder with a shorter one" in capsys.readouterr().err

@@ -207,6 +207,10 @@ def test_ray_takes_no_fixed_port_and_shows_its_dashboard_to_its_own_node_only() 
     head = start_options(environ, "10.0.0.1", [20112, 20113, 20114, 20115])
     assert {"--head", "--port=20112", "--dashboard-host=127.0.0.1", "--dashboard-port=20113", "--num-gpus=8",
             "--ray-client-server-port=20114", "--node-ip-address=10.0.0.1"} <= set(head)  # fmt: skip
+    assert "--temp-dir=/scratch/ray-7-0/r" in head
+    long = environ | {"LBR_RAY_FOLDER": "/local/scratch/of/a/user/with/a/name/ray-12345678-0"}
+    with pytest.raises(UserError, match=r"LBR_SCRATCH: the path /local.* is 10 characters too long for Ray's sockets"):
+        start_options(long, "10.0.0.1", [20112, 20113, 20114, 20115])
     worker = start_options({**environ, "SLURM_PROCID": "1"}, "10.0.0.2", [20112, 20113, 20114, 20115])
     assert {"--address=10.0.0.1:20112", "--min-worker-port=0", "--dashboard-agent-listen-port=20115"} <= set(worker)
     assert "--head" not in worker
