@@ -77,6 +77,11 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
                 f"RAY_ADDRESS {address}: no cluster answers there, or not to this token ({_first_line(error)}): "
                 f"{TOKEN}; start a cluster, or unset RAY_ADDRESS for one on this machine"
             ) from None
+        except RuntimeError as error:
+            if "mismatch" not in str(error).lower():
+                raise
+            versions = " ".join(str(error).split())
+            raise UserError(f"RAY_ADDRESS {address}: the cluster has another Ray or Python: {versions}") from None
         try:
             yield f"the cluster at {address}" if address else "this machine"
         finally:

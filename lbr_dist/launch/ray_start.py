@@ -19,10 +19,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from lbr_dist.errors import UserError
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_cluster import ALONE, TOKEN, token_given
 
 SOURCE = Path(__file__).with_name("ray_listen.c")
@@ -57,6 +58,16 @@ def start(options: Sequence[str]) -> int:
         raise UserError(f"--node-ip-address={address}: set {ALONE}=0 here and for drivers: else Ray takes another")
     environ.pop("RAY_ADDRESS", None)  # `ray start` refuses to start a head where one is named
     return subprocess.call(command, env={**environ, **listening_on(address, environ)})
+
+
+def run_driver(main: Callable[[], int]) -> NoReturn:
+    """A driver's whole program: `main` with its ports where they belong; its result is the exit code."""
+    try:
+        keep_to_node_address()
+    except UserError as error:
+        print(f"error: RAY_ADDRESS {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(main())
 
 
 def keep_to_node_address() -> None:
