@@ -7,6 +7,7 @@ part. Blocks depend on the input alone, so it does not matter which process embe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lbr_dist.errors import UserError
+from lbr_dist.disk import sync
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Encoder, Side
@@ -84,6 +85,8 @@ class EncodeBlock:
         Raises:
             UserError: the model cannot be loaded, or gives a vector that is not finite (the text's id is named).
         """
+        from lbr_dist.evaluation.encoder import check_finite
+
         if not block.texts:
             return EncodedBlock(block.number, len(block.ids), True, 0)
         if self._encoder is None:
@@ -92,10 +95,7 @@ class EncodeBlock:
             self._encoder = load_encoder(self._model, self._device)
         before = self._encoder.cut
         vectors_ND = self._encoder.encode(block.texts, self._side)
-        finite_N = np.isfinite(vectors_ND).all(1)
-        if not finite_N.all():
-            first = block.ids[int(np.argmin(finite_N))]
-            raise UserError(f"model {self._model}: its embedding of {first} is not finite: the model is damaged")
+        check_finite(vectors_ND, block.ids, self._model)
         _write_part(part_file(self._parts, block.number), block.ids, vectors_ND)
         return EncodedBlock(block.number, len(block.ids), False, self._encoder.cut - before)
 
@@ -117,6 +117,10 @@ def part_vectors(part: pa.Table) -> np.ndarray:
 def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray) -> None:
     flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
-    temporary = file.with_suffix(".tmp")
-    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": column}), temporary)
-    temporary.replace(file)
+    temporary = file.with_suffix(f".{os.urandom(4).hex()}.tmp")  # two nodes may have been given the block
+    try:
+        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": column}), temporary)
+        sync(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

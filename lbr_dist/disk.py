@@ -1,9 +1,25 @@
-"""Forcing what was written to disk: for everyone who publishes a file or a folder by renaming it."""
+"""Writing to disk: for everyone who publishes a file or a folder by renaming it."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import logging
 import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from lbr_dist.errors import UserError
+
+log = logging.getLogger("lbr")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk that takes no more, whatever is written."""
 
 
 def sync(path: Path) -> None:
@@ -11,5 +27,113 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_mount(place: Path) -> bool:
+    """Whether something is mounted at a folder; os.path.ismount does not see what containers bind there."""
+    if os.path.ismount(place):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return False
+    mounted = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines)
+    return str(place) in mounted
+
+
+def usable_folder(folder: Path, what: str) -> None:
+    """Make a folder for files that are written at the end; whether it can be written is found out now.
+
+    Raises:
+        UserError: it cannot, or it is a file; `what` names it in the message.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise UserError(f"{what}: it is a file; give a folder") from None
+    except OSError as error:
+        raise UserError(f"{what}: cannot be written ({error.strerror}); give another folder") from None
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, what: str) -> Iterator[Path]:
+    """A folder beside `out` to write into, which becomes `out` at the end and is removed if anything fails.
+
+    Raises:
+        UserError: `out` is a file, holds something, or cannot be made; or the disk is full. `what` names it.
+    """
+    try:
+        place = out.resolve()
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{what}: it is a file; choose another name")
+        if place.is_dir() and any(place.iterdir()):
+            raise UserError(f"{what}: it exists and is not empty; choose another folder or remove it")
+        if is_mount(place) or Path.cwd().is_relative_to(place):
+            raise UserError(f"{what}: it is the current folder, holds it, or is a mount; name a folder to make in it")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{what}: cannot be made ({reason}); choose another folder") from None
+    try:
+        with room(what, "nothing was left behind; free space, or choose a folder on another disk"):
+            temporary.chmod(0o755)
+            yield temporary
+            try:
+                temporary.rename(place)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                raise UserError(f"{what}: something else was written there meanwhile; choose another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def room(what: str, remedy: str) -> Iterator[None]:
+    """Turn a full or read-only disk into an error of the user.
+
+    Raises:
+        UserError: with what was to be written, and what to do.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{what}: {os.strerror(error.errno)}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold a lock on `folder` (flock on a file in it), which ends with the process, however it ends.
+
+    Where the file system has no locks, a warning says so.
+
+    Raises:
+        UserError: another process holds it.
+        OSError: the file cannot be made.
+    """
+    file = folder / "lock"
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(descriptor), file.stat())  # else its holder removed the folder just now
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            held = False
+        except OSError as error:
+            log.warning("%s: no lock to be had (%s): see to it that no two commands use the folder", file, error)
+            held = True
+        if not held:
+            holder = os.pread(descriptor, 300, 0).decode("utf-8", "replace").strip() or "another process"
+            raise UserError(f"{what}: {holder} is writing it: wait for its end or stop it, or choose another output")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
     finally:
         os.close(descriptor)

@@ -6,6 +6,7 @@ the parts become one file, which appears by a rename: an output that exists is c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,13 +18,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import xxhash
 
-from lbr_dist.blocks import BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
+from lbr_dist.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
 from lbr_dist.data.execute import Executor, current
+from lbr_dist.disk import locked, room, sync
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Side
+
+VERSION = 2
+"""Raised when the same input and settings give other blocks, ids or texts: parts of two versions are not joined."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ def encode_file(
 
     Args:
         model: as in `lbr_dist.loading.load_encoder`.
-        source: JSONL (also .gz, .zst), Parquet or plain text (a text per line).
+        source: a file that `lbr prepare` reads: JSONL, CSV, Parquet, text (a text per line) ..., also compressed.
         out: Parquet file to make, with the columns `id` (the row's own, or its number) and `embedding` (float32 list of
             fixed size, unit length), in the order of the input.
         side: query or passage: which instruction the texts get.
@@ -64,34 +69,36 @@ def encode_file(
         executor: where blocks are embedded; default: the current one.
 
     Raises:
-        UserError: no such file or field, a row without a text (its line is named), `out` exists, or the parts beside it
-            belong to another input, model or setting.
+        UserError: no such file or field, a damaged file, a row without a text (its line is named), an input that is
+            changed while it is read, an `out` that exists or is being written by another process, parts beside it of
+            another input, model or setting, or a full disk (finished parts are kept for the next attempt).
     """
-    from lbr_dist.loading import model_fingerprint
+    from lbr_dist.loading import model_fingerprint, pinned
 
     source, out = Path(source), Path(out)
-    if out.exists():
-        raise UserError(f"encode: {out} exists already; remove it, or name another file")
+    _check_absent(out)
     read_texts(source, side, field)
-    parts = out.absolute().with_name(f"{out.name}.parts")
+    model = pinned(model)  # a run in training may have another checkpoint by the next block
     job = {
+        "version": VERSION,
         "model": model_fingerprint(model),
         "input": _fingerprint(source),
         "side": side,
         "field": field,
-        "block": block,
+        "block": [block, BLOCK_CHARACTERS],
     }
-    _open_parts(parts, job, out)
-    read = partial(_blocks, side=side, field=field, parts=parts, most=block)
     resumed = total = count = cut = 0
-    with _Bar(progress, source) as advance:
+    with _open_parts(out, job) as parts, _Bar(progress, source) as advance:
+        read = partial(_blocks, side=side, field=field, parts=parts, most=block)
         work = EncodeBlock(model, side, parts, device)
         for done in (executor or current()).stream([source.absolute()], read, work, model=True):
             resumed += done.texts * done.resumed
             total, count, cut = total + done.texts, count + 1, cut + done.cut
             advance(done.texts)
-    width = _join([part_file(parts, number) for number in range(1, count + 1)], out)
-    shutil.rmtree(parts)
+        if _fingerprint(source) != job["input"]:
+            shutil.rmtree(parts)
+            raise UserError(f"{source}: was changed while it was read; encode it again")
+        width = _join([part_file(parts, number) for number in range(1, count + 1)], parts / "joined.tmp", out)
     return EncodeReport(total, resumed, cut, width)
 
 
@@ -99,11 +106,40 @@ def _blocks(source: Path, *, side: Side, field: str | None, parts: Path, most: i
     return text_blocks(read_texts(source, side, field), parts, most)
 
 
-def _open_parts(parts: Path, job: dict[str, Any], out: Path) -> None:
-    """Make the folder of parts, or check that the one that is there is of the same job."""
+def _check_absent(out: Path) -> None:
+    try:
+        if out.exists():
+            raise UserError(f"encode: {out} exists already; remove it, or name another file")
+    except OSError as error:
+        raise UserError(f"encode: {out} cannot be made ({error.strerror}); name another file") from None
+
+
+@contextlib.contextmanager
+def _open_parts(out: Path, job: dict[str, Any]) -> Iterator[Path]:
+    """The folder of parts, of this job and for this process alone; removed at the end, or where it holds no part."""
+    parts = out.absolute().with_name(f"{out.name}.parts")
+    with contextlib.ExitStack() as held:
+        try:
+            parts.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(parts, f"encode: {parts}"))
+            held.callback(_remove_unless_begun, parts)
+            _check_absent(out)  # another process may have finished it since
+            _check_job(parts, job, out)
+        except OSError as error:
+            raise UserError(f"encode: {parts}: cannot be written ({error.strerror}); name another output") from None
+        with room(f"encode: {out}", f"free space and repeat the command: finished parts, if any, are kept in {parts}"):
+            yield parts
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _check_job(parts: Path, job: dict[str, Any], out: Path) -> None:
+    """Take the folder for `job`, or check that the parts in it are of the same one."""
     description = parts / "job.json"
-    if description.is_file():
-        known = json.loads(description.read_text(encoding="utf-8"))
+    if _finished(parts):
+        try:
+            known = json.loads(description.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = {}
         changed = [name for name in job if known.get(name) != job[name]]
         if changed:
             raise UserError(
@@ -111,19 +147,31 @@ def _open_parts(parts: Path, job: dict[str, Any], out: Path) -> None:
                 f"start {out.name} anew, or repeat the earlier command to finish it"
             )
         return
-    parts.mkdir(parents=True, exist_ok=True)
     temporary = parts / "job.tmp"
     temporary.write_text(json.dumps(job), encoding="utf-8")
     temporary.replace(description)
 
 
-def _join(parts: list[Path], out: Path) -> int:
+def _remove_unless_begun(parts: Path) -> None:
+    if not _finished(parts):
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _finished(parts: Path) -> list[Path]:
+    return list(parts.glob("[0-9]*.parquet"))
+
+
+def _join(parts: list[Path], temporary: Path, out: Path) -> int:
     """One file of all parts, a row group each; returns the width of a vector."""
-    temporary = out.with_name(f".{out.name}.tmp")
     schema = pq.read_schema(parts[0])
-    with pq.ParquetWriter(temporary, schema) as writer:
-        for part in parts:
-            writer.write_table(pq.read_table(part))
+    try:
+        with pq.ParquetWriter(temporary, schema) as writer:
+            for part in parts:
+                writer.write_table(pq.read_table(part))
+        sync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(out)
     return schema.field("embedding").type.list_size
 

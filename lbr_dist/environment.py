@@ -83,7 +83,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
     world = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
-    address = environ.get("MASTER_ADDR") or first_host(nodes)
+    address = environ.get("MASTER_ADDR", first_host(nodes))
     port = environ.get("MASTER_PORT", str(20_000 + _number(environ, "SLURM_JOB_ID") % 20_000))
     return Environment(
         _number(environ, "SLURM_PROCID"),
@@ -96,13 +96,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
 
 
 def first_host(nodes: str) -> str:
-    """First host of a Slurm node list: `gpu[03-07,9],login` gives `gpu03`."""
-    from lbr_dist.launch.slurm_nodes import expand
-
-    try:
-        return expand(nodes)[0]
-    except (UserError, IndexError):
-        raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR") from None
+    """First host of a Slurm node list: `gpu[03-07,9]x[1-2],login` gives `gpu03x1`."""
+    match = re.match(r"(?:[^\[\],]|\[\d[\d,-]*\])+", nodes)
+    if not match:
+        raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match.group())
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

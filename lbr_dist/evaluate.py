@@ -7,6 +7,8 @@ with them, and the separation ratio is computed from the same ones.
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from lbr_dist.data.sources import printable
+from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 
+log = logging.getLogger("lbr")
+
 FORMAT = 1
+UNFINISHED = "eval.unfinished.json"
+"""What was measured before a model failed; `lbr report` reads it."""
+NO_WRONG_PASSAGE = "SR and AUC are left out: every passage answers every question, so there is no wrong one."
 
 
 def evaluate(
@@ -46,19 +55,32 @@ def evaluate(
         progress: bars on a terminal.
 
     Returns:
-        What `eval.json` holds: `data`, and per model `name`, `model`, `retrieval` (mteb's scores), `separation`,
-        `generation`, `tasks`, `cut` (texts that were too long) and `seconds`.
+        What `eval.json` holds: `data`, per model `name`, `model`, `retrieval` (mteb's scores), `separation`,
+        `generation`, `tasks`, `cut` (texts that were too long) and `seconds`, and `notes` where there is one.
 
     Raises:
-        UserError: a model, the set or a task cannot be loaded; `out` is a file. Task names are checked first.
+        UserError: a number out of range, a model, a device, the set or a task that cannot be had, or an `out` that
+            cannot be written. What can be checked without loading a model is checked first.
     """
-    from lbr_dist.evaluation.retrieval import named_task
+    from lbr_dist.evaluation.retrieval import check_data, named_task
+    from lbr_dist.loading import check_spec
+    from lbr_dist.model.plain import usable_device
 
     out = Path(out)
+    for flag, number, least in (("hardest", hardest, 1), ("generate", generate, 0), ("distractors", distractors, 0)):
+        if number < least:
+            raise UserError(f"--{flag} {number}: expected at least {least}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; give a folder")
     held_out = load_held_out(data, distractors=distractors)
     further = {name: named_task(name) for name in tasks}
+    for spec in models:
+        if spec != "bm25":
+            check_spec(spec)
+    for task in further.values():
+        check_data(task)
+    device = usable_device(device)
+    usable_folder(out, f"--out {out}")
     results: dict[str, Any] = {
         "format": FORMAT,
         "data": {
@@ -70,9 +92,23 @@ def evaluate(
         },
         "models": [],
     }
+    if all(len(rows) == len(held_out.passages) for rows in held_out.positives):
+        results["notes"] = [NO_WRONG_PASSAGE]
     for spec in models:
-        results["models"].append(_evaluate_one(spec, held_out, further, generate, hardest, device, progress))
-    write_results(results, out)
+        try:
+            results["models"].append(_evaluate_one(spec, held_out, further, generate, hardest, device, progress))
+        except BaseException:
+            if results["models"]:
+                _write_json(results, out / UNFINISHED)
+                log.warning("%s: holds the models that were measured before %s", out / UNFINISHED, spec)
+            raise
+    try:
+        write_results(results, out)
+        (out / UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        place = Path(tempfile.mkdtemp(prefix="lbr-eval-"))
+        _write_json(results, place / "eval.json")
+        raise UserError(f"--out {out}: {error.strerror}; the results lie in {place}/eval.json") from error
     return results
 
 
@@ -88,15 +124,23 @@ def default_out(models: Sequence[str]) -> Path:
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
-    """Write an evaluation as JSON, Markdown and PNG."""
+    """Write an evaluation as JSON, Markdown and PNG; the numbers first, which a failing picture must not cost."""
     from lbr_dist.evaluation.report import markdown_table, plot
 
     out.mkdir(parents=True, exist_ok=True)
-    plot(results, out / "eval.png")
+    _write_json(results, out / "eval.json")
     (out / "eval.md").write_text(markdown_table(results) + "\n", encoding="utf-8")
-    temporary = out / ".eval.json.tmp"
-    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(out / "eval.json")
+    plot(results, out / "eval.png")
+
+
+def _write_json(results: dict[str, Any], file: Path) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _evaluate_one(
@@ -125,14 +169,13 @@ def _evaluate_one(
         return {**scores, "seconds": clock.laps}
     encoder = load_encoder(spec, device)
     clock.lap("load")
-    scores = {"name": encoder.name, "model": spec}
+    scores = {"name": printable(encoder.name), "model": printable(spec)}
     wrapped = MtebEncoder(encoder, keep=True, progress=progress)
     scores["retrieval"] = retrieval_scores(wrapped, held_out_task(data))
     clock.lap("retrieval")
     queries_QD, passages_PD = (np.concatenate(wrapped.vectors[side]) for side in ("query", "passage"))
-    if len(data.passages) > 1:
-        figures = separation(queries_QD, passages_PD, data.positives, hardest)
-        scores["separation"] = {name: value for name, value in figures.items() if np.isfinite(value)}
+    figures = separation(queries_QD, passages_PD, data.positives, hardest)
+    scores["separation"] = {name: value for name, value in figures.items() if np.isfinite(value)}
     clock.lap("separation")
     scores["cut"] = encoder.cut
     if generate and isinstance(encoder, PackedEncoder):

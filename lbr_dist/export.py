@@ -7,15 +7,15 @@ exists is an export that agrees; what a tokenizer of some family does differentl
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lbr_dist.config import Recipe
+from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
+from lbr_dist.evaluation.report import read_evaluation
 from lbr_dist.recipes import save_recipe
 
 if TYPE_CHECKING:
@@ -65,21 +65,25 @@ def export(
         `out`.
 
     Raises:
-        UserError: `out` holds something, the run has no checkpoint, its number of bottleneck tokens varies and `tokens`
-            does not say how many, or the check finds a text whose vector differs.
+        UserError: `out` holds something or cannot be made, `scores` is no evaluation, the run has no checkpoint, its
+            number of bottleneck tokens varies and `tokens` does not say how many, or the check finds a text whose
+            vector differs.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"export to {out}: it exists and is not empty; choose another folder or remove it")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.absolute().parent))
-    try:
-        temporary.chmod(0o755)
-        _write(run, temporary, out.name, tokens, dtype, scores, check)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    evaluation = _evaluation(run, scores)
+    with new_folder(out, f"export to {out}") as folder:
+        _write(run, folder, out.resolve().name, tokens, dtype, evaluation, check)
     return out
+
+
+def _evaluation(run: str | Path, scores: str | Path | None) -> dict[str, Any] | None:
+    """The evaluation for the model card."""
+    if scores is not None:
+        if not Path(scores).is_file():
+            raise UserError(f"--scores {scores}: no such file; give the eval.json that `lbr eval` wrote")
+        return read_evaluation(Path(scores), f"--scores {scores}")
+    own = Path(run) / "eval" / "eval.json"
+    return read_evaluation(own, f"{own} (for the model card; --scores names another)") if own.is_file() else None
 
 
 def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
@@ -122,7 +126,7 @@ def _write(
     name: str,
     tokens: int | None,
     dtype: Literal["float32", "bfloat16"],
-    scores: str | Path | None,
+    evaluation: dict[str, Any] | None,
     check: bool,
 ) -> None:
     from lbr_dist.evaluation.encoder import pooling_of
@@ -146,16 +150,13 @@ def _write(
     save_recipe(recipe, folder / "lbr_recipe.yaml")
     del loaded.model, backbone
     agreement = _check(folder, reference, COSINE[dtype]) if reference is not None else None
-    found = Path(scores) if scores is not None else Path(run) / "eval" / "eval.json"
-    if scores is not None and not found.is_file():
-        raise UserError(f"--scores {scores}: no such file; give the eval.json that `lbr eval` wrote")
     card = model_card(
         name,
         recipe,
         tokens=count,
         dtype=dtype,
         agreement=agreement,
-        scores=found if found.is_file() else None,
+        evaluation=evaluation,
         checkpoint=loaded.checkpoint.name,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import parse_qsl
 
 import xxhash
@@ -102,23 +102,62 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
         device: default: CUDA where there is one.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or there is no such device.
     """
-    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, TruncatedEncoder, default_device
+    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, TruncatedEncoder
+    from lbr_dist.model.plain import usable_device
 
-    device = device or default_device()
+    device = usable_device(device)
     spec, dim = split_dim(spec)
     if dim is not None:
         return TruncatedEncoder(load_encoder(spec, device), dim)
-    if spec == "bm25":
-        raise UserError("model bm25: it has no embeddings; it can only be evaluated on retrieval (`lbr eval bm25`)")
+    check_spec(spec)
     if spec.startswith("hf:"):
         return _hf_encoder(spec, device)
     if is_run(spec):
         return load_run(spec, device).encoder()
-    if (Path(spec) / "config.json").is_file() and not (Path(spec) / "modules.json").is_file():
-        raise UserError(f"model {spec}: a plain model folder has no pooling of its own; say hf:{spec}?pooling=mean")
     return SentenceTransformerEncoder(spec, device)
+
+
+def pinned(spec: str) -> str:
+    """A specification that goes on meaning the same model: a run becomes its newest verified checkpoint.
+
+    Raises:
+        UserError: the run has none.
+    """
+    path, dim = split_dim(spec)
+    if not is_run(path):
+        return spec
+    from lbr_dist.training.checkpoint_format import resolve
+
+    checkpoint = str(resolve(path))
+    return checkpoint if dim is None else f"{checkpoint}?dim={dim}"
+
+
+def check_spec(spec: str) -> None:
+    """Find out what is wrong with a specification as far as that takes no loading.
+
+    Raises:
+        UserError: options that do not exist, a run without a complete checkpoint, or a folder that is not there. A name
+            that may be one of the hub is left to `load_encoder`.
+    """
+    path, _ = split_dim(spec)
+    if path == "bm25":
+        raise UserError(f"model {spec}: it has no embeddings; it can only be evaluated on retrieval (`lbr eval bm25`)")
+    if path.startswith("hf:"):
+        path = _hf_options(path)[0]
+    elif is_run(path):
+        from lbr_dist.training.checkpoint_format import resolve
+
+        resolve(path, deep=False)
+        return
+    folder = Path(path)
+    if not folder.is_dir() and (folder.is_absolute() or (len(folder.parts) > 1 and folder.parent.is_dir())):
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise UserError(f"model {spec}: not a run, an export or a sentence-transformers model ({problem})")
+    plain = (folder / "config.json").is_file() and not (folder / "modules.json").is_file()
+    if plain and not spec.startswith("hf:"):
+        raise UserError(f"model {spec}: a plain model folder has no pooling of its own; say hf:{spec}?pooling=mean")
 
 
 def split_dim(spec: str) -> tuple[str, int | None]:
@@ -130,7 +169,7 @@ def split_dim(spec: str) -> tuple[str, int | None]:
     found = re.search(r"[?&]dim=([^&]*)$", spec)
     if found is None:
         return spec, None
-    if not found[1].isdigit() or int(found[1]) == 0:
+    if not found[1].isdecimal() or int(found[1]) == 0:
         raise UserError(f"model {spec}: dim={found[1]} is not a number of dimensions")
     return spec[: found.start()], int(found[1])
 
@@ -169,13 +208,19 @@ def _check_surprisal_model(checkpoint: Path, path: str) -> None:
 def _hf_encoder(spec: str, device: str) -> Encoder:
     from lbr_dist.evaluation.encoder import PaddedEncoder
 
+    path, pooling, max_tokens = _hf_options(spec)
+    return PaddedEncoder(path, pooling, max_tokens, device)
+
+
+def _hf_options(spec: str) -> tuple[str, Literal["mean", "last"], int]:
+    """Path, pooling and longest text of an hf: specification."""
     path, _, query = spec.removeprefix("hf:").partition("?")
     options = dict(parse_qsl(query))
     pooling = options.pop("pooling", "mean")
     max_tokens = options.pop("max_tokens", str(HF_MAX_TOKENS))
-    if options or pooling not in ("mean", "last") or not max_tokens.isdigit() or int(max_tokens) == 0:
+    if options or pooling not in ("mean", "last") or not max_tokens.isdecimal() or int(max_tokens) == 0:
         raise UserError(f"model {spec}: expected hf:PATH?pooling=mean or pooling=last, and optionally &max_tokens=N")
-    return PaddedEncoder(path, "mean" if pooling == "mean" else "last", int(max_tokens), device)
+    return path, "mean" if pooling == "mean" else "last", int(max_tokens)
 
 
 def _run_name(path: Path, recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ killed goes on at the first missing block.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,10 +20,11 @@ import numpy as np
 import xxhash
 
 from lbr_dist.blocks import BLOCK_TEXTS
-from lbr_dist.data.execute import Executor, current
+from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
+from lbr_dist.data.sources import printable
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose
@@ -97,7 +99,8 @@ def mine(
     Raises:
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else.
     """
-    from lbr_dist.loading import model_fingerprint
+    from lbr_dist.loading import check_spec, model_fingerprint, pinned
+    from lbr_dist.model.plain import usable_device
 
     rule = _rule(count, skip, depth, share, margin)
     if index not in ("auto", "exact", "ivf"):
@@ -107,19 +110,24 @@ def mine(
         raise UserError(f"--out {out}: is the set itself, which mining does not change: name another folder")
     opened = open_set(data)
     given = Path(model).is_file()
+    if not given and model != "bm25":
+        check_spec(model)
+        model = pinned(model)  # questions and answers are embedded by one checkpoint of a run in training
     identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
+    if device is not None and isinstance(executor or current(), Here):
+        usable_device(device)  # before the workspace, which an error would empty of what an earlier run committed
     settings = {**asdict(rule), "index": index, "block": block}
     origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}
     done = finished(place, origin, overwrite, partial(_difference, new=origin))
     if done is not None:
         return MineReport(Path(out), done, unchanged=True)
-    with workspace(place) as work, Progress() as progress:
+    with workspace(place, dear=True) as work, Progress() as progress:
         folder = resumable(work.absolute(), {**origin, "queries": QUERIES})
         job = _Job(model, opened, rule, folder, progress, executor or current())
         job.mine("given" if given else index, device, block)
         target = work / "set"
         target.mkdir()
-        report = job.write(target, name=place.name, origin=origin)
+        report = job.write(target, name=printable(place.name), origin=origin)
         publish(target, place)
     return MineReport(Path(out), report, unchanged=False)
 
@@ -201,7 +209,7 @@ class _Job:
                 self.opened, target, self.candidates, notes.passages(), name=name, source=origin, note=notes.note
             )
         facts = {
-            "model": self.model,
+            "model": printable(self.model),
             "set": f"{self.opened.name} ({self.opened.fingerprint})",
             "search": self.search,
             "passages": self.passages,
@@ -224,10 +232,10 @@ def _rule(count: int, skip: int, depth: int, share: float | None, margin: float 
         raise UserError(f"--negatives {count}: expected at least 1")
     if skip < 0 or depth < skip + count:
         raise UserError(f"--skip {skip}, --depth {depth}: the window must hold at least --negatives {count} ranks")
-    if share is not None and share <= 0:
-        raise UserError(f"--share {share}: must be more than 0")
-    if margin is not None and margin < 0:
-        raise UserError(f"--margin {margin}: must not be negative")
+    if share is not None and not 0 < share < math.inf:
+        raise UserError(f"--share {share}: must be more than 0, and finite")
+    if margin is not None and not 0 <= margin < math.inf:
+        raise UserError(f"--margin {margin}: must not be negative, and finite")
     return Rule(count, skip, depth, SHARE if share is None and margin is None else share, margin)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,7 +20,7 @@ def model_card(
     tokens: int,
     dtype: str,
     agreement: float | None,
-    scores: Path | None,
+    evaluation: dict[str, Any] | None,
     checkpoint: str,
 ) -> str:
     """Markdown with the front matter that sentence-transformers' hub pages read.
@@ -31,13 +31,13 @@ def model_card(
         tokens: bottleneck tokens behind every text.
         dtype: of the weights on disk.
         agreement: lowest cosine to the run's own vectors that the export check saw; None: not checked.
-        scores: an `eval.json`.
+        evaluation: what `lbr eval` found, as in its `eval.json`.
         checkpoint: name of the checkpoint.
     """
     parts = [_front_matter(recipe), f"# {name}", _summary(recipe, tokens), _usage(name, recipe, tokens)]
     parts += [_data(recipe), _training(recipe, checkpoint)]
-    if scores is not None:
-        parts.append("## Scores\n\n" + markdown_table(json.loads(scores.read_text(encoding="utf-8"))))
+    if evaluation is not None:
+        parts.append("## Scores\n\n" + markdown_table(evaluation))
     parts.append(_export_note(dtype, agreement))
     return "\n\n".join(parts) + "\n"
 

@@ -6,7 +6,6 @@ of a run folder without its checkpoints. One panel of loss per stage: the two st
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.config import Recipe
+from lbr_dist.data.sources import printable
+from lbr_dist.disk import room, usable_folder
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation.report import COLOURS, Metric, bars, markdown_table
+from lbr_dist.evaluation.report import COLOURS, Metric, bars, literal_text, markdown_table, read_evaluation
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import load_recipe
 
@@ -44,7 +45,9 @@ class RunLog:
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a metric, where it is a number."""
-        points = [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), int | float)]
+        number = int | float
+        rows = (row for row in self.rows if isinstance(row.get(key), number) and isinstance(row.get("step"), int))
+        points = [(row["step"], row[key]) for row in rows]
         return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
 
 
@@ -60,18 +63,19 @@ def report(runs: Sequence[str | Path], out: str | Path) -> str:
         The Markdown.
 
     Raises:
-        UserError: one of `runs` is neither.
+        UserError: one of `runs` is neither, or `out` cannot be written.
     """
     logs, evaluations = read_all(runs)
+    out = Path(out)
+    usable_folder(out, f"--out {out}")
     parts = ["# Report"]
     if logs:
         parts.append("## Training\n\n" + training_table(logs))
     parts += [f"## {results['data']['name']}\n\n{markdown_table(results)}" for results in evaluations]
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    figure(logs, evaluations, out / "report.png")
     text = "\n\n".join([*parts, "![loss and retrieval](report.png)"]) + "\n"
-    (out / "report.md").write_text(text, encoding="utf-8")
+    with room(f"--out {out}", "free space, or choose a folder on another disk"), literal_text():
+        (out / "report.md").write_text(text, encoding="utf-8")
+        figure(logs, evaluations, out / "report.png")
     return text
 
 
@@ -87,11 +91,11 @@ def read_all(paths: Sequence[str | Path]) -> tuple[list[RunLog], list[dict[str, 
         elif not found:
             raise UserError(f"report {path}: neither a run (no recipe.yaml) nor an evaluation (no eval.json)")
         for file in found:
-            results = _read_evaluation(file)
+            results = read_evaluation(file, f"report {file}")
             key = (results["data"]["fingerprint"], results["data"]["passages"])
             whole = merged.setdefault(key, {**results, "models": []})
-            known = [model["model"] for model in whole["models"]]
-            whole["models"] += [model for model in results["models"] if model["model"] not in known]
+            known = [_figures(model) for model in whole["models"]]
+            whole["models"] += [model for model in results["models"] if _figures(model) not in known]
     return logs, list(merged.values())
 
 
@@ -164,16 +168,12 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
 
 def _read_run(path: Path) -> RunLog:
     recipe = load_recipe(path / "recipe.yaml")
-    return RunLog(recipe.tracking.name or path.resolve().name, recipe, read_rows(path / "metrics.jsonl"))
+    return RunLog(printable(recipe.tracking.name or path.resolve().name), recipe, read_rows(path / "metrics.jsonl"))
 
 
-def _read_evaluation(file: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        results["data"]["fingerprint"], results["models"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"report {file}: not an evaluation that `lbr eval` wrote") from None
-    return results
+def _figures(model: dict[str, Any]) -> dict[str, Any]:
+    """A model of an evaluation but for how long it took: two that agree are one, two of one name need not agree."""
+    return {name: value for name, value in model.items() if name != "seconds"}
 
 
 def _number(values: np.ndarray, form: str) -> str:

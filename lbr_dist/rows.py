@@ -1,14 +1,21 @@
-"""Texts with ids out of JSONL, Parquet or plain text files, one row at a time, for encode and search."""
+"""Texts with ids out of any file that `lbr prepare` reads, one row at a time, for encode and search.
+
+Files are opened and decoded where `lbr prepare` does it (data/readers.py), so that a byte order mark, an ending in
+capitals or a file that was cut short mean the same to every command. There a bad row is counted; here it is an error,
+because a text that is left out of an output would be missed by nobody.
+"""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from lbr_dist.data.readers import rows
+from lbr_dist.data.row_values import REASONS, RowError, identifier, text, type_name
+from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 
 FIELDS = {
@@ -24,108 +31,61 @@ def read_texts(source: Path, side: str, field: str | None = None) -> Iterator[tu
     The first row is read at once, so that a missing file or field is known before anything else is done.
 
     Raises:
-        UserError: no such file, an unknown ending, no such field, or (while iterating) a row without a text.
+        UserError: no such file, an unknown ending, no such field, or (while iterating) a row without a text, or a file
+            that is damaged.
     """
-    if not source.is_file():
-        raise UserError(f"{source}: no such file")
-    rows = _rows(source)
-    first = next(rows, None)
+    found = read_rows(source)
+    first = next(found, None)
     if first is None:
         raise UserError(f"{source}: has no rows")
-    chosen = _choose(first[1], side, field, source)
-    return _texts(first, rows, chosen, source)
+    return _texts(chain([first], found), _choose(first[1], side, field, source))
 
 
-def _texts(
-    first: tuple[str, dict[str, Any]], rows: Iterator[tuple[str, dict[str, Any]]], field: str, source: Path
-) -> Iterator[tuple[str, str]]:
-    number, item = 0, first
-    while item is not None:
-        place, row = item
-        text = row.get(field)
-        if not isinstance(text, str):
-            what = "missing" if field not in row else f"a {type(text).__name__}, not a text"
-            raise UserError(f"{source}: {place}: field {field!r} is {what}; repair the row, or name another --field")
-        yield str(row.get("id", number)), text
-        number += 1
-        following = next(rows, None)
-        if following is None:
-            return
-        item = following
+def read_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) of every row of a file; the place is for messages, as `texts.jsonl: line 3`.
+
+    Raises:
+        UserError: no such file, an unknown ending, or (while iterating) a row or a file that cannot be read.
+    """
+    if not source.is_file():
+        raise UserError(f"{source}: {'is not a file' if source.exists() else 'no such file'}")
+    [part] = expand(Source(str(source)), source.parent)
+    return ((f"{source}: {part.unit} {number}", _good(row, source, part.unit, number)) for number, row in rows(part))
 
 
-def _choose(row: dict[str, Any], side: str, field: str | None, source: Path) -> str:
+def _good(row: Mapping[str, Any] | RowError, source: Path, unit: str, number: int) -> Mapping[str, Any]:
+    if isinstance(row, RowError):
+        raise UserError(f"{source}: {unit} {number}: {_problem(row)}; repair or remove it")
+    return row
+
+
+def _problem(error: RowError) -> str:
+    return error.detail if error.reason == "wrong_type" else f"{REASONS[error.reason]} ({error.detail})"
+
+
+def _texts(found: Iterator[tuple[str, Mapping[str, Any]]], field: str) -> Iterator[tuple[str, str]]:
+    for number, (place, row) in enumerate(found):
+        try:
+            item = identifier(row.get("id")) or str(number), _text(row, field)
+        except RowError as error:
+            raise UserError(f"{place}: {_problem(error)}; repair the row, or name another --field") from None
+        yield item
+
+
+def _text(row: Mapping[str, Any], field: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        what = "missing" if field not in row else "null" if value is None else f"{type_name(value)}, not a text"
+        raise RowError("wrong_type", f"field {field!r} is {what}")
+    return text(value, field, sys.maxsize) if value.strip() else value
+
+
+def _choose(row: Mapping[str, Any], side: str, field: str | None, source: Path) -> str:
     tried = (field,) if field is not None else FIELDS[side]
     for name in tried:
         if name in row:
             return name
     raise UserError(
         f"{source}: no field {' or '.join(repr(name) for name in tried)} in its first row, which has "
-        f"{', '.join(map(repr, row))}; name one with --field"
+        f"{', '.join(map(repr, row)) or 'none'}; name one with --field"
     )
-
-
-def _rows(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every row; the place is for messages."""
-    name = source.name.lower()
-    if name.endswith(".parquet"):
-        return _parquet(source)
-    plain = name.removesuffix(".gz").removesuffix(".zst")
-    if plain.endswith((".jsonl", ".json", ".ndjson")):
-        return _jsonl(source)
-    if plain.endswith(".txt"):
-        return _lines(source)
-    raise UserError(f"{source}: unknown kind of file; expected .jsonl or .txt (also .gz, .zst), or .parquet")
-
-
-def _parquet(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        number = 0
-        for batch in pq.ParquetFile(source).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                yield f"row {number}", row
-                number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{source}: cannot be read as Parquet ({' '.join(str(error).split())[:120]})") from None
-
-
-def _jsonl(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, line in _numbered(source):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{source}: {place}: not JSON; every line must be one JSON object") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{source}: {place}: a {type(row).__name__}; every line must be one JSON object")
-        yield place, row
-
-
-def _lines(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, line in _numbered(source):
-        yield place, {"text": line.rstrip("\n")}
-
-
-def _numbered(source: Path) -> Iterator[tuple[str, str]]:
-    """Lines that are not blank."""
-    try:
-        with _open(source) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"line {number}", line
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 ({error.reason})") from None
-    except (OSError, EOFError) as error:
-        raise UserError(f"{source}: cannot be read ({error})") from None
-
-
-def _open(source: Path) -> IO[str]:
-    if source.name.endswith(".gz"):
-        return gzip.open(source, "rt", encoding="utf-8")
-    if source.name.endswith(".zst"):
-        import zstandard
-
-        return io.TextIOWrapper(zstandard.open(source, "rb"), encoding="utf-8")
-    return source.open(encoding="utf-8")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from lbr_dist.data.row_values import REASONS, RowError, text
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Encoder
+
+log = logging.getLogger("lbr")
 
 TILE = 65_536
 """Passages scored at a time."""
@@ -47,8 +53,7 @@ def search(
 
     Args:
         model: as in `lbr_dist.loading.load_encoder`, or `bm25`.
-        corpus: a prepared set (its answers and texts, every split), or a JSONL, Parquet or text file as `lbr encode`
-            takes.
+        corpus: a prepared set (its answers and texts, every split), or a file as `lbr encode` takes.
         queries: what to look for.
         k: results per query; fewer where the corpus has fewer.
         field: of a file: field that holds the text.
@@ -60,20 +65,29 @@ def search(
         For each query its hits, best first; passages with equal texts are one.
 
     Raises:
-        UserError: the model or the corpus cannot be read, or is empty.
+        UserError: the model or the corpus cannot be read, or a query or the corpus is empty.
     """
+    for query in queries:
+        try:
+            text(query, "the query", sys.maxsize)
+        except RowError as error:
+            raise UserError(f"query {query!r}: {REASONS[error.reason]}") from None
     ids, texts = load_corpus(corpus, field)
     if model == "bm25":
         from lbr_dist.evaluation.bm25 import BM25
 
         rows_QK, scores_QK = BM25(texts).search(queries, k)
     else:
-        from lbr_dist.loading import load_encoder, model_fingerprint
+        from lbr_dist.evaluation.encoder import check_finite
+        from lbr_dist.loading import load_encoder, model_fingerprint, pinned
 
+        model = pinned(model)
         encoder = load_encoder(model, device)
         folder = Path(cache_dir) if cache_dir is not None else default_cache()
         passages_PD = _embedded(encoder, model_fingerprint(model), texts, folder, progress)
-        rows_QK, scores_QK = top_k(encoder.encode(list(queries), "query"), passages_PD, k)
+        queries_QD = encoder.encode(list(queries), "query")
+        check_finite(queries_QD, queries, model)
+        rows_QK, scores_QK = top_k(queries_QD, passages_PD, k)
     return [
         [Hit(float(score), ids[row], texts[row]) for row, score in zip(rows_K, scores_K, strict=True)]
         for rows_K, scores_K in zip(rows_QK, scores_QK, strict=True)
@@ -99,8 +113,8 @@ def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str]
                 pairs += [(r["id"], r["text"] if "text" in r else r["answer"]) for r in records]
                 reader.close()
     unique: dict[str, str] = {}
-    for name, text in pairs:
-        unique.setdefault(text, name)
+    for name, passage in pairs:
+        unique.setdefault(passage, name)
     if not unique:
         raise UserError(f"corpus {corpus}: has no texts")
     return list(unique.values()), list(unique)
@@ -146,17 +160,30 @@ def default_cache() -> Path:
 
 
 def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, progress: bool) -> np.ndarray:
-    """Vectors of the corpus, from the cache where this model has embedded these texts before."""
+    """Vectors of the corpus, from the cache where this model has embedded these texts before.
+
+    The cache is there for speed: one that is damaged or cannot be written costs the time, not the answer.
+    """
+    from lbr_dist.evaluation.encoder import check_finite
+
     digest = xxhash.xxh3_128(model.encode())
-    for text in texts:
-        data = text.encode()
+    for passage in texts:
+        data = passage.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     file = folder / f"{digest.hexdigest()}.npy"
-    if file.is_file():
-        return np.load(file, mmap_mode="r")
+    with contextlib.suppress(OSError, ValueError, EOFError):  # none there, or a damaged one
+        known_PD = np.load(file, mmap_mode="r")
+        if len(known_PD) == len(texts):
+            return known_PD
     passages_PD = encoder.encode(texts, "passage", progress)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_finite(passages_PD, texts, encoder.name)
     temporary = file.with_suffix(f".{os.getpid()}.tmp.npy")
-    np.save(temporary, passages_PD)
-    temporary.replace(file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, passages_PD)
+        temporary.replace(file)
+    except OSError as error:
+        log.warning("%s: the vectors of the corpus are not kept (%s)", folder, error.strerror)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return passages_PD

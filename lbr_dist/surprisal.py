@@ -50,12 +50,13 @@ def measure(data: str, model: str, device: str | None = None) -> list[Measured]:
         device: default: CUDA where there is one.
 
     Raises:
-        UserError: no set, no model, another tokenizer, or a folder that cannot be written.
+        UserError: no set, no model, no such device, another tokenizer, or a folder that cannot be written.
     """
-    from lbr_dist.evaluation.encoder import default_device
+    from lbr_dist.model.plain import usable_device
     from lbr_dist.model.surprisal import Scorer
     from lbr_dist.model.tokenizer import Tokenization
 
+    place = usable_device(device)
     opened, fingerprint, tokenization = open_set(data), model_fingerprint(model), Tokenization.load(model)
     check_tokenizer(opened, tokenization)
     readers = [ShardReader(opened, split) for split in SPLITS if opened.splits[split].records]
@@ -73,7 +74,7 @@ def measure(data: str, model: str, device: str | None = None) -> list[Measured]:
         Progress() as progress,
         progress.phase("measuring", sum(shard.records for _, _, shard, _ in missing)) as advance,
     ):
-        scorer = Scorer(model, tokenization, device or default_device()) if missing else None
+        scorer = Scorer(model, tokenization, place) if missing else None
         for reader, number, shard, path in missing:
             assert scorer is not None
             rows: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}

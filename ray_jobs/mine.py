@@ -3,12 +3,9 @@
 python ray_jobs/mine.py MODEL SET --out MINED [--num-workers N]
 """
 
-import sys
-
 from lbr_dist.cli.data import mine
 from lbr_dist.cli.on_ray import main
-from lbr_dist.launch.ray_start import keep_to_node_address
+from lbr_dist.launch.ray_start import run_driver
 
 if __name__ == "__main__":
-    keep_to_node_address()
-    sys.exit(main(mine))
+    run_driver(lambda: main(mine))

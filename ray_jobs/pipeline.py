@@ -3,11 +3,8 @@
 python ray_jobs/pipeline.py STAGE1.yaml STAGE2.yaml [OUT] --num-workers 2:8
 """
 
-import sys
-
 from lbr_dist.launch.ray_pipeline import main
-from lbr_dist.launch.ray_start import keep_to_node_address
+from lbr_dist.launch.ray_start import run_driver
 
 if __name__ == "__main__":
-    keep_to_node_address()
-    sys.exit(main())
+    run_driver(main)

@@ -3,12 +3,9 @@
 python ray_jobs/prepare.py SOURCES... --out SET --tokenizer MODEL [--num-workers N]
 """
 
-import sys
-
 from lbr_dist.cli.data import prepare
 from lbr_dist.cli.on_ray import main
-from lbr_dist.launch.ray_start import keep_to_node_address
+from lbr_dist.launch.ray_start import run_driver
 
 if __name__ == "__main__":
-    keep_to_node_address()
-    sys.exit(main(prepare))
+    run_driver(lambda: main(prepare))

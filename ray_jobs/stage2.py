@@ -3,11 +3,8 @@
 python ray_jobs/stage2.py RECIPE [key=value ...] --num-workers 2:8
 """
 
-import sys
-
 from lbr_dist.launch.ray_stage import main
-from lbr_dist.launch.ray_start import keep_to_node_address
+from lbr_dist.launch.ray_start import run_driver
 
 if __name__ == "__main__":
-    keep_to_node_address()
-    sys.exit(main("contrastive"))
+    run_driver(lambda: main("contrastive"))

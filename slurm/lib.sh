@@ -7,6 +7,8 @@ set -euo pipefail
 die() { echo "error: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || die "not in a Slurm job: submit this script with sbatch"
+# shellcheck disable=SC2034 # site.env asks for it
+lbr_script=1
 # shellcheck source=slurm/site.env
 . "${LBR_SITE:-$LBR_HOME/slurm/site.env}"
 if [ -n "$LBR_MODULES" ]; then
@@ -19,7 +21,8 @@ export LBR_HOME PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFER
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ranks=${LBR_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-cpus=$((SLURM_CPUS_ON_NODE / ranks > 0 ? SLURM_CPUS_ON_NODE / ranks : 1))
+node_cpus=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE}" | sed 's/(.*//' | sort -n | sed -n 1p) # "8(x2),6"
+cpus=$((node_cpus / ranks > 0 ? node_cpus / ranks : 1)) # as the smallest node has them
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 
 pyxis=() python=()
@@ -28,7 +31,13 @@ case $LBR_CONTAINER in
   *) read -ra python <<<"$LBR_CONTAINER" ;;
 esac
 python+=("$LBR_PYTHON")
-steps=(srun --kill-on-bad-exit=0 --overlap "${pyxis[@]}")
+
+# srun takes the options of the job for its own, and with --export=NONE it would pass no environment on. What a step is to
+# have is said with the step; all of them may use all of the job's GPUs.
+unset SLURM_EXPORT_ENV SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK \
+  SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_CPUS_PER_GPU SLURM_MEM_PER_GPU
+steps=(srun --kill-on-bad-exit=0 --overlap ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} "${pyxis[@]}")
+everywhere=(--nodes="${#hosts[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1)
 
 here() { # here -m MODULE ...: a short Python command, in the container, on this node
   if [ "${#pyxis[@]}" -gt 0 ]; then
@@ -39,12 +48,14 @@ here() { # here -m MODULE ...: a short Python command, in the container, on this
 }
 
 on_first_node() { # on_first_node -m MODULE ...: a command that works on one node, with all of its resources
-  "${steps[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --nodelist="${hosts[0]}" "${python[@]}" "$@"
+  "${steps[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$node_cpus" --nodelist="${hosts[0]}" "${python[@]}" "$@"
 }
 
 # ------------------------------------------------------------------------------------------------------- signals ---
 
 asked='' cancelled='' main=''
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID} # for commands: the number of an array's last task also means the whole array
 
 on_usr1() { # the time limit is near, or somebody asks: the ranks finish their step, write a checkpoint and end with 75
   [ -z "$asked" ] || return 0
@@ -53,20 +64,36 @@ on_usr1() { # the time limit is near, or somebody asks: the ranks finish their s
   requeue_before_the_limit &
   [ -z "$main" ] || kill -s USR1 "$main" 2>/dev/null || true
 }
-on_term() { # cancelled or preempted: Slurm has told every process of the job, and decides about the rest
+on_term() { # cancelled or preempted: Slurm has told every process of the job; or the node shuts down
   cancelled=1
+}
+
+state() { # of the job; nothing while Slurm's controller does not answer
+  squeue -h -j "$job" -o %T 2>/dev/null || true
+}
+
+requeue() { # a controller that is being replaced is away for a minute or two; a site may refuse
+  local try
+  for try in {1..10}; do
+    case $(state) in
+      RUNNING) ! scontrol requeue "$job" || return 0 ;;
+      ?*) return 1 ;; # Slurm has decided otherwise
+    esac
+    [ "$try" = 10 ] || sleep "${LBR_REQUEUE_S:-15}"
+  done
+  return 1
 }
 
 requeue_before_the_limit() { # ranks that hang, or save for too long, must not cost the job its place
   local end
-  end=$(scontrol show job -o "$SLURM_JOB_ID" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+  end=$(scontrol show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
   end=$(date -d "$end" +%s 2>/dev/null) || return 0 # no limit
   while [ "$(date +%s)" -lt "$((end - 10))" ]; do
     kill -0 "$$" 2>/dev/null || return 0 # the script has ended
     sleep 1
   done
-  echo "lbr: not stopped in time; requeued, to go on from the newest checkpoint" >&2
-  scontrol requeue "$SLURM_JOB_ID"
+  echo "lbr: not stopped in time; to be requeued, to go on from the newest checkpoint" >&2
+  requeue
 }
 
 supervise() { # supervise COMMAND ...: run it, with signals passed on; its exit code is then in $code
@@ -119,30 +146,31 @@ train() { # train STAGE RECIPE [key=value ...]
       *) die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray" ;;
     esac
   fi
-  if [ -n "$cancelled" ]; then
+  if [ -n "$cancelled" ] && [ "$(state)" != RUNNING ]; then
     echo "lbr: cancelled or preempted" >&2
     exit 143
   fi
   verdict=$(here -m lbr_dist.launch.slurm end --code "$code" ${asked:+--asked} "$@") || exit
-  if [ "$verdict" = requeue ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+  if [ "$verdict" = requeue ]; then
+    if requeue; then exit 0; fi
+    echo "lbr: Slurm did not requeue the job: submit the same line again, it goes on from the newest checkpoint" >&2
   fi
   exit "$code"
 }
 
 check_nodes() { # check_nodes FOLDER: every node answers, and sees the same files
-  exec "${steps[@]}" --ntasks-per-node=1 "${python[@]}" -m lbr_dist slurm check --quick --shared "$LBR_SHARED" --shared "$1"
+  exec "${steps[@]}" "${everywhere[@]}" \
+    "${python[@]}" -m lbr_dist slurm check --quick --shared "$LBR_SHARED" --shared "$1"
 }
 
 # Once a rank has ended, the others get a minute to end as well: time for a last message, and no wait for a dead rank.
 launch_srun() {
-  exec "${steps[@]}" --wait=60 --ntasks="$((ranks * ${#hosts[@]}))" --ntasks-per-node="$ranks" --cpus-per-task="$cpus" \
-    "${python[@]}" -m lbr_dist train "$@"
+  exec "${steps[@]}" --wait=60 --nodes="${#hosts[@]}" --ntasks="$((ranks * ${#hosts[@]}))" --ntasks-per-node="$ranks" \
+    --cpus-per-task="$cpus" "${python[@]}" -m lbr_dist train "$@"
 }
 
 launch_torchrun() {
-  exec "${steps[@]}" --wait=60 --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+  exec "${steps[@]}" --wait=60 "${everywhere[@]}" --cpus-per-task="$node_cpus" \
     "${python[@]}" -m lbr_dist.launch.torchrun \
     --nnodes "${#hosts[@]}" --nproc-per-node "$ranks" --max-restarts 0 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" \
@@ -152,7 +180,11 @@ launch_torchrun() {
 start_ray() { # start_ray PORT DASHBOARD CLIENT AGENT: a Ray cluster of the allocation's nodes, for this start of the job
   local address=127.0.0.1
   if [ "${#hosts[@]}" -gt 1 ]; then
-    read -r address _ < <(getent ahostsv4 "${hosts[0]}") || die "${hosts[0]}: no IPv4 address (getent ahostsv4)"
+    # what other nodes reach: by its own name a Debian machine is 127.0.1.1
+    address=$(here -c 'from sys import argv
+from lbr_dist.launch.ray_start import address_towards
+print(address_towards(argv[1]))' "${hosts[1]}:1") || die "${hosts[0]}: has no IPv4 address that faces ${hosts[1]}"
+    [[ $address != 127.* ]] || die "${hosts[0]}: the name ${hosts[1]} leads to $address there: mend its /etc/hosts"
   else
     export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # on Linux: loopback stays loopback
   fi
@@ -162,7 +194,7 @@ start_ray() { # start_ray PORT DASHBOARD CLIENT AGENT: a Ray cluster of the allo
   export RAY_worker_niceness=0 # Ray's 15 would leave the ranks what others do not want
   unset MASTER_ADDR MASTER_PORT # Ray Train has its own
   mkdir -p "$output/ray"
-  "${steps[@]}" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+  "${steps[@]}" "${everywhere[@]}" --cpus-per-task="$node_cpus" \
     "${python[@]}" -m lbr_dist.launch.slurm_ray node "$@" >>"$output/ray/nodes-$SLURM_JOB_ID.log" 2>&1 &
 }
 

@@ -9,8 +9,9 @@ set -euo pipefail
 
 LBR_HOME=${LBR_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 export LBR_HOME
+site=${LBR_SITE:-$LBR_HOME/slurm/site.env}
 # shellcheck source=slurm/site.env
-. "${LBR_SITE:-$LBR_HOME/slurm/site.env}"
+. "$site" # what sbatch reads; the jobs read the rest for themselves
 
 options=()
 while [ $# -gt 0 ] && [[ $1 == -* ]]; do
@@ -19,9 +20,24 @@ while [ $# -gt 0 ] && [[ $1 == -* ]]; do
 done
 [ $# -eq 2 ] || [ $# -eq 3 ] || { echo "error: usage: slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT]" >&2; exit 2; }
 
-read -ra python <<<"$LBR_CONTAINER"
-[[ $LBR_CONTAINER != --* ]] || python=()
-ask() { PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" "${python[@]}" "$LBR_PYTHON" -m lbr_dist.launch.slurm "$@"; }
+ask() ( # ask WHAT RECIPE: what a recipe says, with the Python of the jobs if it runs here
+  # shellcheck disable=SC2034 # site.env asks for it
+  lbr_script=1
+  # shellcheck source=slurm/site.env
+  . "$site"
+  if [ -n "$LBR_MODULES" ]; then
+    read -ra modules <<<"$LBR_MODULES"
+    module load "${modules[@]}"
+  fi
+  case $LBR_CONTAINER in
+    --*) python=("$LBR_LOGIN_PYTHON") ;;
+    *)
+      read -ra python <<<"$LBR_CONTAINER"
+      python+=("$LBR_PYTHON")
+      ;;
+  esac
+  PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" "${python[@]}" -m lbr_dist.launch.slurm "$@"
+)
 
 first=$(ask output "$1")
 second=$(ask output "$2")

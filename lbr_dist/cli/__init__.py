@@ -6,6 +6,7 @@ One file holds the commands of one concern. Every command imports its part of th
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ app.add_typer(ray.app, name="ray")
 def main() -> None:
     """Entry point: a mistake of the user is one line on stderr and exit code 2."""
     quiet()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
     try:
         app()
     except UserError as error:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lbr_dist.cli.options import dtype_option
+from lbr_dist.cli.options import dtype_option, positive
 from lbr_dist.errors import UserError
 
 app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_help=True)
@@ -16,8 +16,11 @@ app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_h
 @app.command("list")
 def list_checkpoints(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """The checkpoints of a run, newest first."""
+    from lbr_dist.training.checkpoint_format import checkpoints_folder
     from lbr_dist.training.checkpoint_format import list_checkpoints as found
 
+    if not checkpoints_folder(run).is_dir():
+        raise UserError(f"{run}: no run folder (it has no checkpoints/)")
     for path, manifest in found(run):
         print(f"{path.name}  {_describe(manifest)}")
 
@@ -48,7 +51,7 @@ def consolidate(
     path: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    max_shard_gib: Annotated[float, typer.Option(help="Largest file, in GiB.")] = 4,
+    max_shard_gib: Annotated[float, typer.Option(callback=positive, help="Largest file, in GiB.")] = 4,
 ) -> None:
     """Write the weights as plain safetensors shards."""
     from lbr_dist.training.weights import consolidate as write

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lbr_dist.cli.options import finite, positive
 from lbr_dist.errors import UserError
 
 
@@ -41,15 +42,22 @@ def prepare(
         bool, typer.Option(help="Plain text holds documents separated by blank lines, not one per line.")
     ] = False,
     similarity: Annotated[
-        float, typer.Option(help="Jaccard similarity from which two texts are near-duplicates.")
+        float,
+        typer.Option(
+            min=0.5, max=1, callback=finite, help="Jaccard similarity from which two texts are near-duplicates."
+        ),
     ] = 0.7,
-    max_chars: Annotated[int, typer.Option(help="Longest field, in characters; longer ones are bad rows.")] = 100_000,
-    max_bad_share: Annotated[float, typer.Option(help="A larger share of bad rows stops the run.")] = 0.01,
+    max_chars: Annotated[
+        int, typer.Option(min=1, help="Longest field, in characters; longer ones are bad rows.")
+    ] = 100_000,
+    max_bad_share: Annotated[
+        float, typer.Option(min=0, max=1, callback=finite, help="A larger share of bad rows stops the run.")
+    ] = 0.01,
     domain: Annotated[str, typer.Option(help="Domain of records that name none.")] = "",
     name: Annotated[str | None, typer.Option(help="Name of the set in tables; default: the folder's.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order and of the choice of sides.")] = 0,
-    shard_records: Annotated[int, typer.Option(help="Most records in a shard.")] = 8192,
-    shard_mib: Annotated[float, typer.Option(help="Largest shard, in MiB.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order and of the choice of sides.")] = 0,
+    shard_records: Annotated[int, typer.Option(min=1, help="Most records in a shard.")] = 8192,
+    shard_mib: Annotated[float, typer.Option(callback=positive, help="Largest shard, in MiB.")] = 256,
     overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input.")] = False,
 ) -> None:
     """Turn raw files into isolated GL / CL / eval shards."""
@@ -75,15 +83,18 @@ def mine(
     ],
     data: Annotated[str, typer.Argument(help="Prepared set; its cl side gets negatives.")],
     out: Annotated[Path, typer.Option(help="Folder of the set to make.")],
-    negatives: Annotated[int, typer.Option("--negatives", "-n", help="Negatives per query.")] = 8,
-    skip: Annotated[int, typer.Option(help="First ranks that are passed over.")] = 0,
-    depth: Annotated[int, typer.Option(help="Last rank that is looked at.")] = 100,
+    negatives: Annotated[int, typer.Option("--negatives", "-n", min=1, help="Negatives per query.")] = 8,
+    skip: Annotated[int, typer.Option(min=0, help="First ranks that are passed over.")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="Last rank that is looked at.")] = 100,
     share: Annotated[
         float | None,
-        typer.Option(help="Keep negatives that score below this share of the positive's score; default 0.95."),
+        typer.Option(
+            callback=positive, help="Keep negatives that score below this share of the positive's score; default 0.95."
+        ),
     ] = None,
     margin: Annotated[
-        float | None, typer.Option(help="Keep negatives that score below the positive's score minus this.")
+        float | None,
+        typer.Option(min=0, callback=finite, help="Keep negatives that score below the positive's score minus this."),
     ] = None,
     index: Annotated[str, typer.Option(help="exact, ivf, or auto: by the size of the set.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,

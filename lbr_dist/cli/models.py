@@ -21,9 +21,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Prepared set; its eval side is used.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: MODEL/eval of the first run.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Further mteb task, by name. Repeatable.")] = None,
-    distractors: Annotated[int, typer.Option(help="Passages from the training sides added to the corpus.")] = 0,
-    generate: Annotated[int, typer.Option(help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
-    hardest: Annotated[int, typer.Option(help="Non-positives per query in the separation ratio.")] = 10,
+    distractors: Annotated[int, typer.Option(min=0, help="Passages from the training sides added to the corpus.")] = 0,
+    generate: Annotated[int, typer.Option(min=0, help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
+    hardest: Annotated[int, typer.Option(min=1, help="Non-positives per query in the separation ratio.")] = 10,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Measure models: retrieval (mteb), generation, separation ratio."""
@@ -44,7 +44,8 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Model folder to make.")],
     tokens: Annotated[
-        int | None, typer.Option(help="Bottleneck tokens that every text gets, for a run where their number varies.")
+        int | None,
+        typer.Option(min=0, help="Bottleneck tokens that every text gets, for a run where their number varies."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     scores: Annotated[Path | None, typer.Option(help="eval.json for the model card; default: the run's own.")] = None,
@@ -57,7 +58,7 @@ def export(
 
 def encode(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, export or sentence-transformers model.")],
-    source: Annotated[Path, typer.Argument(help="JSONL (also .gz, .zst), Parquet, or text with a text per line.")],
+    source: Annotated[Path, typer.Argument(help="File of texts: JSONL, CSV, Parquet, text ..., as lbr prepare reads.")],
     out: Annotated[Path, typer.Argument(help="Parquet file to make: id and embedding.")],
     side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
     field: Annotated[str | None, typer.Option(help="Field that holds the text; default: by side.")] = None,
@@ -81,7 +82,7 @@ def encode(
 
 def search(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, export, sentence-transformers model, or bm25.")],
-    corpus: Annotated[Path, typer.Argument(help="Prepared set, or a JSONL, Parquet or text file.")],
+    corpus: Annotated[Path, typer.Argument(help="Prepared set, or a file of texts.")],
     queries: Annotated[list[str], typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,
     field: Annotated[str | None, typer.Option(help="Field of the file that holds the text.")] = None,

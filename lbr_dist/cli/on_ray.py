@@ -60,7 +60,7 @@ def cluster_options() -> argparse.ArgumentParser:
                                                          "[--gpus-per-worker N]", allow_abbrev=False)  # fmt: skip
     made.add_argument("--num-workers", type=_positive)
     made.add_argument("--cpus-per-worker", type=_positive, default=1)
-    made.add_argument("--gpus-per-worker", type=int)
+    made.add_argument("--gpus-per-worker", type=_whole)
     return made
 
 
@@ -78,6 +78,12 @@ def _checked(command: Callable[..., None]) -> Callable[..., None]:
         command(**values)
 
     return run
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:

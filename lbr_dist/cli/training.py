@@ -15,7 +15,7 @@ from lbr_dist.errors import UserError
 def train(
     recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (`lbr recipes`).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-4.")] = None,
-    nproc: Annotated[int | None, typer.Option(help="Start this many ranks on this machine.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
     allow_change: Annotated[
         list[str] | None, typer.Option(help="Recipe field that may differ from the run that is resumed. Repeatable.")

@@ -8,7 +8,6 @@ list, because reasons are counted and reported; nothing is repaired silently.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,10 +172,5 @@ class Converter:
 
     def _id(self, row: Mapping[str, Any], *content: str) -> str:
         value = self._get(row, "id", optional=True)
-        if isinstance(value, float):  # where some rows have none, pandas makes whole numbers floats, and none NaN
-            value = None if math.isnan(value) else int(value) if value.is_integer() else value
-        if value is None or value == "":
-            return content_id(*content)
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            raise RowError("wrong_type", f"id is {row_values.type_name(value)}, not a text or a whole number")
-        return self._text(str(value), "id")
+        name = row_values.identifier(value)
+        return content_id(*content) if name is None else self._text(name, "id")

@@ -12,14 +12,13 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.shards import open_set
-from lbr_dist.disk import sync
+from lbr_dist.disk import is_mount, sync
 from lbr_dist.errors import UserError
 
 RESUME = "resume"
@@ -40,25 +39,13 @@ def check_target(out: Path) -> Path:
                 raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
             if Path.cwd().is_relative_to(place):
                 raise UserError(f"--out {out}: is the current folder or holds it: name a folder to make in it")
-            if _is_mount(place):
+            if is_mount(place):
                 raise UserError(f"--out {out}: a file system is mounted there: name a folder to make in it")
         elif place.exists():
             raise UserError(f"--out {out}: is not a folder: choose another")
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise UserError(f"--out {out}: cannot be used ({error}): choose another folder") from None
     return place
-
-
-def _is_mount(place: Path) -> bool:
-    """Whether something is mounted at a folder; os.path.ismount does not see what containers bind there."""
-    if os.path.ismount(place):
-        return True
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:  # not Linux
-        return False
-    mounted = (re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines)
-    return str(place) in mounted
 
 
 def finished(
@@ -89,11 +76,11 @@ def finished(
 
 
 @contextlib.contextmanager
-def workspace(out: Path) -> Iterator[Path]:
+def workspace(out: Path, *, dear: bool = False) -> Iterator[Path]:
     """A folder beside `out` to work in, removed at the end; empty but for what `resumable` may use.
 
     Committed blocks stay for the next run if this one is killed, interrupted, or fails for a reason that lies neither
-    in its input nor in a full disk (a lost worker, memory, a fault of the storage).
+    in its input nor in a full disk (a lost worker, memory, a fault of the storage); for these too if they are `dear`.
 
     Raises:
         UserError: another process writes the same `out`, the folder cannot be made, or the disk is full.
@@ -115,24 +102,22 @@ def workspace(out: Path) -> Iterator[Path]:
             _clear(folder)
             yield folder
         except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
+            _leave(folder, keep=dear)
             raise
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                shutil.rmtree(folder, ignore_errors=True)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            kept = _leave(folder, keep=dear or not full)
+            if full:
+                left = f"what is done is kept in {folder}" if kept else "nothing was left behind"
                 raise UserError(
-                    f"--out {out}: the disk is full ({error.strerror}); nothing was left behind: "
-                    "free space or choose a folder on another disk"
+                    f"--out {out}: the disk is full ({error.strerror}); {left}: free space and run again, or choose a "
+                    "folder on another disk"
                 ) from error
-            with contextlib.suppress(OSError):
-                _clear(folder)
             if error.errno == errno.EROFS:
                 raise UserError(f"--out {out}: the file system became read-only: mend that and run again") from error
             raise
         except BaseException:
-            _clear(folder)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+            _leave(folder, keep=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -177,6 +162,17 @@ def _restore(out: Path) -> None:
             _remove(old)
         else:
             old.rename(out)
+
+
+def _leave(folder: Path, *, keep: bool) -> bool:
+    """Remove what a failed run made; returns whether committed blocks were there to be kept, and were."""
+    with contextlib.suppress(OSError):  # the fault that ended the run may be the storage's
+        if keep:
+            _clear(folder)
+        if keep and any((folder / RESUME).glob("*/*")):
+            return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
 
 
 def _clear(folder: Path) -> None:

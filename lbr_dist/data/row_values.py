@@ -7,7 +7,9 @@ under `text`, with its `title` before it, as retrieval data sets have it.
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -149,6 +151,21 @@ def cell(value: Any, role: str) -> Any:
 def _refuse_python_list(value: Any, role: str) -> None:
     if isinstance(value, str) and PYTHON_LIST.fullmatch(value):
         raise RowError("wrong_type", f"{role} is a list as Python prints it: write it as JSON (json.dumps)")
+
+
+def identifier(value: Any) -> str | None:
+    """The text of an id; None: there is none. pandas makes whole numbers floats, and none NaN, where a row has none.
+
+    Raises:
+        RowError: neither a text nor a whole number, or not UTF-8.
+    """
+    if isinstance(value, float):
+        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowError("wrong_type", f"id is {type_name(value)}, not a text or a whole number")
+    return text(str(value), "id", sys.maxsize)
 
 
 def type_name(value: Any) -> str:

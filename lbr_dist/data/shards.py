@@ -102,7 +102,7 @@ class PreparedSet:
         folder = remote.default_cache().parent / "indexes"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{shard.index_xxh128}.parquet"
-        if not path.is_file():
+        if not path.is_file() or file_xxh128(path) != shard.index_xxh128:
             remote.fetch(self.address(shard.index), path, size=shard.index_bytes, xxh128=shard.index_xxh128)
         return path
 
@@ -117,6 +117,8 @@ class PreparedSet:
             raise UserError(f"{path}: this index is not that of {shard.name}: prepare the set again")
         if metadata.get(b"tokenizer", b"").decode() != self.manifest["tokenizer"]["fingerprint"]:
             raise UserError(f"{path}: this index was made with another tokenizer than its set: prepare the set again")
+        if file_xxh128(path) != shard.index_xxh128:
+            raise UserError(f"{path}: damaged index (its checksum differs from the manifest's): prepare the set again")
         return table
 
 

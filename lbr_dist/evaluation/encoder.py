@@ -131,16 +131,14 @@ class PaddedEncoder:
         """Load the base model (without its head) of `path` in float32.
 
         Raises:
-            UserError: not a model folder.
+            UserError: not a model folder, or a damaged one.
         """
         from transformers import AutoModel
 
+        from lbr_dist.model.plain import load_plain
+
         self.tokenization = Tokenization.load(path)
-        try:
-            self.model = AutoModel.from_pretrained(path, dtype="float32").eval().to(device)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"model hf:{path}: cannot be loaded ({reason})") from None
+        self.model = load_plain(AutoModel, path, device, f"model hf:{path}")
         self.name = f"{path.rstrip('/').rsplit('/', 1)[-1]} ({pooling})"
         self.pooling, self.max_tokens, self.cut = pooling, max_tokens, 0
 
@@ -241,11 +239,21 @@ def unit(rows_ND: np.ndarray) -> np.ndarray:
     return rows_ND / np.where(norm_N1 > 0, norm_N1, 1).astype(np.float32)
 
 
-def default_device() -> str:
-    """`cuda` where there is one."""
-    import torch
+def check_finite(rows_ND: np.ndarray, names: Sequence[str], model: str) -> None:
+    """Refuse vectors that nothing can be compared with.
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    Args:
+        names: of the rows, for the message.
+        model: likewise.
+
+    Raises:
+        UserError: a row has a number that is not finite.
+    """
+    finite_N = np.isfinite(rows_ND).all(1)
+    if not finite_N.all():
+        first = names[int(np.argmin(finite_N))]
+        shown = first if len(first) <= 60 else f"{first[:60]}..."
+        raise UserError(f"model {model}: its embedding of {shown} is not finite: the model is damaged")
 
 
 class _bar:  # noqa: N801 (a context manager used as a function)

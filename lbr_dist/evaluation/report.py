@@ -5,12 +5,20 @@ Everything is made from the plain JSON that `lbr eval` writes, so an old result 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rich.table import Table
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
@@ -32,7 +40,8 @@ class Metric:
             if not isinstance(node, dict) or key not in node:
                 return None
             node = node[key]
-        return float(node)
+        is_number = isinstance(node, int | float) and not isinstance(node, bool) and math.isfinite(node)
+        return float(node) if is_number else None
 
 
 METRICS = (
@@ -52,6 +61,48 @@ METRICS = (
 """Columns of the table, in order, where any model has them; (Z): generated through the bottleneck."""
 
 PLOTTED = ("nDCG@10", "Recall@10", "SR", "ROUGE-L (Z)")
+
+
+class _Data(BaseModel):
+    name: str
+    fingerprint: str
+    queries: int
+    answers: int
+    passages: int
+
+
+class _Model(BaseModel):
+    name: str
+    tasks: dict[str, Any] = {}
+
+
+class _Evaluation(BaseModel):
+    data: _Data
+    models: Annotated[list[_Model], Field(min_length=1)]
+    notes: list[str] = []
+
+
+def read_evaluation(file: Path, what: str) -> dict[str, Any]:
+    """An evaluation that `lbr eval` wrote.
+
+    Raises:
+        UserError: it cannot be read, or is something else; `what` names it in the message.
+    """
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        _Evaluation.model_validate(results, strict=True)
+    except OSError as error:
+        raise UserError(
+            f"{what}: cannot be read ({error.strerror}); give the eval.json that `lbr eval` wrote"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        reason = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise UserError(f"{what}: not an evaluation that `lbr eval` wrote ({reason})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}: not an evaluation that `lbr eval` wrote (not JSON: {error})") from None
+    return results
 
 
 def columns(models: Sequence[dict[str, Any]]) -> list[Metric]:
@@ -93,6 +144,8 @@ def markdown_table(results: dict[str, Any]) -> str:
     for model, row in zip(models, cells(models, metrics), strict=True):
         shown = [f"**{text}**" if is_best else text for text, is_best in row]
         lines.append(f"| {model['name'].replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
+    for note in results.get("notes", ()):
+        lines += ["", note]
     return "\n".join(lines)
 
 
@@ -107,15 +160,17 @@ def describe(results: dict[str, Any]) -> str:
 def rich_table(results: dict[str, Any]) -> Table:
     """The table for a terminal."""
     from rich.table import Table
+    from rich.text import Text
 
     models = results["models"]
     metrics = columns(models)
-    table = Table(title=describe(results), title_justify="left")
+    notes = "\n".join(results.get("notes", ()))
+    table = Table(title=Text(describe(results)), title_justify="left", caption=Text(notes), caption_justify="left")
     table.add_column("model")
     for metric in metrics:
         table.add_column(metric.title, justify="right")
     for model, row in zip(models, cells(models, metrics), strict=True):
-        table.add_row(model["name"], *(f"[bold green]{text}[/]" if is_best else text for text, is_best in row))
+        table.add_row(Text(model["name"]), *(f"[bold green]{text}[/]" if is_best else text for text, is_best in row))
     return table
 
 
@@ -132,6 +187,18 @@ def print_table(results: dict[str, Any]) -> None:
 
 def plot(results: dict[str, Any], file: Path) -> None:
     """Bars, one panel per metric, one colour per model."""
+    with literal_text():
+        _plot(results, file)
+
+
+def literal_text() -> AbstractContextManager[None]:
+    """Within it matplotlib draws texts as they are: names come from users, and `$` would begin a formula."""
+    import matplotlib
+
+    return matplotlib.rc_context({"text.parse_math": False})
+
+
+def _plot(results: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

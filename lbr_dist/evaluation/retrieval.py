@@ -14,7 +14,7 @@ import numpy as np
 
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25
-from lbr_dist.evaluation.encoder import Encoder, Side
+from lbr_dist.evaluation.encoder import Encoder, Side, check_finite
 from lbr_dist.evaluation.held_out import HeldOut
 
 if TYPE_CHECKING:
@@ -42,11 +42,7 @@ def retrieval_scores(model: MtebEncoder | BM25Search, task: AbsTask) -> dict[str
     try:
         result = mteb.evaluate(model, task, co2_tracker=False, cache=None, show_progress_bar=False)  # type: ignore[arg-type]
     except (OSError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"mteb task {task.metadata.name}: cannot be run ({reason}); download its data set "
-            f"{task.metadata.dataset['path']} once while online, or leave the task out"
-        ) from error
+        raise _cannot_run(task, error) from error
     finally:
         if bars:
             datasets.enable_progress_bars()
@@ -69,6 +65,27 @@ def named_task(name: str) -> AbsTask:
     except KeyError as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())[:200]
         raise UserError(f"--task {name}: mteb has no such task ({reason})") from None
+
+
+def check_data(task: AbsTask) -> None:
+    """Load a named task's data, and let go of it: what is not there is known before a model runs.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    try:
+        task.load_data()
+    except (OSError, TypeError) as error:
+        raise _cannot_run(task, error) from error
+    task.unload_data()
+
+
+def _cannot_run(task: AbsTask, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"mteb task {task.metadata.name}: cannot be run ({reason}); download its data set "
+        f"{task.metadata.dataset['path']} once while online, or leave the task out"
+    )
 
 
 def held_out_task(data: HeldOut) -> AbsTask:
@@ -124,10 +141,15 @@ class MtebEncoder:
         return _meta(self.encoder.name)
 
     def encode(self, inputs: Iterable[dict[str, Any]], *, prompt_type: Any = None, **_: Any) -> np.ndarray:
-        """float32 [texts, D]; queries get the query instruction, everything else the passage instruction."""
+        """float32 [texts, D]; queries get the query instruction, everything else the passage instruction.
+
+        Raises:
+            UserError: a vector is not finite.
+        """
         texts = [text for batch in inputs for text in batch["text"]]
         side: Side = "query" if prompt_type is not None and prompt_type.value == "query" else "passage"
         vectors_ND = self.encoder.encode(texts, side, self.progress)
+        check_finite(vectors_ND, texts, self.encoder.name)
         if self.keep:
             self.vectors[side].append(vectors_ND)
         return vectors_ND

@@ -34,28 +34,32 @@ def separation(
         hardest: non-positives per query; fewer where the corpus has fewer.
 
     Returns:
-        `sr`, `auc`, `alignment` (mean squared distance of positive pairs) and `uniformity` (log of the mean Gaussian
-        potential, t = 2); the last two on the embeddings as they are, normalised, lower is better.
+        `sr`, `auc` (neither where every passage answers every query), `alignment` (mean squared distance of positive
+        pairs) and `uniformity` (log of the mean Gaussian potential, t = 2); the last two on the embeddings as they are,
+        normalised, lower is better.
 
     Raises:
-        ValueError: a query without positives, or no non-positive at all.
+        ValueError: a query without positives, or `hardest` below 1.
     """
+    if hardest < 1:
+        raise ValueError(f"separation compares with at least one non-positive per query, not {hardest}")
     if len(positives) != len(queries_QD) or any(len(p) == 0 for p in positives):
         raise ValueError("separation needs at least one positive for every query")
     q_QD, p_PD = _normalised(queries_QD), _normalised(passages_PD)
     mean_D = np.concatenate([q_QD, p_PD]).mean(0, dtype=np.float64).astype(np.float32)
     right, wrong = _scores(_normalised(q_QD - mean_D), _normalised(p_PD - mean_D), positives, hardest)
-    if len(wrong) == 0:
-        raise ValueError("separation needs passages that are not the answer: the corpus has none")
-    spread = math.sqrt((right.var() + wrong.var()) / 2)
-    gap = float(right.mean() - wrong.mean())
-    sr = gap / spread if spread > 0 else math.copysign(math.inf, gap) if gap else 0.0
+    ratio = _ratio(right, wrong) if len(wrong) else None
     return {
-        "sr": sr,
-        "auc": auc(sr),
+        **({} if ratio is None else {"sr": ratio, "auc": auc(ratio)}),
         "alignment": _alignment(q_QD, p_PD, positives),
         "uniformity": uniformity(np.concatenate([q_QD, p_PD])),
     }
+
+
+def _ratio(right: np.ndarray, wrong: np.ndarray) -> float:
+    spread = math.sqrt((right.var() + wrong.var()) / 2)
+    gap = float(right.mean() - wrong.mean())
+    return gap / spread if spread > 0 else math.copysign(math.inf, gap) if gap else 0.0
 
 
 def auc(sr: float) -> float:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from lbr_dist.data.execute import Block, Result, Source, alone
+from lbr_dist.disk import FULL
 from lbr_dist.errors import UserError
 from lbr_dist.launch.ray_cluster import Bundle, check_room, living_nodes
 
@@ -85,6 +86,7 @@ class RayData:
 
         Raises:
             UserError: from `read` or `work`, as it was raised.
+            OSError: likewise, where a disk was full.
         """
         from ray import cloudpickle
         from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
@@ -114,7 +116,7 @@ class RayData:
             )
         for row in results.iter_rows():
             result = pickle.loads(row[COLUMN])
-            if isinstance(result, UserError):
+            if isinstance(result, UserError | OSError):
                 raise result
             yield result
 
@@ -184,6 +186,10 @@ class _Worker:
             return _table(_works[self._key](block))
         except UserError as error:
             return _table(error)
+        except OSError as error:
+            if error.errno in FULL:  # the storage is shared: another node would meet the same
+                return _table(error)
+            raise
 
 
 def _table(value: Any) -> pa.Table:

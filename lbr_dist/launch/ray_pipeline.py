@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_cluster_options(made)
     options = made.parse_args(arguments)
     try:
+        if options.generate < 0:
+            raise UserError(f"--generate {options.generate}: expected at least 0")
         one, two = recipes(options.stage1, options.stage2, Path.cwd())
         out = Path.cwd() / options.out if options.out else Path(two.output) / "model"
         with cluster() as where:

@@ -64,6 +64,8 @@ def requested(options: argparse.Namespace) -> Callable[[list[Node]], Request]:
     """What the options ask of a cluster, once its nodes are known."""
     if options.cpus_per_worker < 1:
         raise UserError(f"--cpus-per-worker {options.cpus_per_worker}: expected at least 1")
+    if options.max_failures < 0:
+        raise UserError(f"--max-failures {options.max_failures}: expected at least 0")
 
     def of(nodes: list[Node]) -> Request:
         gpus = options.gpus_per_worker

@@ -19,10 +19,11 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from lbr_dist.errors import UserError
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_cluster import ALONE, TOKEN, token_given
 
 SOURCE = Path(__file__).with_name("ray_listen.c")
@@ -59,20 +60,25 @@ def start(options: Sequence[str]) -> int:
     return subprocess.call(command, env={**environ, **listening_on(address, environ)})
 
 
+def run_driver(main: Callable[[], int]) -> NoReturn:
+    """A driver's whole program: `main` with its ports where they belong; its result is the exit code."""
+    try:
+        keep_to_node_address()
+    except UserError as error:
+        print(f"error: RAY_ADDRESS {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    sys.exit(main())
+
+
 def keep_to_node_address() -> None:
     """Begin this program again with its own ports on the address that faces RAY_ADDRESS: a driver listens, too.
 
-    Nothing happens where RAY_ADDRESS is not HOST:PORT, and in what a node of `start` has started (`ray job submit`). A
-    host that cannot be reached is left to `cluster`, which says so as it says all mistakes.
+    Nothing happens where RAY_ADDRESS is not HOST:PORT, and in what a node of `start` has started (`ray job submit`).
     """
     head = os.environ.get("RAY_ADDRESS", "")
     if "LBR_NODE_ADDRESS" in os.environ or not re.fullmatch(r"[^:/]+:\d+", head):
         return
-    try:
-        address = address_towards(head)
-    except UserError:
-        return
-    made = listening_on(address, os.environ)
+    made = listening_on(address_towards(head), os.environ)
     if made:
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **made})

@@ -1,12 +1,13 @@
 """Negatives that were mined elsewhere: a JSONL file that names records by id.
 
 A line is `{"id": ..., "negatives": [...]}`; a negative is an id, or `{"id": ..., "score": ...}` as in the `mined.jsonl`
-that `lbr mine` writes into its sets. The negative is that record's answer.
+that `lbr mine` writes into its sets. The negative is that record's answer. The file is read as sources are (rows.py).
 """
 
 from __future__ import annotations
 
-import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import xxhash
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import Candidates, Pairs
 from lbr_dist.mining.choose import Chosen
+from lbr_dist.rows import read_rows
 
 REJECTED_NONE = np.int64(-1)
 
@@ -32,20 +34,18 @@ class GivenNegatives:
             candidates: of the same side.
 
         Raises:
-            UserError: a line that is not of this form, or an id that the side does not have.
+            UserError: no file of JSON lines, a line that is not of this form, or an id that the side does not have.
         """
         self._path, self._candidates = path, candidates
         hash_Q = np.array([_hash(name) for name in ids], np.uint64)
         self._order_Q = np.argsort(hash_Q, kind="stable")
         self._hash_Q = hash_Q[self._order_Q]
         queries, passages, scores = [], [], []
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    for query, passage, score in self._line(number, line):
-                        queries.append(query)
-                        passages.append(passage)
-                        scores.append(score)
+        for where, row in read_rows(path):
+            for query, passage, score in self._negatives(where, row):
+                queries.append(query)
+                passages.append(passage)
+                scores.append(score)
         order_M = np.argsort(np.array(queries, np.int64), kind="stable")
         self._query_M = np.array(queries, np.int64)[order_M]
         self._passage_M = np.array(passages, np.int64)[order_M]
@@ -79,20 +79,19 @@ class GivenNegatives:
             known_Q,
         )
 
-    def _line(self, number: int, line: str) -> list[tuple[int, int, float]]:
-        where = f"{self._path} line {number}"
+    def _negatives(self, where: str, row: Mapping[str, Any]) -> list[tuple[int, int, float]]:
         try:
-            row = json.loads(line)
             name, negatives = row["id"], row["negatives"]
-            pairs = [(n["id"], n.get("score")) if isinstance(n, dict) else (n, None) for n in negatives]
+            if not isinstance(negatives, list):
+                raise TypeError
+            pairs = [(n["id"], _score(n.get("score"))) if isinstance(n, dict) else (n, math.nan) for n in negatives]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{where}: expected {{"id": ..., "negatives": [ids]}}') from None
-        query = self._record(name, where)
-        own_Q = self._candidates.own_Q
-        return [
-            (query, int(own_Q[self._record(negative, where)]), np.nan if score is None else float(score))
-            for negative, score in pairs
-        ]
+            raise UserError(
+                f'{where}: expected {{"id": ..., "negatives": [...]}}, each negative an id or {{"id": ..., "score": '
+                "number}"
+            ) from None
+        query, own_Q = self._record(name, where), self._candidates.own_Q
+        return [(query, int(own_Q[self._record(negative, where)]), score) for negative, score in pairs]
 
     def _record(self, name: Any, where: str) -> int:
         value = np.uint64(_hash(str(name)))
@@ -106,5 +105,12 @@ def _keys(pairs: Pairs, passages: int) -> np.ndarray:
     return np.repeat(np.arange(len(pairs)), np.diff(pairs.starts)) * passages + pairs.passages
 
 
+def _score(value: Any) -> float:
+    score = math.nan if value is None else float(value)
+    if math.isinf(score):
+        raise ValueError
+    return score
+
+
 def _hash(name: str) -> int:
-    return xxhash.xxh3_64_intdigest(name.encode())
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass"))

@@ -69,11 +69,9 @@ def _join(parts: list[Path], count: int, file: Path) -> None:
     """One array file of all parts."""
     temporary = file.with_suffix(".tmp")
     width = part_vectors(pq.read_table(parts[0])).shape[1]
-    joined_ND = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, width))
-    start = 0
-    for part in parts:
-        vectors_ND = part_vectors(pq.read_table(part))
-        joined_ND[start : start + len(vectors_ND)] = vectors_ND
-        start += len(vectors_ND)
-    joined_ND.flush()
+    header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+    with temporary.open("wb") as joined:  # written, not mapped: on a full disk a mapped page ends the process
+        np.lib.format.write_array_header_1_0(joined, header)
+        for part in parts:
+            joined.write(part_vectors(pq.read_table(part)).tobytes())
     temporary.replace(file)

@@ -14,6 +14,7 @@ import torch
 
 from lbr_dist.errors import UserError
 from lbr_dist.model.batching import batches, pad
+from lbr_dist.model.plain import load_plain
 from lbr_dist.model.tokenizer import Tokenization
 
 WINDOW = 1024
@@ -43,11 +44,7 @@ class Scorer:
                 f"surprisal model {path}: its tokenizer is {own.fingerprint[:12]}, that of the texts is "
                 f"{tokenization.fingerprint[:12]}: name a model with the same tokenizer"
             )
-        try:
-            self._model = AutoModelForCausalLM.from_pretrained(path, dtype="float32").eval().to(device)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"surprisal model {path}: cannot be loaded ({reason})") from None
+        self._model = load_plain(AutoModelForCausalLM, path, device, f"surprisal model {path}")
         self._path = path
         self._start = tokenization.bos or ([] if tokenization.eos_id is None else [tokenization.eos_id])
         vocabulary = self._model.config.vocab_size

@@ -6,6 +6,7 @@ Everything here holds one tensor at a time, so a checkpoint of any size can be e
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
 from lbr_dist.training.checkpoint_files import (
     DTYPES,
@@ -134,15 +136,21 @@ def consolidate(
         The shards.
 
     Raises:
-        UserError: `out` exists and is not empty, or the checkpoint cannot be read.
+        UserError: `out` exists and is not empty, or cannot be made, or the checkpoint cannot be read. A folder that
+            exists is complete.
     """
-    checkpoint, out = resolve(path_or_run), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not an empty folder; choose another --out")
+    if not 0 < max_shard_gib < math.inf:
+        raise UserError(f"--max-shard-gib {max_shard_gib}: expected a finite number above 0")
+    out = Path(out)
+    with new_folder(out, f"consolidate to {out}") as folder:
+        names = _consolidate(resolve(path_or_run), folder, dtype, int(max_shard_gib * 2**30))
+    return [out / name for name in names]
+
+
+def _consolidate(checkpoint: Path, out: Path, dtype: Literal["float32", "bfloat16"], limit: int) -> list[str]:
     manifest = read_manifest(checkpoint)
     reader, target = SliceReader(checkpoint, manifest), getattr(torch, dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    shards = _plan_shards(manifest.parameters, NAMES[target], int(max_shard_gib * 2**30))
+    shards = _plan_shards(manifest.parameters, NAMES[target], limit)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -153,7 +161,7 @@ def consolidate(
         write_bytes(out / name, (checkpoint / name).read_bytes())
     index = {"metadata": {"total_size": sum(s.bytes for shard in shards for s in shard)}, "weight_map": weight_map}
     replace_bytes(out / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
-    return sorted(out / name for name in set(weight_map.values()))
+    return sorted(set(weight_map.values()))
 
 
 def _plan_shards(parameters: list[Parameter], dtype: str, limit: int) -> list[list[TensorSpec]]:

@@ -309,14 +309,35 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     assert names(tmp_path) == ["step-000001"]
 
 
+def test_consolidate_leaves_nothing_half_written(tmp_path, monkeypatch):
+    save(writer(tmp_path), 1)
+    for size in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"--max-shard-gib .* above 0"):
+            consolidate(tmp_path, tmp_path / "out", max_shard_gib=size)
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(UserError, match=r"consolidate to .*: (it is a file|cannot be made)"):
+            consolidate(tmp_path, out)
+    before = sorted(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("lbr_dist.training.weights.replace_bytes", full)  # the last file
+    with pytest.raises(UserError, match="No space left on device; nothing was left behind"):
+        consolidate(tmp_path, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_consolidate_refuses_a_folder_with_content(tmp_path):
     save(writer(tmp_path), 1)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
-    with pytest.raises(UserError, match="not an empty folder"):
+    with pytest.raises(UserError, match="is not empty"):
         consolidate(tmp_path, tmp_path / "out")
     shards = consolidate(tmp_path, tmp_path / "new")
     assert [shard.name for shard in shards] == ["model-00001-of-00001.safetensors"]
+    assert all(shard.is_file() for shard in shards)
     assert (tmp_path / "new" / "model" / "config.json").is_file()
     assert json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())["metadata"] == {
         "total_size": 4 * ELEMENTS

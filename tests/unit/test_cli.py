@@ -1,5 +1,6 @@
 """The command line: answers at once, says one line and exits with 2 where the user is wrong."""
 
+import io
 import resource
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def test_help_answers_within_a_second() -> None:
         (["export", "nowhere", "out"], ["nowhere"]),
         (["export", "nowhere", "out", "--dtype", "int8"], ["--dtype int8"]),
         (["checkpoint", "verify", "nowhere"], ["nowhere"]),
+        (["checkpoint", "list", "nowhere"], ["nowhere", "no run folder"]),
         (["audit", "nowhere"], ["nowhere", "audit"]),
         (["report", "nowhere"], ["nowhere"]),
         (["prepare", "a.jsonl", "--out", "o", "--tokenizer", "nowhere", "--field", "question"], ["--field question"]),
@@ -96,6 +98,50 @@ def test_mistakes_are_one_line_and_exit_2(
     for word in words:
         assert word in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (["eval", "m", "--data", "d"], ["--hardest=0", "--hardest=-5", "--generate=-1", "--distractors=-3"]),
+        (["search", "m", "c", "q"], ["-k=0"]),
+        (["encode", "m", "a", "b"], ["--dim=0"]),
+        (["export", "r", "o"], ["--tokens=-1"]),
+        (["checkpoint", "consolidate", "r", "o"], ["--max-shard-gib=0", "--max-shard-gib=nan", "--max-shard-gib=inf"]),
+        (["mine", "m", "d", "--out", "o"], ["--negatives=0", "--skip=-1", "--depth=0", "--share=nan", "--share=0"]),
+        (["mine", "m", "d", "--out", "o"], ["--share=inf", "--margin=-1", "--margin=nan", "--margin=inf"]),
+        (
+            ["prepare", "a", "--out", "o", "--tokenizer", "t"],
+            ["--seed=-1", "--seed=99999999999999999999", "--similarity=nan", "--similarity=0.4", "--max-chars=0",
+             "--max-bad-share=nan", "--max-bad-share=2", "--shard-records=0", "--shard-mib=nan", "--shard-mib=0"],
+        ),
+        (["plan", "stage1"], ["--world-size=0"]),
+        (["train", "stage1"], ["--nproc=0"]),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_name_their_option(
+    command: list[str],
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lbr: Callable[..., Done],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for option in options:
+        done = lbr(*command, *option.split("="))
+        assert done.returncode == 2, option
+        assert f"Invalid value for '{option.partition('=')[0]}'" in done.stderr.replace(" / '-n'", "'"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_terminal_cannot_show_ends_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lbr: Callable[..., Done]
+) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert lbr("recipes", "stage1", str(tmp_path / "é.yaml")).returncode == 0
+    shown.flush()
+    assert shown.buffer.getvalue().endswith(b"\\xe9.yaml\n")
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path, lbr: Callable[..., Done]) -> None:

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import os
@@ -122,6 +123,118 @@ def test_a_failed_run_goes_on_where_it_stopped(tmp_path, run, monkeypatch):
         encode_file(run, source, out, progress=False)
 
 
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call
+
+
+def failing_write(monkeypatch, number, at):
+    """The `at`-th table and those after it meet a full disk."""
+    real, tables = pq.write_table, []
+
+    def write_table(table, file, **options):
+        tables.append(file)
+        if len(tables) >= at:
+            raise OSError(number, "Error writing bytes to file")
+        real(table, file, **options)
+
+    monkeypatch.setattr(module.pq, "write_table", write_table)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_loses_no_finished_part(tmp_path, run, monkeypatch, number):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(40)])
+    out = tmp_path / "out.parquet"
+    with monkeypatch.context() as patch:
+        failing_write(patch, number, at=3)
+        with pytest.raises(UserError, match=f"out.parquet: {os.strerror(number)}; .* kept in .*out.parquet.parts"):
+            encode_file(run, source, out, block=8, progress=False, device="cpu")
+    assert sorted(file.name for file in (tmp_path / "out.parquet.parts").iterdir()) == [
+        "00000001.parquet", "00000002.parquet", "job.json", "lock",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("lbr_dist.encode.sync", raising(OSError(number, "full")))  # where the parts are joined
+        with pytest.raises(UserError, match=os.strerror(number)):
+            encode_file(run, source, out, block=8, progress=False, device="cpu")
+    assert not out.exists()
+    assert not (tmp_path / "out.parquet.parts" / "joined.tmp").exists()
+    assert encode_file(run, source, out, block=8, progress=False, device="cpu").resumed == 40
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
+
+
+def test_a_second_command_for_one_output_is_refused(tmp_path, run):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(40)])
+    out = tmp_path / "out.parquet"
+
+    class Second:
+        """Tries to write the same output before every block."""
+
+        def stream(self, sources, read, work, *, model=False):
+            for source_ in sources:
+                for block in read(source_):
+                    with pytest.raises(
+                        UserError, match=f"out.parquet.parts: process {os.getpid()} on .* is writing it"
+                    ):
+                        encode_file(run, source, out, block=8, progress=False, device="cpu")
+                    yield work(block)
+
+    assert encode_file(run, source, out, block=8, progress=False, device="cpu", executor=Second()).texts == 40
+    assert len(read(out)[0]) == 40
+
+
+class Meanwhile:
+    """Runs `act` once the first block is read."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def stream(self, sources, read, work, *, model=False):
+        for source in sources:
+            for block in read(source):
+                if block.number == 1:
+                    self.act()
+                yield work(block)
+
+
+def test_a_run_in_training_is_embedded_by_one_checkpoint(tmp_path, tiny_model_dir):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(20)])
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    expected = load_encoder(str(run), "cpu").encode(texts(20))
+    later = Meanwhile(lambda: make_run(run, tiny_model_dir("llama"), step=20, seed=1))
+    options = {"block": 8, "progress": False, "device": "cpu"}
+    encode_file(str(run), source, tmp_path / "out.parquet", executor=later, **options)
+    assert read(tmp_path / "out.parquet")[1] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_input_that_changes_is_noticed(tmp_path, run):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(20)])
+    options = {"block": 8, "progress": False, "device": "cpu"}
+    change = Meanwhile(lambda: source.write_text(source.read_text() + '{"text": "more"}\n'))
+    with pytest.raises(UserError, match="was changed while it was read"):
+        encode_file(run, source, tmp_path / "out.parquet", executor=change, **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    assert encode_file(run, source, tmp_path / "out.parquet", **options).texts == 21
+
+
+def test_a_mistyped_model_leaves_nothing_in_the_way(tmp_path, run):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
+    out = tmp_path / "out.parquet"
+    with pytest.raises(UserError, match="nowhere"):
+        encode_file(str(tmp_path / "nowhere"), source, out, progress=False, device="cpu")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+    encode_file(run, source, out, progress=False, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["file/out.parquet", "n" * 300, "n" * 252])
+def test_an_output_that_cannot_be_made(tmp_path, run, name):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be (made|written) .*; name another"):
+        encode_file(run, source, tmp_path / name, progress=False)
+
+
 SLOW = """
 import sys, time
 from lbr_dist import loading
@@ -173,10 +286,15 @@ def test_killed_and_resumed(tmp_path, run):
     [
         (None, {}, "in.jsonl: no such file"),
         ("", {}, "has no rows"),
-        ('{"text": "a"}\n{"text": ', {}, "line 2: not JSON"),
-        ('{"text": "a"}\n\n[1]\n', {}, "line 3: a list"),
-        ('{"text": "a"}\n{"text": 3}\n', {}, "line 2: field 'text' is a int, not a text"),
+        ('{"text": "a"}\n{"text": ', {}, "in.jsonl: line 2: the line is not valid JSON .*; repair or remove it"),
+        ('{"text": "a"}\n\n[1]\n', {}, "line 3: the line is not a JSON object"),
+        ('{"text": "a"}\n{"text": ' + "[" * 100_000, {}, "line 2: the line is not valid JSON"),
+        ('{"text": "a"}\n{"text": 3}\n', {}, "line 2: field 'text' is a number, not a text"),
+        ('{"text": "a"}\n{"text": null}\n', {}, "line 2: field 'text' is null"),
         ('{"text": "a"}\n{"id": 3}\n', {}, "line 2: field 'text' is missing"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}\n', {}, r"line 2: the text is not valid UTF-8 \(text, character 0\)"),
+        ('{"text": "a", "id": "\\ud83d"}\n', {}, r"line 1: the text is not valid UTF-8 \(id, character 0\)"),
+        ('{"text": "a", "id": [1]}\n', {}, "line 1: id is a list, not a text or a whole number"),
         ('{"body": "a"}\n', {}, "no field 'answer' or .* which has 'body'; name one with --field"),
         ('{"body": "a"}\n', {"field": "txet"}, "no field 'txet' in its first row, which has 'body'"),
     ],
@@ -189,13 +307,56 @@ def test_bad_input_is_named(tmp_path, content, options, message):
         list(read_texts(source, "passage", **options))
 
 
+def test_a_row_without_an_id_gets_its_number(tmp_path):
+    rows = [{"text": "a", "id": None}, {"text": "b", "id": ""}, {"text": "c", "id": 7}, {"text": ""}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    assert list(read_texts(source, "passage")) == [("0", "a"), ("1", "b"), ("7", "c"), ("3", "")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL.GZ", "a.Jsonl.zst", "a.jsonl.bz2", "a.txt", "a.csv", "a.json"])
+def test_files_are_read_as_sources_are(tmp_path, name):
+    """With a byte order mark, under any ending, in capitals or not."""
+    content = {"txt": "fever\r\n\r\npain\r\n", "csv": "text,n\r\nfever,1\r\npain,2\r\n"}
+    default = '{"text": "fever"}\n{"text": "pain"}\n'
+    data = b"\xef\xbb\xbf" + content.get(name.rpartition(".")[2], default).encode()
+    (tmp_path / name).write_bytes(compressed(data, name))
+    assert list(read_texts(tmp_path / name, "passage")) == [("0", "fever"), ("1", "pain")]
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])
+@pytest.mark.parametrize("harm", ["truncated", "emptied", "changed"])
+def test_a_damaged_file_is_never_taken_for_whole(tmp_path, ending, harm):
+    lines = (json.dumps({"text": " ".join(map(str, np.random.default_rng(row).random(20)))}) for row in range(3000))
+    data = compressed("\n".join(lines).encode(), ending)
+    source = tmp_path / f"a.jsonl.{ending}"
+    changed = data[: len(data) // 2] + bytes(64) + data[len(data) // 2 + 64 :]
+    source.write_bytes({"truncated": data[: len(data) // 2], "emptied": b"", "changed": changed}[harm])
+    told = "(damaged|line)" if harm == "changed" else "damaged"
+    with pytest.raises(UserError, match=f"a.jsonl.{ending}: {told}"):
+        list(read_texts(source, "passage"))
+
+
+def compressed(data, name):
+    import bz2
+    import lzma
+
+    import zstandard
+
+    ending = name.lower().rpartition(".")[2]
+    kinds = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    return kinds.get(ending, bytes)(data)
+
+
 def test_other_bad_files_are_named(tmp_path):
     for name, data, message in (
-        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.parquet", b"no parquet", "cannot be read as Parquet"),
-        ("a.csv", b"x", "unknown kind of file"),
+        ("a.jsonl", b'{"text": "\xff"}', r"line 1: the text is not valid UTF-8 \(byte 10\)"),
+        ("b.jsonl", b"\xff\xfe{\0", "is UTF-16"),
+        ("a.jsonl.gz", b"no gzip", "damaged"),
+        ("a.parquet", b"no parquet", "damaged or not a parquet file"),
+        ("a.doc", b"x", "a.doc: unknown format; names end in"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=message):
             list(read_texts(tmp_path / name, "passage"))
+    with pytest.raises(UserError, match="is not a file"):
+        read_texts(tmp_path, "passage")

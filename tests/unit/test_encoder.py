@@ -5,7 +5,7 @@ from runs import make_run
 
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation import encoder as module
-from lbr_dist.loading import is_run, load_encoder, load_run, model_fingerprint
+from lbr_dist.loading import is_run, load_encoder, load_run, model_fingerprint, pinned
 from lbr_dist.model.batching import batches
 
 WORDS = [
@@ -163,3 +163,34 @@ def test_specifications(run, tiny_model_dir, tmp_path):
         load_encoder(f"hf:{tmp_path / 'nothing'}", "cpu")
     with pytest.raises(UserError, match="no embeddings"):
         load_encoder("bm25")
+    for device in ("gpu", "meta", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {device}: cannot be used"):
+            load_encoder(str(run), device)
+
+
+def test_a_pinned_run_stays_the_same_model(tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    assert pinned(f"{run}?dim=4") == f"{run}/checkpoints/step-000010?dim=4"
+    before = pinned(str(run))
+    make_run(run, tiny_model_dir("llama"), step=20)
+    assert pinned(str(run)).endswith("step-000020")
+    assert model_fingerprint(pinned(str(run))) == model_fingerprint(str(run)) != model_fingerprint(before)
+    assert pinned("hf:x?pooling=mean") == "hf:x?pooling=mean"
+
+
+def test_a_plain_model_is_loaded_whole_or_not_at_all(tmp_path, tiny_model_dir):
+    """transformers makes missing weights up at random, and says so in a warning at most."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if "mlp" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"model hf:.*: 1 weights are missing, the first is .*{name[-20:]}"):
+        load_encoder(f"hf:{tmp_path / 'model'}", "cpu")
+    file.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"model hf:.*: cannot be loaded"):
+        load_encoder(f"hf:{tmp_path / 'model'}", "cpu")

@@ -71,16 +71,10 @@ def test_nonsense_is_named() -> None:
     [
         ("gpu03", "gpu03"),
         ("gpu[03-07,9],login", "gpu03"),
+        ("rack[1-2]n[01-04]", "rack1n01"),
         ("a,b", "a"),
         ("rack2-n[1,5]-ib,x", "rack2-n1-ib"),
-        ("rack[1-2]n[01-04]", "rack1n01"),
     ],
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
-
-
-@pytest.mark.parametrize("nodes", ["", "n[1-2"])
-def test_a_strange_node_list_is_refused(nodes: str) -> None:
-    with pytest.raises(UserError, match="set MASTER_ADDR"):
-        first_host(nodes)

@@ -1,6 +1,8 @@
 """`lbr eval` end to end: a prepared set, a run, its export, a plain model and BM25 in one table."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from lbr_dist.evaluation.held_out import load_held_out
 from lbr_dist.evaluation.separation import separation
 from lbr_dist.export import export
 from lbr_dist.loading import load_encoder
+from lbr_dist.report import report
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +76,98 @@ def test_names_are_checked_before_any_model_runs(tmp_path, data):
         evaluate(["never-loaded"], data, tmp_path / "out", tasks=["NoSuchTask"], progress=False)
     with pytest.raises(UserError, match="not a prepared set"):
         evaluate(["never-loaded"], tmp_path, tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="mteb task NFCorpus: cannot be run"):
+        evaluate(["never-loaded"], data, tmp_path / "out", tasks=["NFCorpus"], progress=False)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="it is a file"):
         evaluate(["never-loaded"], data, tmp_path / "file", progress=False)
+    for options, message in (
+        ({"hardest": 0}, "--hardest 0: expected at least 1"),
+        ({"generate": -1}, "--generate -1"),
+        ({"distractors": -3}, "--distractors -3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate(["never-loaded"], data, tmp_path / "out", progress=False, **options)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").touch()
+    for spec, message in (
+        (str(tmp_path / "typo"), "no such folder"),
+        (str(tmp_path / "file"), "is a file"),
+        (str(tmp_path / "plain"), "has no pooling of its own"),
+        (f"hf:{tmp_path}?pooling=max", "expected hf:PATH"),
+        (f"{tmp_path}?dim=²", "dim=² is not a number"),
+        (f"hf:{tmp_path}?max_tokens=²", "expected hf:PATH"),
+        ("bm25?dim=3", "has no embeddings"),
+    ):
+        with pytest.raises(UserError, match=message.replace("?", "[?]")):
+            evaluate(["bm25", spec], data, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="cannot be written"):
+        evaluate(["bm25"], data, tmp_path / "file" / "out", progress=False)
+
+
+def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lbr_dist.loading.load_encoder", fail)
+        with pytest.raises(MemoryError):
+            evaluate(["bm25", "large"], data, tmp_path / "out", progress=False)
+    kept = tmp_path / "out" / "eval.unfinished.json"
+    assert list((tmp_path / "out").iterdir()) == [kept]
+    assert "| BM25 |" in report([kept], tmp_path / "report")
+    evaluate(["bm25"], data, tmp_path / "out", progress=False)
+    assert not kept.exists()
+
+
+def test_a_full_disk_does_not_cost_the_results(tmp_path, data, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("lbr_dist.evaluate.write_results", full)
+    with pytest.raises(UserError, match=r"No space left on device; the results lie in .*elsewhere.*eval.json"):
+        evaluate(["bm25"], data, tmp_path / "out", progress=False)
+    (kept,) = (tmp_path / "elsewhere").glob("*/eval.json")
+    assert "| BM25 |" in report([kept], tmp_path / "report")
+
+
+def test_a_path_need_not_be_utf_8(tmp_path, data, monkeypatch):
+    class Named:
+        name, cut = "model \udcff", 0
+
+        def encode(self, texts, side="passage", progress=False):
+            return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
+
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Named())
+    evaluate(["\udcff"], data, tmp_path / "out", progress=False)
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["models"][0]["name"] == r"model \udcff"
+
+
+def test_a_set_whose_every_passage_is_right_has_no_ratio(tmp_path, tiny_model_dir):
+    base = tiny_model_dir("llama")
+    rows = [{"id": f"q{n}", "question": f"is {word} so?", "answer": "yes"} for n, word in enumerate("abcdefgh")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare([str(tmp_path / "rows.jsonl")], tmp_path / "set", tokenizer=str(base), sizes={"eval": "rest", "cl": "0"})
+    spec = f"hf:{base}?pooling=mean"
+    results = evaluate([spec], tmp_path / "set", tmp_path / "out", device="cpu", progress=False)
+    assert sorted(results["models"][0]["separation"]) == ["alignment", "uniformity"]
+    assert "no wrong one" in results["notes"][0]
+    assert results["notes"][0] in (tmp_path / "out" / "eval.md").read_text()
+
+
+def test_a_model_that_gives_no_numbers_is_not_measured(tmp_path, data, monkeypatch):
+    class Broken:
+        name, cut = "broken", 0
+
+        def encode(self, texts, side="passage", progress=False):
+            return np.full((len(texts), 4), np.nan, np.float32)
+
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Broken())
+    with pytest.raises(UserError, match=r"model broken: its embedding of .* is not finite"):
+        evaluate(["broken"], data, tmp_path / "out", progress=False)
 
 
 def test_results_lie_in_the_first_run(tmp_path, tiny_model_dir):

@@ -240,6 +240,12 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, tiny_mo
     (taken / "file").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         export(run, taken)
+    for out in (taken / "file", taken / "file" / "out"):
+        with pytest.raises(UserError, match=r"export to .*: (it is a file|cannot be made)"):
+            export(run, out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"it is the current folder|not empty"):
+        export(run, ".")
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("lbr_dist.export.COSINE", {"float32": 1.1})
     with pytest.raises(UserError, match="another vector"):
@@ -289,3 +295,19 @@ def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):
         assert expected in body, expected
     with pytest.raises(UserError, match="no such file"):
         export(run, tmp_path / "other", check=False, scores=tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no json", r"--scores .*bad.json: not an evaluation that `lbr eval` wrote \(not JSON"),
+        ("[]", r"not an evaluation .*the whole"),
+        ('{"data": {"name": "x"}, "models": []}', "data.fingerprint: field required"),
+    ],
+)
+def test_bad_scores_are_named_before_the_model_is_loaded(tmp_path, content, message):
+    file = tmp_path / "bad.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "never-loaded", tmp_path / "out", scores=file)
+    assert list(tmp_path.iterdir()) == [file]

@@ -217,6 +217,17 @@ def test_what_cannot_be_mined(data: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_a_mistyped_model_or_device_costs_no_committed_block(data: Path, tmp_path: Path, words: Words) -> None:
+    block = tmp_path / ".out.preparing" / "resume" / "query" / "00000001.parquet"
+    block.parent.mkdir(parents=True)
+    block.touch()
+    with pytest.raises(UserError, match="--device gpu: cannot be used"):
+        mine("words", data, tmp_path / "out", device="gpu")
+    with pytest.raises(UserError, match="no such folder"):
+        mine(str(tmp_path / "typo"), data, tmp_path / "out")
+    assert block.exists()
+
+
 def test_a_model_of_damaged_vectors_is_named(data: Path, tmp_path: Path, words: Words) -> None:
     whole = Words.encode
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -200,8 +201,12 @@ def test_negatives_given_by_id(tmp_path: Path, five: Path) -> None:
         ('{"id": "r9", "negatives": []}', "line 2: the set has no cl record with id 'r9'"),
         ('{"id": "r1", "negatives": ["r2", "x"]}', "line 2: the set has no cl record with id 'x'"),
         ('{"id": "r1"}', "line 2: expected"),
-        ("[1]", "line 2: expected"),
-        ("{", "line 2: expected"),
+        ('{"id": "r1", "negatives": "r2"}', "line 2: expected"),
+        ('{"id": "r1", "negatives": [{"id": "r2", "score": "high"}]}', "mined.jsonl: line 2: expected .*number"),
+        ('{"id": "r1", "negatives": [{"id": "r2", "score": Infinity}]}', "line 2: expected"),
+        ('{"id": "\\ud83d", "negatives": []}', "line 2: the set has no cl record with id"),
+        ("[1]", "line 2: the line is not a JSON object"),
+        ("{", "line 2: the line is not valid JSON"),
     ],
 )
 def test_a_given_file_that_does_not_fit(tmp_path: Path, five: Path, line: str, message: str) -> None:
@@ -209,3 +214,16 @@ def test_a_given_file_that_does_not_fit(tmp_path: Path, five: Path, line: str, m
     file.write_text('{"id": "r0", "negatives": ["r1"]}\n' + line)
     with pytest.raises(UserError, match=message):
         given(five, file)
+
+
+def test_a_given_file_is_read_as_sources_are(tmp_path: Path, five: Path) -> None:
+    file = tmp_path / "MINED.JSONL.GZ"
+    file.write_bytes(gzip.compress(b'\xef\xbb\xbf{"id": "r0", "negatives": ["r1"]}\n'))
+    assert given(five, file).chosen(np.arange(5), 1).passage_QN[:, 0].tolist() == [1, -1, -1, -1, -1]
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"MINED.JSONL.GZ: damaged"):
+        given(five, file)
+    wrong = tmp_path / "model.bin"
+    wrong.touch()
+    with pytest.raises(UserError, match=r"model.bin: unknown format"):
+        given(five, wrong)

@@ -69,6 +69,23 @@ def test_a_mount_point_is_refused_at_once(source: list[str], mounted: Path) -> N
     assert not run(source, mounted / "set").unchanged
 
 
+@pytest.mark.parametrize("fault", [UserError("no such device"), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize("dear", [True, False])
+def test_dear_blocks_outlive_a_mistake_and_a_full_disk(tmp_path: Path, fault: Exception, dear: bool) -> None:
+    def work() -> None:
+        with publish.workspace(tmp_path / "out", dear=dear) as folder:
+            blocks = publish.resumable(folder, {"job": 1}) / "blocks"
+            blocks.mkdir()
+            (blocks / "000001.npy").write_bytes(b"hours")
+            (folder / "set").mkdir()
+            raise fault
+
+    with pytest.raises(UserError, match=r"device"):
+        work()
+    left = sorted(path.name for path in (tmp_path / ".out.preparing").rglob("*"))
+    assert left == (["000001.npy", "blocks", "job.json", "resume"] if dear else [])
+
+
 def test_a_file_system_that_becomes_read_only(
     source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

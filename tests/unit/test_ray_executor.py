@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import random
@@ -105,3 +106,24 @@ def test_commands_use_the_current_executor(sources: list[str], tmp_path: Path) -
     assert current() is not elsewhere
     run(sources, tmp_path / "here", max_bad_share=0.1)
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+class Writes:
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self, block: str) -> str:
+        raise OSError(self.number, "Error writing bytes to file")
+
+
+def test_a_full_disk_comes_back_as_it_is_and_is_not_tried_again() -> None:
+    block = ray_data._table("block")
+
+    def work(number: int) -> Any:
+        return ray_data._Worker(pickle.dumps(Writes(number)), str(Path.cwd()))(block)
+
+    error = pickle.loads(work(errno.ENOSPC)[ray_data.COLUMN][0].as_py())
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="Error writing"):
+        work(errno.EIO)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import yaml
 
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch import ray_pipeline, ray_stage, ray_train
-from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, make_token, parse_nodes
+from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
 from lbr_dist.launch.ray_train import Request, Stop
 from lbr_dist.recipes import parse_recipe
 
@@ -134,34 +131,6 @@ def test_only_the_owner_reads_a_token(tmp_path: Path) -> None:
     assert stat.S_IMODE(one.stat().st_mode) == 0o600
     assert len(one.read_text()) == 64
     assert one.read_text() != two.read_text()
-
-
-class TestCluster:
-    def test_a_head_that_does_not_exist_is_one_line(self, tmp_path: Path) -> None:
-        script = Path(__file__).parents[2] / "ray_jobs" / "stage1.py"
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump({**RAW, "output": str(tmp_path / "run")}))
-        env = {**os.environ, "RAY_ADDRESS": "nosuchhost.invalid:6379"}
-        command = [sys.executable, "-W", "ignore", str(script), str(recipe)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: RAY_ADDRESS nosuchhost.invalid:6379: not the HOST:PORT of a head: ")
-        assert done.stderr.count("\n") == 1
-
-    def test_another_version_of_ray_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import ray
-
-        def init(**_: Any) -> None:
-            raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.55.1\n    Python: 3.11.9\n"
-                               "This process on Ray Client was started with:\n    Ray: 2.60.0\n")  # fmt: skip
-
-        monkeypatch.setattr(ray, "init", init)
-        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-        with (
-            pytest.raises(UserError, match=r"^RAY_ADDRESS 127.*Ray: 2\.55\.1 .* Ray: 2\.60\.0: use the same ver\S+ of"),
-            cluster(),
-        ):
-            pass
 
 
 class WorkersFailedError(Exception):

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from lbr_dist.errors import UserError
-from lbr_dist.launch.ray_cluster import ALONE
+from lbr_dist.launch.ray_cluster import ALONE, cluster
 from lbr_dist.launch.ray_start import address_towards, listening_on, start
 
+PROJECT = Path(__file__).parents[2]
 ADDRESS = "127.0.0.9"
 """Of this machine, as any of 127.0.0.0/8."""
 SOCKETS = """
@@ -179,3 +180,31 @@ def test_a_driver_begins_again_once(tmp_path: Path) -> None:
 
 def test_the_address_that_faces_the_head() -> None:
     assert address_towards("127.0.0.1:6379") == "127.0.0.1"
+
+
+@pytest.mark.parametrize("driver", ["stage1", "stage2", "pipeline", "prepare", "encode", "mine"])
+def test_a_driver_whose_cluster_has_no_address_says_so_in_a_line(driver: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("LBR_", "RAY_"))}
+    done = subprocess.run(
+        [sys.executable, PROJECT / "ray_jobs" / f"{driver}.py", "recipe.yaml"],
+        env=environ | {"RAY_ADDRESS": "no-such-host.invalid:6379", "PYTHONPATH": str(PROJECT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: RAY_ADDRESS no-such-host.invalid:6379: not the HOST:PORT of a head")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_cluster_of_another_version_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def init(**_: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.11.7")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with (
+        pytest.raises(UserError, match=r"another Ray or Python: .* Ray: 2.9.0"),
+        cluster(),
+    ):
+        pass

@@ -146,6 +146,84 @@ def test_what_is_neither_is_named(tmp_path):
         report([tmp_path / "x.json"], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e["data"].pop("queries"), "data.queries: field required"),
+        (lambda e: e["data"].update(answers="many"), "data.answers: input should be a valid integer"),
+        (lambda e: e["models"][1].pop("name"), "models.1.name: field required"),
+        (lambda e: e.update(models=[]), "models: list should have at least 1 item"),
+        (lambda e: e["models"][0].update(tasks=[1]), "models.0.tasks: input should be a valid dictionary"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_named(tmp_path, results, change, message):
+    change(results)
+    (tmp_path / "b.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=rf"report .*b.json: not an evaluation .*\({message}"):
+        report([tmp_path / "b.json"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [None, "0.4", True, float("nan"), float("inf"), {}])
+def test_a_score_that_is_no_number_is_a_gap(tmp_path, results, value):
+    results["models"][0]["retrieval"]["ndcg_at_10"] = value
+    (tmp_path / "b.json").write_text(json.dumps(results))
+    assert "| BM25 | – |" in report([tmp_path / "b.json"], tmp_path / "out")
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path, results):
+    (tmp_path / "b.json").write_text(json.dumps(results))
+    for out in (tmp_path / "b.json", tmp_path / "b.json" / "out"):
+        with pytest.raises(UserError, match=r"--out .*b.json.*: (it is a file|cannot be written)"):
+            report([tmp_path / "b.json"], out)
+
+
+def test_two_models_of_one_name_are_not_one(tmp_path, results):
+    for number, score in enumerate((0.141, 0.522)):
+        results["models"] = [{**model("run", score), "seconds": {"load": number}}]
+        (tmp_path / f"{number}.json").write_text(json.dumps(results))
+    again = {**results["models"][0], "seconds": {"load": 9.0}}
+    (tmp_path / "2.json").write_text(json.dumps({**results, "models": [again]}))
+    text = report([tmp_path / f"{number}.json" for number in range(3)], tmp_path / "out")
+    assert text.count("| run | 0.141 |") == text.count("| run | **0.522** |") == 1
+
+
+AWKWARD = "we$ird $x [/] [50%] | _^{"
+
+
+def test_names_are_shown_as_they_are(tmp_path, results, capsys, monkeypatch):
+    """`$` begins a formula in matplotlib, and `[` a style in rich."""
+    results["data"]["name"] = results["models"][0]["name"] = AWKWARD
+    results["notes"] = [f"a note [/] on {AWKWARD}"]
+    write_results(results, tmp_path / "e")
+    assert is_png(tmp_path / "e" / "eval.png")
+    run = make_log(tmp_path / "run", AWKWARD, "generative", 3, 1.0)
+    assert results["notes"][0] in report([run, tmp_path / "e"], tmp_path / "out")
+    assert is_png(tmp_path / "out" / "report.png")
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("COLUMNS", "300")
+    print_table(results)
+    shown = capsys.readouterr().out
+    assert AWKWARD in shown.splitlines()[0]
+    assert results["notes"][0] in shown
+
+
+def test_the_numbers_outlive_a_picture_that_fails(tmp_path, results, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("lbr_dist.evaluation.report.plot", fail)
+    with pytest.raises(MemoryError):
+        write_results(results, tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "eval.json").read_text()) == results
+
+
+def test_a_line_of_a_log_without_a_step_is_passed_over(tmp_path):
+    folder = make_log(tmp_path / "a", "a", "generative", 3, 1.0)
+    (folder / "metrics.jsonl").write_text('{"loss": 3.0}\n{"step": 7, "loss": 2.0}\n')
+    assert "| a | generative | 7 |" in report([folder], tmp_path / "out")
+
+
 def test_smoothing_keeps_level_and_length():
     values = np.arange(500, dtype=float)
     smoothed = smooth(values)

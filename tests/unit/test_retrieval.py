@@ -6,7 +6,14 @@ import pytest
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25, words
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
-from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, named_task, retrieval_scores
+from lbr_dist.evaluation.retrieval import (
+    BM25Search,
+    MtebEncoder,
+    check_data,
+    held_out_task,
+    named_task,
+    retrieval_scores,
+)
 
 
 class Vectors:
@@ -113,6 +120,8 @@ def test_a_task_whose_data_is_not_here_is_the_users_error(monkeypatch):
     _, encoder = problem()
     with pytest.raises(UserError, match="mteb task NFCorpus: cannot be run"):
         retrieval_scores(MtebEncoder(encoder), named_task("NFCorpus"))
+    with pytest.raises(UserError, match="mteb task NFCorpus: cannot be run"):
+        check_data(named_task("NFCorpus"))
 
 
 def qa(number, question, answer, **more):

@@ -50,6 +50,44 @@ def test_the_corpus_is_embedded_once(tmp_path, run, corpus, monkeypatch):
     assert seen[3:] == ["passage", "query"]
 
 
+def test_a_cache_that_is_damaged_or_cannot_be_written_costs_no_answer(tmp_path, run, corpus, caplog):
+    options = {"device": "cpu", "progress": False}
+    expected = search(run, corpus, ["pain"], cache_dir=tmp_path / "c", **options)
+    (file,) = (tmp_path / "c").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:50], whole[:-4]):
+        file.write_bytes(damaged)
+        assert search(run, corpus, ["pain"], cache_dir=tmp_path / "c", **options) == expected
+        assert file.read_bytes() == whole
+    assert search(run, corpus, ["pain"], cache_dir=corpus / "c", **options) == expected
+    assert "are not kept (Not a directory)" in caplog.text
+
+
+@pytest.mark.parametrize("query", ["", "  ", "\udcff"])
+def test_a_query_that_is_none_is_named(corpus, query):
+    with pytest.raises(UserError, match=r"query .*: (a field is empty|the text is not valid UTF-8)"):
+        search("never-loaded", corpus, ["pain", query], progress=False)
+
+
+def test_a_model_that_gives_no_numbers_is_named(tmp_path, corpus, monkeypatch):
+    class Broken:
+        name, cut = "broken", 0
+
+        def __init__(self, side):
+            self.side = side
+
+        def encode(self, texts, side="passage", progress=False):
+            rows = np.eye(len(texts), 4, dtype=np.float32)
+            rows[-1] = np.nan if side == self.side else rows[-1]
+            return rows
+
+    for side in ("query", "passage"):
+        monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_, side=side: Broken(side))
+        with pytest.raises(UserError, match=r"embedding of .* is not finite: the model is damaged"):
+            search("broken", corpus, ["pain"], cache_dir=tmp_path / side, progress=False)
+        assert not list(tmp_path.glob("passage/*"))
+
+
 def test_bm25_searches_too(corpus):
     assert search("bm25", corpus, ["failure of the heart"], k=1)[0][0].id == "r1"
 

@@ -85,6 +85,15 @@ def test_collapsed_embeddings_separate_nothing():
     assert got["auc"] == 0.5
 
 
+def test_without_a_wrong_passage_there_is_no_ratio(pairs):
+    queries, passages, _ = pairs
+    everything = separation(queries, passages[:3], [[0, 1, 2]] * len(queries))
+    assert sorted(everything) == ["alignment", "uniformity"]
+    assert sorted(separation(queries[:1], passages[:1], [[0]])) == ["alignment", "uniformity"]
+    with pytest.raises(ValueError, match="at least one non-positive"):
+        separation(*pairs, hardest=0)
+
+
 def test_a_query_without_positives_is_refused(pairs):
     queries, passages, positives = pairs
     with pytest.raises(ValueError, match="at least one positive"):

@@ -186,6 +186,16 @@ def test_index_that_is_not_that_of_its_shard(prepared: Path) -> None:
         opened.index("gl")
 
 
+def test_a_changed_byte_in_an_index(prepared: Path) -> None:
+    file = prepared / "gl/000000.parquet"
+    whole = file.read_bytes()
+    opened = open_set(prepared)
+    for place in range(4, len(whole) // 2, 97):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match=r"gl/000000.parquet: damaged index"):
+            opened.index("gl")
+
+
 def test_index_of_another_tokenizer(prepared: Path) -> None:
     opened = open_set(prepared)
     check_tokenizer(opened, Bytes())

@@ -230,6 +230,7 @@ def test_ray_takes_no_fixed_port_and_shows_its_dashboard_to_its_own_node_only() 
     head = start_options(environ, "10.0.0.1", [20112, 20113, 20114, 20115])
     assert {"--head", "--port=20112", "--dashboard-host=127.0.0.1", "--dashboard-port=20113", "--num-gpus=8",
             "--ray-client-server-port=20114", "--node-ip-address=10.0.0.1"} <= set(head)  # fmt: skip
+    assert "--temp-dir=/scratch/ray-7-0/r" in head
     worker = start_options({**environ, "SLURM_PROCID": "1"}, "10.0.0.2", [20112, 20113, 20114, 20115])
     assert {"--address=10.0.0.1:20112", "--min-worker-port=0", "--dashboard-agent-listen-port=20115"} <= set(worker)
     assert "--head" not in worker
@@ -260,10 +261,54 @@ def run(script: str, env: dict[str, str]) -> str:
     return done.stderr
 
 
-def test_a_set_variable_wins_over_the_site_file(tmp_path: Path) -> None:
-    show = f'. "{PROJECT}/slurm/site.env"; echo "$LAUNCHER $LBR_MAX_RESTARTS $LBR_PYTHON"'
-    for env, expected in (({}, None), ({"LAUNCHER": "torchrun", "LBR_MAX_RESTARTS": "9"}, "torchrun 9 python3")):
-        done = subprocess.run(
-            ["bash", "-euc", show], env={"PATH": "/usr/bin:/bin", **env}, capture_output=True, text=True, check=True
+SITE = PROJECT / "slurm" / "site.env"
+
+
+def site(command: str, **environ: str) -> str:
+    env = {"PATH": "/usr/bin:/bin", "SITE": str(SITE), **environ}
+    return subprocess.run(["bash", "-euc", command], env=env, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_set_variable_wins_over_the_site_file() -> None:
+    show = 'lbr_script=1; . "$SITE"; echo "$LAUNCHER $LBR_MAX_RESTARTS $LBR_PYTHON"'
+    assert site(show).split()[1:] == ["3", "python3"]
+    assert site(show, LAUNCHER="torchrun", LBR_MAX_RESTARTS="9") == "torchrun 9 python3"
+
+
+def test_a_login_shell_gets_what_sbatch_reads_and_nothing_else(tmp_path: Path) -> None:
+    """What is set there would hold for every job, whatever the file says by then: its scratch folder, its launcher."""
+    copy = tmp_path / "site.env"
+    copy.write_text("export SBATCH_ACCOUNT=${SBATCH_ACCOUNT-mine}\n" + SITE.read_text())
+    new = f'env | sort >{tmp_path}/before; . "$SITE"; env | sort | comm -13 {tmp_path}/before -'
+    assert site(new, SITE=str(copy), TMPDIR="/run/user/7", LBR_HOME="/project") == "SBATCH_ACCOUNT=mine"
+
+
+def test_a_pipeline_leaves_the_jobs_to_their_own_settings(tmp_path: Path) -> None:
+    """Modules are loaded and a Pyxis container's Python is not run where jobs are only submitted."""
+    site_file = tmp_path / "site.env"
+    site_file.write_text(
+        f'export SBATCH_ACCOUNT=mine LBR_MODULES="gcc cuda" LBR_PYTHON=/opt/in-the-container/python\n'
+        f"export LBR_CONTAINER=--container-image=x LBR_LOGIN_PYTHON={sys.executable}\n{SITE.read_text()}"
+    )
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\nenv >>{tmp_path}/seen\necho "$@" >>{tmp_path}/asked\necho 7\n')
+    sbatch.chmod(0o755)
+    for stage, name in (("generative", "one"), ("contrastive", "two")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"stage: {stage}\noutput: {tmp_path}/{name}\nmodel: {{path: m}}\ndata: {{sets: [{{path: d}}]}}\n"
+            "batch: {global_batch: 1}\nduration: {steps: 1}\n"
         )
-        assert done.stdout.split()[1:] == ["3", "python3"] if expected is None else done.stdout.strip() == expected
+    module = f'module() {{ echo "$*" >>{tmp_path}/modules; }}; export -f module; exec {PROJECT}/slurm/pipeline.sh "$@"'
+    done = subprocess.run(
+        ["bash", "-c", module, "-", "--nodes=2", str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")],
+        env={"PATH": f"{sbatch.parent}:/usr/bin:/bin", "TMPDIR": "/run/user/7", "LBR_SITE": str(site_file)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == f"stage 2: job 7 -> {tmp_path}/two"
+    assert (tmp_path / "modules").read_text().splitlines()[0] == "load gcc cuda"
+    seen = (tmp_path / "seen").read_text()
+    assert "SBATCH_ACCOUNT=mine" in seen
+    assert "LBR_SCRATCH" not in seen
+    assert "HF_HUB_OFFLINE" not in seen

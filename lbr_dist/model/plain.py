@@ -1,0 +1,53 @@
+"""Any Hugging Face model as it is, to read from and not to train: in float32, whole, and on a device that there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lbr_dist.errors import UserError
+
+POOLER = "pooler."
+"""Weights of BERT's family that our poolings do not use, and that many checkpoints lack."""
+
+
+def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> Any:
+    """Load a model of `kind` (`transformers.AutoModel` or one for a task).
+
+    Args:
+        path: model folder, or hub name in the local cache.
+        device: where to.
+        what: names the model in messages.
+
+    Raises:
+        UserError: it cannot be loaded, or weights are missing, which transformers would make up at random.
+    """
+    try:
+        model, info = kind.from_pretrained(path, dtype="float32", output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what}: cannot be loaded ({reason})") from None
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(POOLER))
+    if missing:
+        raise UserError(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}; download it again")
+    return model.eval().to(device)
+
+
+def usable_device(device: str | None) -> str:
+    """The device that the user named, tried out; `cuda` where there is one if none was named.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise ValueError("neither cpu nor cuda")
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"--device {device}: cannot be used ({reason}); expected cpu, cuda or cuda:N") from None
+    return device

@@ -1,0 +1,107 @@
+"""Folders that appear whole, locks, and what a full disk says."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from pathlib import Path
+
+import pytest
+
+from lbr_dist import disk as module
+from lbr_dist.disk import locked, new_folder, room, usable_folder
+from lbr_dist.errors import UserError
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    with new_folder(out, "make out") as folder:
+        (folder / "x").touch()
+        assert not out.exists()
+    assert [file.name for file in out.iterdir()] == ["x"]
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "b", "make b") as folder:
+        (folder / "nothing").rename(folder / "x")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_was_written_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="make out: something else was written there"), new_folder(out, "make out"):
+        (out / "theirs").mkdir(parents=True)
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link", "make it") as folder:
+        (folder / "x").touch()
+    assert (tmp_path / "real" / "x").is_file()
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(UserError, match="make it: "), new_folder(tmp_path / "round", "make it"):
+        pass
+
+
+def test_what_cannot_become_a_new_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out, message in (
+        (tmp_path / "file", "it is a file"),
+        (tmp_path / "file" / "out", "cannot be made"),
+        (tmp_path / ("n" * 300), "cannot be made"),
+        (tmp_path, "is not empty"),
+        (Path(), "it is the current folder"),
+        (Path("/proc"), "is not empty"),
+    ):
+        with pytest.raises(UserError, match=f"export: .*{message}"), new_folder(out, "export"):
+            pass
+
+
+def test_a_full_disk_is_an_error_of_the_user_and_a_fault_of_the_machine_is_not() -> None:
+    with pytest.raises(UserError, match="x: No space left on device; free some"), room("x", "free some"):
+        raise OSError(errno.ENOSPC, "written otherwise")
+    with pytest.raises(OSError, match="fault"), room("x", "free some"):
+        raise OSError(errno.EIO, "fault")
+
+
+def test_a_folder_that_will_be_written_is_tried_first(tmp_path: Path) -> None:
+    usable_folder(tmp_path / "a" / "b", "--out a/b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out f: it is a file"):
+        usable_folder(tmp_path / "file", "--out f")
+    with pytest.raises(UserError, match="--out f: cannot be written"):
+        usable_folder(tmp_path / "file" / "f", "--out f")
+
+
+def test_a_lock_is_held_once_and_names_its_holder(tmp_path: Path) -> None:
+    with locked(tmp_path, "encode"), pytest.raises(UserError, match=r"encode: process .* is writing it"):
+        locked(tmp_path, "encode").__enter__()
+    with locked(tmp_path, "encode"):
+        pass
+
+
+def test_a_folder_whose_holder_removed_it_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the lock's file and locking it, the one before ended and removed the folder."""
+    real = module.fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        real(descriptor, how)
+        (tmp_path / "lock").unlink()
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="is writing it"), locked(tmp_path, "encode"):
+        pass
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with caplog.at_level(logging.WARNING), locked(tmp_path, "encode"):
+        pass
+    assert "no lock to be had" in caplog.text

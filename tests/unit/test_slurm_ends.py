@@ -1,0 +1,152 @@
+"""How the job scripts end a job, and what they hand to their steps; Slurm's commands and the ranks are stand-ins."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+STANDINS = {
+    "scontrol": """
+case "$1 $2" in
+  "show hostnames") printf 'n1\\nn2\\n' ;;
+  "show job") echo "JobId=7 EndTime=Unknown" ;;
+  requeue*) echo "requeue $2" >>"$PLACE/calls"; [ ! -e "$PLACE/refuse" ] ;;
+esac
+""",
+    "squeue": """
+echo "squeue $*" >>"$PLACE/calls"
+read -r away <"$PLACE/away"
+[ "$away" = 0 ] || { echo $((away - 1)) >"$PLACE/away"; echo "slurm_load_jobs error" >&2; exit 1; }
+cat "$PLACE/state"
+""",
+    "srun": """
+echo "srun $*" >>"$PLACE/calls"
+env | grep -o '^SLURM_[A-Z_]*' | sort | tr '\\n' ' ' >"$PLACE/environment"
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+""",
+    "python": """
+case "$*" in
+  *"slurm begin"*) echo 20000 20001 20002 20003 ;;
+  *"slurm output"*) echo "$PLACE" ;;
+  *"slurm end"*) echo "end $*" >>"$PLACE/calls"; echo requeue ;;
+  *"lbr_dist train"*)
+    [ ! -e "$PLACE/wait" ] || sleep 30 &
+    trap 'kill %1; exit 75' TERM
+    touch "$PLACE/started"
+    wait
+    exit 75
+    ;;
+  *"lbr_dist prepare"* | *"lbr_dist eval"*) touch "$PLACE/started"; sleep 1 ;;
+esac
+""",
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a script in a job of two nodes; the ranks end with 75."""
+    (tmp_path / "bin").mkdir()
+    for name, body in STANDINS.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f"#!/usr/bin/env bash\n{body}")
+        file.chmod(0o755)
+    (tmp_path / "state").write_text("RUNNING\n")
+    (tmp_path / "away").write_text("0\n")
+
+    def start(script: str = "stage1.sh", **environ: str) -> subprocess.Popen[str]:
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "8",
+                 "SLURM_JOB_CPUS_PER_NODE": "8,6"}  # fmt: skip
+        own = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PLACE": str(tmp_path), "LBR_HOME": str(PROJECT),
+               "LBR_PYTHON": "python", "LAUNCHER": "srun", "LBR_REQUEUE_S": "0.01"}  # fmt: skip
+        command = ["bash", str(PROJECT / "slurm" / script), "recipe.yaml"]
+        return subprocess.Popen(command, env=slurm | own | environ, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def calls(place: Path) -> list[str]:
+    return (place / "calls").read_text().splitlines()
+
+
+def test_a_controller_that_is_away_is_waited_for(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "away").write_text("3\n")
+    running = job()
+    running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert "requeue 7" in calls(tmp_path)
+
+
+@pytest.mark.parametrize("reason", ["refuse", "away"])
+def test_a_requeue_that_fails_is_said_and_the_code_is_the_runs(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, reason: str
+) -> None:
+    (tmp_path / reason).write_text("99\n")
+    running = job()
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 75
+    assert "Slurm did not requeue the job: submit the same line again" in errors
+
+
+@pytest.mark.parametrize(("state", "code"), [("RUNNING", 0), ("COMPLETING", 143)])
+def test_term_is_slurms_only_where_the_job_is_ending(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, state: str, code: int
+) -> None:
+    """A node that shuts down sends it too, and then the job has to go on elsewhere."""
+    (tmp_path / "wait").touch()
+    running = job()
+    wait_for(tmp_path / "started")
+    (tmp_path / "state").write_text(f"{state}\n")
+    running.send_signal(signal.SIGTERM)  # Slurm, or init, tells the ranks too
+    subprocess.run(["pkill", "-TERM", "-P", str(running.pid)], check=False)
+    running.communicate(timeout=60)
+    assert running.returncode == code
+    assert ("requeue 7" in calls(tmp_path)) is (code == 0)
+
+
+def test_a_task_of_an_array_asks_for_itself(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    running = job(SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    running.communicate(timeout=60)
+    assert "requeue 7_3" in calls(tmp_path)
+    assert "requeue 7" not in calls(tmp_path)
+
+
+def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """srun would take these for options of its own, and without the export pass nothing on."""
+    asked = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS": "4", "SLURM_GPUS_PER_TASK": "1",
+             "SLURM_EXPORT_ENV": "NONE", "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "4"}  # fmt: skip
+    running = job(**asked)
+    running.communicate(timeout=60)
+    seen = set((tmp_path / "environment").read_text().split())
+    assert seen & asked.keys() == {"SLURM_GPUS_ON_NODE"}
+    check, ranks = (line for line in calls(tmp_path) if line.startswith("srun"))
+    assert "--gpus-per-node=2 --nodes=2 --ntasks=2 --ntasks-per-node=1 python" in check
+    assert "--gpus-per-node=2 --wait=60 --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=3 python" in ranks
+
+
+@pytest.mark.parametrize("script", ["eval.sh", "prepare.sh"])
+def test_what_cannot_stop_half_way_uses_the_time_it_has(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, script: str
+) -> None:
+    """SBATCH_SIGNAL, meant for training, reaches every script."""
+    running = job(script)
+    wait_for(tmp_path / "started")
+    running.send_signal(signal.SIGUSR1)
+    running.communicate(timeout=60)
+    assert running.returncode == 0
