@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = true
 # Two files of tests at a time; those that start several ranks first, because they take longest and mostly wait.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-unit test-distributed test-recovery test-cluster test-gpu bench bench-gpu lint format docs constraints clean
+.PHONY: quickstart test test-unit test-distributed test-recovery test-benchmarks test-cluster test-gpu bench bench-gpu lint format docs constraints clean
 
 quickstart: $(VENV)/.installed      ## real data, real result: a table, a plot and an exported model in about 10 minutes
 	$(BIN)/python -m benchmarks.quickstart --out quickstart
@@ -21,6 +21,9 @@ test: $(VENV)/.installed            ## one machine without a GPU, ten minutes at
 
 test-recovery: $(VENV)/.installed   ## runs that are killed, starved and damaged, and Ray on this machine
 	$(PYTEST) tests/recovery
+
+test-benchmarks: $(VENV)/.installed ## every benchmark, the paper's driver and the quickstart, at toy sizes
+	$(PYTEST) tests/benchmark_runs
 
 test-unit: $(VENV)/.installed
 	$(PYTEST) tests/unit
