@@ -5,8 +5,9 @@
     python -m benchmarks.paper separation --scale small
 
 `search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's), then,
-for `joint` alone, `search-joint`. The experiments are table1 to table6, figure3, pooling, directions, adaptive and
-joint; runs are shared between them, kept in --work, and not repeated. Results go to benchmarks/results/paper/SCALE/.
+for `joint` alone, `search-joint`. The experiments are table1 to table6, table5-long, figure3, pooling, directions,
+adaptive and joint; runs are shared between them, kept in --work, and not repeated. Results go to
+benchmarks/results/paper/SCALE/.
 `separation` reads what table3 wrote for each domain.
 """
 

@@ -11,11 +11,13 @@ from typing import Literal
 
 PLAIN = ("bottleneck.enabled=false", "contrastive.pooling=mean")
 LAST = ("bottleneck.enabled=false", "contrastive.pooling=last")
+TURNED = ("data.sets=[{path: data/swapped}]",)
 TEXT = ("data.sets=[{path: data/text}]",)
 HALVES = ("data.sets=[{path: data/halves}]",)
 BOTH = ("data.sets=[{path: data/domain}, {path: data/swapped}]",)
 NEXT_TOKEN = ("generative.target=prefix", "generative.prefix_min=0", "generative.prefix_max=0")
 RATIOS = (10, 20, 100, 200, 500, 1000)
+LONG_RATIOS = (10, 20, 50, 100, 200, 500)
 SHARES = (0, 20, 40, 60, 80, 100)
 PASSES = 2
 """How often figure 3 goes over its budget of samples."""
@@ -82,6 +84,13 @@ for _ratio in RATIOS:
         settings=("bottleneck.tokens=null", f"bottleneck.ratio={_ratio}", f"bottleneck.max_tokens={-(-256 // _ratio)}"),
         rate="ib_gl",
     )
+for _ratio in LONG_RATIOS:
+    _settings = (
+        "bottleneck.tokens=null", f"bottleneck.ratio={_ratio}", f"bottleneck.max_tokens={-(-368 // _ratio)}",
+        "data.max_x_tokens=368", "data.max_y_tokens=96",
+    )  # fmt: skip
+    ARMS[f"long_{_ratio}"] = Arm(f"R = {_ratio}, IB-GL", "generative", settings=(*_settings, *TURNED), rate="ib_gl")
+    ARMS[f"long_{_ratio}_cl"] = Arm(f"R = {_ratio}, IB-GL + CL", "contrastive", f"long_{_ratio}", _settings, "lbr")
 for _share in SHARES:
     for _name, _kind, _settings, _rates in (
         ("gl", "GL", PLAIN, ("gl", "gl_cl")),

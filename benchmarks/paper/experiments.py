@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.paper.arms import ARMS, RATIOS, SHARES
+from benchmarks.paper.arms import ARMS, LONG_RATIOS, RATIOS, SHARES
 
 STAGES = ("base", "gl", "ib_gl", "cl", "gl_cl", "lbr")
 
@@ -39,6 +39,11 @@ EXPERIMENTS = {
     "table3": Experiment("Table 3: stage by stage", STAGES),
     "table4": Experiment("Table 4: causal or bidirectional CL after IB-GL", ("lbr", "lbr_bidirectional"), bm25=False),
     "table5": Experiment("Table 5: compression ratio, stage 1 only", tuple(f"ratio_{r}" for r in RATIOS), bm25=False),
+    "table5-long": Experiment(
+        "Table 5 with long inputs: from answer to question, stage 1 and both",
+        tuple(f"long_{r}{then}" for then in ("", "_cl") for r in LONG_RATIOS),
+        bm25=False,
+    ),
     "table6": Experiment(
         "Table 6: SFT or PT",
         (
