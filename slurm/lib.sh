@@ -192,6 +192,7 @@ print(address_towards(argv[1]))' "${hosts[1]}:1") || die "${hosts[0]}: has no IP
   RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
   export LBR_GPUS=${SLURM_GPUS_ON_NODE:-0} LBR_RAY_FOLDER="$LBR_SCRATCH/ray-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
   export RAY_worker_niceness=0 # Ray's 15 would leave the ranks what others do not want
+  export RAY_prestart_worker_first_driver=0 # a Python for each of a node's CPUs, when the ranks want them
   unset MASTER_ADDR MASTER_PORT # Ray Train has its own
   mkdir -p "$output/ray"
   "${steps[@]}" "${everywhere[@]}" --cpus-per-task="$node_cpus" \

@@ -25,6 +25,7 @@ OBJECT_STORE_BYTES = 256 << 20
 
 LOCAL = {
     "RAY_AUTH_MODE": "token",
+    "RAY_prestart_worker_first_driver": "0",  # a Python for every CPU, of which a run needs as many as it has ranks
     "RAY_worker_niceness": "0",  # Ray's 15 leaves a run what every other program on the machine does not want
 }
 """Environment of a cluster that we start. What is set already stays as it is."""

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,9 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     try:
         nodes.start()
         cluster = RayCluster(nodes, tmp_path_factory.mktemp("ray"))
-        for node in ("n1", "n2", "n3"):
-            cluster.start(node)
+        cluster.start("n1")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(cluster.start, ("n2", "n3")))
         yield cluster
     finally:
         nodes.stop()
