@@ -12,7 +12,7 @@ from lbr_dist.data.shards import write_set
 from lbr_dist.model.tokenizer import Tokenization
 
 WORDS = ["aspirin", "salicylate", "drug", "fever", "heart", "blood", "vessel", "rash", "measles", "water", "unknown"]
-STEPS = 100
+STEPS = 70
 """Of stage 1."""
 
 

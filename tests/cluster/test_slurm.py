@@ -78,9 +78,9 @@ def environment(place: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def limited(submit: Callable[..., int]) -> int:
-    """A job that needs more time than it may have: 100 s of waiting alone, with 105 s at most."""
+    """A job that needs more time than it may have: 112 s of waiting alone, with 105 s at most."""
     options = ("--nodes=2", "--nodelist=n3,n4", "--time=2", "--signal=B:USR1@15")
-    return submit("stage1.sh", "one.yaml", "output=runs/limited", options=options, PACE="1", LBR_MAX_RESTARTS="20")
+    return submit("stage1.sh", "one.yaml", "output=runs/limited", options=options, PACE="1.6", LBR_MAX_RESTARTS="20")
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_preempted_job_whose_node_crashes_later(
     urgent = ("--partition=urgent", "--nodes=2", "--nodelist=n1,n2", "--exclusive", "--output=/dev/null")
     cluster.run("sbatch", *urgent, "--wrap=true", cwd=place)
     wait_for(lambda: cluster.facts(job)["Restarts"] == "1", LONG, lambda: cluster.log(job))
-    wait_for(lambda: len(rows(run)) >= 50, LONG, lambda: cluster.log(job))
+    wait_for(lambda: len(rows(run)) >= 45, LONG, lambda: cluster.log(job))
     cluster.mini("node-down", "n2")
     wait_for(lambda: cluster.facts(job)["JobState"] == "PENDING", LONG, lambda: cluster.log(job))
     cluster.mini("node-up", "n2")
