@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from oracles import random_samples, visible
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
 from lbr_dist.model.attention import choose_backend, packed_attention
@@ -69,6 +70,14 @@ def test_flex_equals_dense_on_random_shapes(dtype, mode):
     for longest in (100, 300):
         samples = random_samples(rng, 20, longest=longest, y=mode.get("causal", True))
         compare(samples, "flex", dtype, **mode)
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_sdpa_takes_no_unfused_kernel(mode):
+    """It would hold all scores, and in float32 be three times as slow; the model has grouped queries."""
+    samples = random_samples(random.Random(8), 6, longest=60)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        compare(samples, "sdpa", torch.float32, **mode)
 
 
 @pytest.mark.parametrize("heads", [(2, 2, 2), (8, 2, 2), (4, 1, 1)])
