@@ -26,12 +26,12 @@ part() {                              # part NAME SECONDS COMMAND...
 export PYTHONUNBUFFERED=1
 part tests_gpu 70 "$python" -m pytest -v tests/gpu -k "not flex" -p no:cacheprovider
 tests=$?
-part tests_gpu_flex 110 "$python" -m pytest -v tests/gpu -k flex -p no:cacheprovider || tests=$?
-part mfu 180 "$python" -m benchmarks.mfu --out "$out"
-part bottleneck 75 "$python" -m benchmarks.bottleneck --shape 135m --rounds 3 --out "$out"
+part tests_gpu_flex 100 "$python" -m pytest -v tests/gpu -k flex -p no:cacheprovider || tests=$?
+part mfu 170 "$python" -m benchmarks.mfu --out "$out"
+part bottleneck 70 "$python" -m benchmarks.bottleneck --shape 135m --rounds 3 --out "$out"
 part bottleneck_large 50 "$python" -m benchmarks.bottleneck --shape 1.5b --rounds 2 --tokens 2048 \
     --lengths 1024 4096 --out "$out"
 part infonce 40 "$python" -m benchmarks.infonce --sizes 1024 4096 16384 --out "$out"
-part bottleneck_flex 70 "$python" -m benchmarks.bottleneck --shape 135m --attention flex --rounds 2 \
+part bottleneck_flex 60 "$python" -m benchmarks.bottleneck --shape 135m --attention flex --rounds 2 \
     --lengths 4096 --out "$out"
 exit $tests

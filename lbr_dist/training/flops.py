@@ -37,7 +37,7 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "A10G": 70e12,
 }
-"""Dense bfloat16 operations per second of one GPU, by the makers' data sheets; the first name that is part of its own."""
+"""Dense bfloat16 operations per second of one GPU, by the makers' data sheets; the first name in its own counts."""
 
 
 @dataclass(frozen=True)
