@@ -7,7 +7,7 @@
 # its own time limit, so that a slow one does not cost the results of the next (what it has written by then stays); the exit
 # code is that of the tests. FlexAttention's are apart, because compiling its kernels takes longer than all the others.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=${1:-benchmarks/results}
 python=${PYTHON:-python3}
 mkdir -p "$out"

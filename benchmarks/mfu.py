@@ -20,6 +20,7 @@ import argparse
 import gc
 import random
 import statistics
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,12 +82,15 @@ def main() -> None:
                 rows.append(row)
                 try:
                     row |= measure(shape, attention, variant, args, profiles)
-                except torch.OutOfMemoryError:
-                    row["tokens_per_s"] = "out of memory"
+                except RuntimeError as error:  # out of memory, or a kernel that does not compile: the others stand
+                    traceback.print_exc()
+                    row["tokens_per_s"] = type(error).__name__
                 gc.collect()
                 torch.cuda.empty_cache()
                 lines = [*title("Model FLOP utilisation of stage 1", about), *table(COLUMNS, rows), "", *profiles]
                 save(args.out, "mfu", about, rows, lines)
+    if any("step_ms" not in row for row in rows):
+        raise SystemExit(1)
 
 
 def measure(shape: str, attention: str, variant: str, args: argparse.Namespace, profiles: list[str]) -> dict[str, Any]:
