@@ -7,9 +7,9 @@ Both sides compute the same loss, forward and backward, from the same float32 em
 and answer). "Whole" is what most trainers do: normalise, one [B, B] matrix of scores, masks of that shape, cross
 entropy, autograd. `--two-way` compares the symmetric losses. On CPU, time is CPU time of one thread (the best of
 several turns, the two sides taking turns), so that a busy machine shifts it little; memory is the
-process's peak over the level with the inputs in place, each side in a process of its own. On CUDA: time by events,
-memory by the allocator. The error is that of the gradient relative to its norm, against the whole matrix and, up to
-4,096, of both against float64.
+process's peak over the level with the inputs in place, each side in a process of its own. On CUDA: time of the wall
+with the device idle before and after, memory by the allocator. The error is that of the gradient relative to its norm,
+against the whole matrix and, up to 4,096, of both against float64.
 
 `--huge` measures only the memory of 65,536 x 65,536 x 1,536, in strips. The peak does not depend on how many strips
 there are, so that `--rows` queries against 65,536 passages show it in minutes; what the other queries' gradient would
@@ -21,7 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,31 +59,41 @@ def main() -> None:
         size, width, queries = (1024, 64, 128) if args.toy else (65536, 1536, args.rows)
         huge(size, width, queries, args)
         return
-    rows = []
+    rows, head = [], _head(args)
     for size in args.sizes:
         # the whole matrix takes 4 * 3 * size^2 bytes and more: 13 GiB at 32,768
         sides = ("strips", "whole") if size <= (WHOLE_CUDA if args.device == "cuda" else WHOLE_CPU) else ("strips",)
         rows.append(measure(size, args.width, args.device, args.two_way, sides))
-    text = markdown(head := _head(args), rows)
-    print(text)
-    if not args.toy:
-        name = "infonce" + ("_two_way" if args.two_way else "") + ("_cuda" if args.device == "cuda" else "")
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-        (args.out / f"{name}.md").write_text(text + "\n")
+        if not args.toy:
+            name = "infonce" + ("_two_way" if args.two_way else "") + ("_cuda" if args.device == "cuda" else "")
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / f"{name}.json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+            (args.out / f"{name}.md").write_text(markdown(head, rows) + "\n")
+    print(markdown(head, rows))
 
 
 def measure(size: int, width: int, device: str, two_way: bool, sides: tuple[str, ...] = ("strips", "whole")) -> dict:
-    """One row of the table; each measurement in a process of its own."""
+    """One row of the table."""
     row: dict[str, Any] = {"batch": size, "width": width}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    with _apart(device) as call:
         for side in sides:
-            row[f"{side}_mib"] = pool.apply(_memory, (side, size, width, device, two_way))
-        row |= pool.apply(_times, (sides, size, width, device, two_way))
+            row[f"{side}_mib"] = call(_memory, (side, size, width, device, two_way))
+        row |= call(_times, (sides, size, width, device, two_way))
         if len(sides) == 2:
-            row |= pool.apply(_errors, (size, width, device, two_way))
+            row |= call(_errors, (size, width, device, two_way))
     print(row, flush=True)
     return row
+
+
+@contextmanager
+def _apart(device: str) -> Iterator[Callable[..., Any]]:
+    """What runs (function, arguments) in a process of its own; on CUDA in this one: its allocator tells, and each new
+    process would take longer than what it measures."""
+    if device == "cuda":
+        yield lambda function, arguments: function(*arguments)
+        return
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        yield pool.apply
 
 
 def _head(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,8 +107,8 @@ def _head(args: argparse.Namespace) -> dict[str, Any]:
 
 def huge(size: int, width: int, rows: int, args: argparse.Namespace) -> None:
     """Peak memory of the strips with `rows` of `size` queries, and what it is with all of them."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        found = pool.apply(_short_memory, (size, width, rows, args.device, args.two_way))
+    with _apart(args.device) as call:
+        found = call(_short_memory, (size, width, rows, args.device, args.two_way))
     rest = (size - rows) * width * 4 / MIB
     row: dict[str, Any] = {"batch": size, "width": width, "rows": rows, "measured_mib": found, "rest_mib": rest}
     row |= {"total_mib": found + rest, **(head := _head(args))}
@@ -110,6 +121,7 @@ def huge(size: int, width: int, rows: int, args: argparse.Namespace) -> None:
     print(text)
     if not args.toy:
         name = "infonce_huge" + ("_cuda" if args.device == "cuda" else "")
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         (args.out / f"{name}.md").write_text(text)
 

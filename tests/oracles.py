@@ -26,18 +26,13 @@ def random_samples(
 
 def visible(samples: list[Sample], *, hide_x: bool, causal: bool = True) -> Tensor:
     """bool [T, T]: row i sees column j (paper section 3.2, mask M)."""
-    owner, kind = [], []
-    for number, sample in enumerate(samples):
-        parts = "x" * len(sample.x) + "z" * sample.z + "y" * len(sample.y)
-        owner += [number] * len(parts)
-        kind += parts
-    total = len(owner)
-    mask = torch.zeros(total, total, dtype=torch.bool)
-    for i in range(total):
-        for j in range(total):
-            hidden = hide_x and kind[i] == "y" and kind[j] == "x"
-            mask[i, j] = owner[i] == owner[j] and (j <= i or not causal) and not hidden
-    return mask
+    parts = ["x" * len(sample.x) + "z" * sample.z + "y" * len(sample.y) for sample in samples]
+    owner = torch.tensor([number for number, part in enumerate(parts) for _ in part])
+    is_x, is_y = (torch.tensor([letter == kind for kind in "".join(parts)]) for letter in "xy")
+    mask = owner[:, None] == owner
+    if causal:
+        mask = mask.tril()
+    return mask & ~(is_y[:, None] & is_x) if hide_x else mask
 
 
 def additive(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

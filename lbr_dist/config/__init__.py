@@ -57,8 +57,8 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     deepspeed: str = "auto"
     """A name in ds_configs/ (zero3, zero2, zero3_offload, cpu ...) or the path of a DeepSpeed JSON file. `auto`: zero3
-    on GPUs, cpu (also stage 3) on several CPU processes, and on one, where there is nothing to partition, zero0 (with
-    bfloat16: zero1)."""
+    on several GPUs, cpu (also stage 3) on several CPU processes, and on one of either, where there is nothing to
+    partition, zero0 (with bfloat16: zero2)."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop and dump the step's sample ids, or skip the step."""
     max_skips: Positive = 10

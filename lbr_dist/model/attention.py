@@ -97,30 +97,22 @@ def _gather_keys(k_THD: Tensor, v_THD: Tensor, segments: Segments) -> tuple[Tens
 
 
 @cache
-def _varlen_options() -> tuple[Callable[..., Any], frozenset[str]]:
-    """The function and its parameters: these changed between torch 2.10 and 2.13."""
+def _varlen_function() -> tuple[Callable[..., Any], bool]:
+    """The function, and whether it takes fewer heads of keys than of queries (from torch 2.12 or 2.13 on)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _varlen(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    attend, parameters = _varlen_options()
+    attend, grouped = _varlen_function()
     k_KHD, v_KHD = _gather_keys(k_THD, v_THD, segments)
-    options: dict[str, Any] = {}
-    if "window_size" in parameters:
-        options["window_size"] = (-1, 0) if segments.causal else (-1, -1)
-    else:
-        options["is_causal"] = segments.causal
-    if "scale" in parameters:
-        options["scale"] = scaling
-    elif scaling is not None:
-        q_THD = q_THD * (scaling * q_THD.shape[-1] ** 0.5)
-    groups = q_THD.shape[1] // k_KHD.shape[1]
-    if groups > 1 and "enable_gqa" in parameters:
+    options: dict[str, Any] = {"window_size": (-1, 0) if segments.causal else (-1, -1), "scale": scaling}
+    shared = q_THD.shape[1] // k_KHD.shape[1]
+    if shared > 1 and grouped:
         options["enable_gqa"] = True
-    elif groups > 1:
-        k_KHD, v_KHD = k_KHD.repeat_interleave(groups, 1), v_KHD.repeat_interleave(groups, 1)
+    elif shared > 1:
+        k_KHD, v_KHD = k_KHD.repeat_interleave(shared, 1), v_KHD.repeat_interleave(shared, 1)
     tensors = (q_THD.contiguous(), k_KHD.contiguous(), v_KHD.contiguous())
     return attend(*tensors, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options)
 

@@ -47,12 +47,8 @@ class _Tensors:
         return replace(self, **changed)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str) -> Self:
-        """Copy on `device`; the copy is asynchronous where the memory is pinned."""
+        """Copy on `device`; the host does not wait for the device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Self:
-        """Copy in page-locked memory (a data loader calls this by its name)."""
-        return self._map(lambda tensor: tensor.pin_memory())
 
 
 @dataclass

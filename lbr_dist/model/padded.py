@@ -53,15 +53,17 @@ def padded_sdpa(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, segments: Segments,
     if segments.padded is None:
         segments.padded = padded_groups(segments)
     groups: PaddedGroups = segments.padded
+    shared = q_THD.shape[1] // k_THD.shape[1]
+    if shared > 1 and q_THD.is_cuda:  # in float32, or with a mask, only the unfused kernel takes grouped queries there
+        k_THD, v_THD, shared = k_THD.repeat_interleave(shared, 1), v_THD.repeat_interleave(shared, 1), 1
     sizes = [count * length for count, length in groups.shapes]
     parts = [_Gather.apply(tensor, groups).split(sizes) for tensor in (q_THD, k_THD, v_THD)]
-    grouped_queries = q_THD.shape[1] != k_THD.shape[1]
     outputs = []
     for (count, length), mask, *qkv in zip(groups.shapes, groups.masks, *parts, strict=True):
         q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in qkv)
         causal = segments.causal and length > 1
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped_queries
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=shared > 1
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return _Scatter.apply(torch.cat(outputs), groups)

@@ -47,8 +47,8 @@ def load_regime(recipe: Recipe, *, world: int, cuda: bool) -> Regime:
     if name == "auto":
         # measured on one process: stage 0 costs nothing over plain torch, stage 3 costs 1.4 times as much
         alone = "zero0" if recipe.model.dtype == "float32" else "zero2"  # which adds gradients up in float32
-        name = "zero3" if cuda else "cpu" if world > 1 else alone
-        note = "one process on a CPU has nothing to partition" if name == alone else ""
+        name = alone if world == 1 else "zero3" if cuda else "cpu"
+        note = "one process has nothing to partition" if name == alone else ""
     file = Path(name)
     if file.suffix != ".json":
         file = FOLDER / f"{name}.json"

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from lbr_dist.config import Recipe
 from lbr_dist.environment import Environment
+from lbr_dist.errors import UserError
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.training.ds_config import Regime
 from lbr_dist.training.optimizer import make_optimizer
@@ -36,10 +37,15 @@ def start_distributed(environment: Environment, timeout_s: float) -> torch.devic
     Args:
         environment: who this rank is.
         timeout_s: after this, a collective call that not all ranks make fails.
+
+    Raises:
+        UserError: there are more ranks on this machine than GPUs.
     """
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", environment.local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    device, local_rank = torch.device("cpu"), environment.local_rank
     if cuda:
+        local_rank = _device_number(environment, torch.cuda.device_count())
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         where: dict[str, Any] = {"store": dist.HashStore()}
@@ -54,9 +60,21 @@ def start_distributed(environment: Environment, timeout_s: float) -> torch.devic
         )
         atexit.register(_leave)
     os.environ.update(
-        RANK=str(environment.rank), WORLD_SIZE=str(environment.world), LOCAL_RANK=str(environment.local_rank)
-    )
+        RANK=str(environment.rank), WORLD_SIZE=str(environment.world), LOCAL_RANK=str(local_rank)
+    )  # DeepSpeed takes the last one for the number of its device
     return device
+
+
+def _device_number(environment: Environment, devices: int) -> int:
+    """This rank's GPU; 0 where it sees one alone, its own (`srun --gpus-per-task`, Ray)."""
+    if environment.local_rank < devices:
+        return environment.local_rank
+    if devices > 1 or environment.source.startswith("lbr"):  # our launcher hands out none: all ranks see the same
+        raise UserError(
+            f"{environment.source}: {environment.local_world} ranks on this machine, but {devices} GPU"
+            f"{'s' if devices > 1 else ''}: start one rank for each, or hide the GPUs (CUDA_VISIBLE_DEVICES=)"
+        )
+    return 0
 
 
 def _leave() -> None:

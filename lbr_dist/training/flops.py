@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lbr_dist.data.plan_base import PlannedSample
 
 PEAK_FLOPS = {
+    "H200 NVL": 836e12,
+    "H100 NVL": 836e12,
+    "H100 PCIe": 756e12,
     "H200": 989e12,
     "H100": 989e12,
     "GH200": 989e12,
@@ -34,7 +37,7 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "A10G": 70e12,
 }
-"""Dense bfloat16 operations per second of one GPU, by the makers' data sheets, found by name."""
+"""Dense bfloat16 operations per second of one GPU, by the makers' data sheets; the first name in its own counts."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lbr_dist.config import Recipe
+from lbr_dist.model.head import CHUNK
 
 GIB = 2.0**30
 
@@ -186,7 +187,7 @@ def _loss(shape: Shape, recipe: Recipe, size: int, micro: int, *, host: bool) ->
     """The head in stage 1 (logits in chunks, the two gradients it keeps); all embeddings and a tile in stage 2."""
     total = 0.0
     if "generative" in recipe.tasks:
-        chunk = (1 << 20) if host else (1 << 25)
+        chunk = min(CHUNK["cpu" if host else "cuda"], micro * shape.vocabulary)
         total += chunk * (4 + 4 + size) + shape.table * (4 + (size if size == 2 else 0))
         total += 2 * micro * size * shape.width
     if "contrastive" in recipe.tasks:

@@ -141,6 +141,19 @@ def test_mfu(run):
     assert mfu.kind_of("something else") == "other"
 
 
+def test_mfu_keeps_the_rows_beside_one_that_fails(run, monkeypatch, tmp_path):
+    def measure(shape, attention, variant, *_):
+        if variant == "checkpointing":
+            raise torch.OutOfMemoryError("no room")
+        return {"step_ms": 1.0}
+
+    monkeypatch.setattr(mfu, "measure", measure)
+    with pytest.raises(SystemExit):
+        run("mfu", "--device", "cpu")
+    rows = json.loads((tmp_path / "mfu.json").read_text())["rows"]
+    assert [row.get("tokens_per_s", row.get("step_ms")) for row in rows] == [1.0, "OutOfMemoryError", 1.0]
+
+
 def test_loader(run):
     rows, text = run("loader")
     sides = {row["side"] for row in rows}

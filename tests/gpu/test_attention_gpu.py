@@ -8,6 +8,8 @@ import random
 import pytest
 import torch
 from oracles import random_samples, visible
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
 
 from lbr_dist.model.attention import choose_backend, packed_attention
 from lbr_dist.model.head import linear_cross_entropy_sum
@@ -48,15 +50,34 @@ def compare(samples, backend, dtype, heads=(4, 2, 2), **options):
         assert (ours - theirs).norm() <= tolerance * theirs.norm() + 1e-6
 
 
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("varlen", torch.bfloat16), ("flex", torch.bfloat16), ("flex", torch.float32), ("sdpa", torch.float32)],
-)
-@pytest.mark.parametrize("mode", [{}, {"hide_x": False}, {"causal": False}])
+MODES = [{}, {"hide_x": False}, {"causal": False}]
+BOTH = [("varlen", torch.bfloat16), ("sdpa", torch.float32)]
+FLEX = [(torch.bfloat16, mode) for mode in MODES] + [(torch.float32, {})]
+
+
+@pytest.mark.parametrize(("backend", "dtype"), BOTH)
+@pytest.mark.parametrize("mode", MODES)
 def test_backend_equals_dense_on_random_shapes(backend, dtype, mode):
     rng = random.Random(8)
     for longest in (5, 40, 300):
         compare(random_samples(rng, 6, longest=longest, y=mode.get("causal", True)), backend, dtype, **mode)
+
+
+@pytest.mark.parametrize(("dtype", "mode"), FLEX)
+def test_flex_equals_dense_on_random_shapes(dtype, mode):
+    """Each case is compiled once: streams shorter than a block of 128 rows would be compiled by themselves."""
+    rng = random.Random(8)
+    for longest in (100, 300):
+        samples = random_samples(rng, 20, longest=longest, y=mode.get("causal", True))
+        compare(samples, "flex", dtype, **mode)
+
+
+@pytest.mark.parametrize("mode", MODES[:2])
+def test_sdpa_takes_no_unfused_kernel(mode):
+    """It would hold all scores, and in float32 be three times as slow; the model has grouped queries."""
+    samples = random_samples(random.Random(8), 6, longest=60)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        compare(samples, "sdpa", torch.float32, **mode)
 
 
 @pytest.mark.parametrize("heads", [(2, 2, 2), (8, 2, 2), (4, 1, 1)])
@@ -79,8 +100,22 @@ def test_auto_takes_varlen_for_bfloat16():
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16) == "varlen"
 
 
+def test_loss_head_sums_chunks_in_float32():
+    """The product that adds to the float32 gradient by itself is CUDA's alone; 64 chunks, against float64."""
+    torch.manual_seed(0)
+    exact = [torch.randn(2048, 128).bfloat16().double(), (torch.randn(1000, 128) / 8).bfloat16().double()]
+    targets = torch.randint(1000, (2048,))
+    given = [tensor.to("cuda", torch.bfloat16).requires_grad_() for tensor in exact]
+    loss = linear_cross_entropy_sum(*given, targets.cuda(), chunk_elements=32 * 1000)
+    wanted = cross_entropy(exact[0].requires_grad_() @ exact[1].requires_grad_().t(), targets, reduction="sum")
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-3)
+    pairs = zip(torch.autograd.grad(loss, given), torch.autograd.grad(wanted, exact), strict=True)
+    for ours, theirs in pairs:
+        assert (ours.cpu().double() - theirs).norm() <= 1e-2 * theirs.norm()
+
+
 def test_loss_head_keeps_memory_bounded():
-    rows, vocabulary, width = 8192, 50_000, 256
+    rows, vocabulary, width = 32768, 50_000, 256
     hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(vocabulary, (rows,), device="cuda")

@@ -5,21 +5,30 @@ float32 products on a GPU may use TensorFloat-32 where it is allowed; it is not 
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from oracles import random_samples
 from runs import make_run
+from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
+from lbr_dist.environment import Environment
 from lbr_dist.loading import load_run
 from lbr_dist.model.layout import pack
 from lbr_dist.model.surprisal import Scorer
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.objectives.infonce import info_nce
+from lbr_dist.training.checkpoint_writer import GlooTeam
+from lbr_dist.training.engine import start_distributed
 from lbr_dist.training.gradcache import prepare
+from lbr_dist.training.random_state import random_state, restore_random_state
+from lbr_dist.training.session import on_all_ranks, on_rank_zero
+from lbr_dist.training.weights import pack_rank_state, read_rank_state
 
 DEVICE = "cuda"
 
@@ -107,6 +116,32 @@ def test_cached_embeddings_repeat_dropout() -> None:
     (direct, after), (cached, after_cached) = found
     assert (cached - direct).norm() <= 1e-5 * direct.norm()
     assert torch.equal(after, after_cached)
+
+
+def test_random_numbers_go_on_where_a_checkpoint_left_them(tmp_path) -> None:
+    torch.rand(5, device=DEVICE)
+    tensors, metadata = pack_rank_state(random_state())
+    save_file(tensors, file := tmp_path / "rank.safetensors", metadata)
+    wanted = torch.rand(3, device=DEVICE)
+    restore_random_state(read_rank_state(file))
+    assert torch.equal(torch.rand(3, device=DEVICE), wanted)
+
+
+def test_one_rank_meets_itself_over_nccl(monkeypatch) -> None:
+    """Objects travel over NCCL, those of the checkpoint's writer over gloo beside it."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    device = start_distributed(Environment(0, 1, 0, 1, None, "test"), 60)
+    try:
+        assert (device, dist.get_backend()) == (torch.device("cuda", 0), "nccl")
+        assert on_rank_zero(lambda: {"step": 7}) == {"step": 7}
+        on_all_ranks(lambda: None)
+        assert GlooTeam().gather("x") == ["x"]
+        dist.all_reduce(ones := torch.ones(5, dtype=torch.float64, device=device))
+        assert ones.tolist() == [1.0] * 5
+        loss, exact = (info_nce_gradients(where, torch.float32, 64)[0] for where in (DEVICE, "cpu"))
+        assert loss == pytest.approx(exact, rel=1e-5)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_encoder(tmp_path, tiny_model_dir) -> None:

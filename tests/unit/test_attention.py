@@ -133,9 +133,9 @@ def reference_varlen(q, k, v, cu_q, cu_k, causal, scale):
     return torch.cat(outputs)
 
 
-def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+def torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     assert query.shape[1] == key.shape[1]
-    return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, is_causal, query.shape[-1] ** -0.5)
+    return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, window_size == (-1, 0), scale)
 
 
 def torch_2_13(
@@ -145,11 +145,10 @@ def torch_2_13(
     return reference_varlen(query, key, value, cu_seq_q, cu_seq_k, window_size == (-1, 0), scale)
 
 
-@pytest.mark.parametrize("version", [torch_2_10, torch_2_13])
+@pytest.mark.parametrize("version", [torch_2_11, torch_2_13])
 def test_varlen_is_called_in_the_installed_versions_own_way(monkeypatch, version):
-    monkeypatch.setattr(
-        attention, "_varlen_options", lambda: (version, frozenset(inspect.signature(version).parameters))
-    )
+    grouped = "enable_gqa" in inspect.signature(version).parameters
+    monkeypatch.setattr(attention, "_varlen_function", lambda: (version, grouped))
     rng = random.Random(6)
     for causal in (True, False):
         samples = random_samples(rng, 5, y=causal)

@@ -46,10 +46,11 @@ def test_auto_chooses_by_machine() -> None:
     def chosen(world: int, cuda: bool, dtype: str = "float32") -> str:
         return load_regime(make(model={"path": "m", "dtype": dtype}), world=world, cuda=cuda).name
 
-    assert chosen(8, True) == chosen(1, True) == "zero3"
+    assert chosen(8, True) == "zero3"
     assert chosen(2, False) == "cpu"
-    assert chosen(1, False) == "zero0"
-    assert chosen(1, False, "bfloat16") == "zero2"
+    for cuda in (True, False):  # one process has nothing to partition, and stage 3's hooks on every module cost time
+        assert chosen(1, cuda) == "zero0"
+        assert chosen(1, cuda, "bfloat16") == "zero2"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from lbr_dist.environment import Environment, detect, first_host
 from lbr_dist.errors import UserError
+from lbr_dist.training.engine import start_distributed
 
 TORCHRUN = {
     "RANK": "3",
@@ -78,3 +82,24 @@ def test_nonsense_is_named() -> None:
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
+
+
+def started(monkeypatch: pytest.MonkeyPatch, environment: Environment, devices: int) -> tuple[torch.device, str]:
+    """The device and LOCAL_RANK that a rank gets on a machine with GPUs."""
+    for name, value in {"is_available": True, "device_count": devices, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(os, "environ", {})
+    return start_distributed(environment, 60), os.environ["LOCAL_RANK"]
+
+
+def test_deepspeed_gets_the_number_of_the_rank_s_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchrun, srun = Environment(6, 8, 2, 4, ("n", 1), "torchrun"), Environment(6, 8, 2, 4, ("n", 1), "srun, job 7")
+    assert started(monkeypatch, torchrun, 4) == (torch.device("cuda", 2), "2")
+    assert started(monkeypatch, srun, 1) == (torch.device("cuda", 0), "0")  # --gpus-per-task=1
+
+
+@pytest.mark.parametrize(("devices", "source"), [(2, "srun, job 7"), (2, "torchrun"), (1, "lbr --nproc 4")])
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, devices: int, source: str) -> None:
+    with pytest.raises(UserError, match=rf"^{source}: 4 ranks on this machine, but {devices} GPU.*start one rank"):
+        started(monkeypatch, Environment(2, 4, 2, 4, ("n", 1), source), devices)

@@ -18,7 +18,7 @@ from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.estimate import communication, estimate
-from lbr_dist.training.flops import FlopCounter
+from lbr_dist.training.flops import FlopCounter, peak_flops
 from lbr_dist.training.memory_model import MACHINES, Shape, memory, trained_elements
 
 ZERO3 = {"stage": 3}
@@ -54,6 +54,21 @@ def test_counts_are_those_of_the_model(tiny_lbr: Callable[..., Any], family: str
 
 def test_seven_billion() -> None:
     assert SEVEN.total == pytest.approx(7.61e9, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 836e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_is_that_of_the_gpu_s_own_form(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_flops_are_those_that_torch_counts(tiny_lbr: Callable[..., Any]) -> None:
