@@ -85,12 +85,12 @@ for _ratio in RATIOS:
         rate="ib_gl",
     )
 for _ratio in LONG_RATIOS:
-    _settings = (
+    _long = (
         "bottleneck.tokens=null", f"bottleneck.ratio={_ratio}", f"bottleneck.max_tokens={-(-368 // _ratio)}",
         "data.max_x_tokens=368", "data.max_y_tokens=96",
     )  # fmt: skip
-    ARMS[f"long_{_ratio}"] = Arm(f"R = {_ratio}, IB-GL", "generative", settings=(*_settings, *TURNED), rate="ib_gl")
-    ARMS[f"long_{_ratio}_cl"] = Arm(f"R = {_ratio}, IB-GL + CL", "contrastive", f"long_{_ratio}", _settings, "lbr")
+    ARMS[f"long_{_ratio}"] = Arm(f"R = {_ratio}, IB-GL", "generative", settings=(*_long, *TURNED), rate="ib_gl")
+    ARMS[f"long_{_ratio}_cl"] = Arm(f"R = {_ratio}, IB-GL + CL", "contrastive", f"long_{_ratio}", _long, "lbr")
 for _share in SHARES:
     for _name, _kind, _settings, _rates in (
         ("gl", "GL", PLAIN, ("gl", "gl_cl")),
