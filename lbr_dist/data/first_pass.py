@@ -161,6 +161,7 @@ class DigestRows:
                 for owner, record in enumerate(batch, len(sizes)):
                     negatives += [(owner, normalised_hash(text)) for text in record.negatives]
                 sizes.extend(spool.write(record.to_json()) for record in batch)
+        bad.met = sorted(convert.met)
         if block.number == 0 and bad.total == bad.rows == HOPELESS:
             return BlockSummary(block.part, 0, 0, bad, hopeless=True)
         arrays: dict[str, Any] = {

@@ -31,7 +31,7 @@ from lbr_dist.errors import UserError
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 3
+VERSION = 4
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 
 
@@ -148,10 +148,12 @@ def prepare(
         with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
             origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
             for name_of, group in (("sources", parts), ("decontaminate", outside)):
-                origin[name_of] = []
+                known = []
                 for part in group:
-                    origin[name_of].append(part.fingerprint())
+                    known.append((part.fingerprint(), part))
                     advance(1)
+                known.sort(key=lambda pair: json.dumps(pair[0], sort_keys=True))  # of equal rows the first file's stays
+                origin[name_of], group[:] = [found for found, _ in known], [part for _, part in known]
         done = finished(place, origin, overwrite, partial(_difference, new=origin))
         if done is not None:
             return PrepareReport(Path(out), done, unchanged=True)
