@@ -115,7 +115,7 @@ def components(
     labels = _link_equal(labels, named, numbers.entity[named])
     sketched = np.flatnonzero(texts.sketch >= 0)
     _, first = np.unique(texts.hash[sketched], return_index=True)
-    sketched = np.sort(sketched[first])
+    sketched = sketched[first]  # by hash: the order of the sources must not matter
     rows, owners = texts.sketch[sketched], texts.record[sketched]
 
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
@@ -131,8 +131,15 @@ def components(
         near = sketches.similar(rows[a], rows[b], similarity)
         labels = merge(labels, owners[a[near]], owners[b[near]])
 
+    def odd(order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Those that are not of their run's largest component."""
+        flush()
+        own = labels[owners[order]]
+        largest = np.maximum.reduceat(np.bincount(labels)[own] * len(labels) + own, starts) % len(labels)
+        return own != np.repeat(largest, np.diff(starts, append=len(order)))
+
     size = 0
-    for pair in sketches.candidates(rows):
+    for pair in sketches.candidates(rows, odd):
         waiting.append(pair)
         size += len(pair[0])
         if size > FLUSH:
