@@ -9,6 +9,7 @@ cost more than the hashing itself. Sketches live on disk, so memory holds a few 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,12 @@ CHUNK = 1 << 14
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(f"[^\\W{_SPACELESS}]+|[{_SPACELESS}]")
 """Runs of word characters; in scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han) every character."""
+_MARKS = re.compile(
+    f"(?![{_SPACELESS}])["
+    + "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
+    + "]"
+)
+"""Marks that no letter is composed with, as the vowels of Arabic or Hindi: they end no word, and many omit them."""
 _SEEDS = np.array([xxhash.xxh3_64_intdigest(b"lbr-%d" % i) for i in range(2 * HASHES + 8)], np.uint64)
 _FACTORS, _OFFSETS, _MIX = _SEEDS[:HASHES] | np.uint64(1), _SEEDS[HASHES : 2 * HASHES], _SEEDS[-8:] | np.uint64(1)
 
@@ -49,7 +56,7 @@ def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         hashes uint64 [W] of all words in order, and offsets int64 [texts + 1] of each text's words in it.
     """
-    encoded = [(text if text.isascii() else " ".join(_WORD.findall(text))).encode() for text in texts]
+    encoded = [(text if text.isascii() else " ".join(_WORD.findall(_MARKS.sub("", text)))).encode() for text in texts]
     hashes, counts = [], []
     first, size = 0, 0
     for number, text in enumerate(encoded):

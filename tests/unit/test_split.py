@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,14 @@ def test_short_texts_have_no_sketch() -> None:
     rows, signatures = sketch([" ".join(WORDS[: MIN_WORDS - 1]), " ".join(WORDS[:MIN_WORDS])])
     assert rows.tolist() == [1]
     assert signatures.shape == (1, minhash.HASHES)
+
+
+def test_marks_end_no_word(tmp_path: Path) -> None:
+    assert not len(sketch([normalise("हिन्दी में कितने स्वर होते हैं")])[0])  # six words
+    assert len(sketch([normalise("ยาพาราเซตามอล")])[0])  # in Thai every character counts
+    spoken = "إِنَّمَا الْأَعْمَالُ بِالنِّيَّاتِ وَإِنَّمَا لِكُلِّ امْرِئٍ مَا نَوَى فَمَنْ كَانَتْ هِجْرَتُهُ"
+    written = "".join(letter for letter in spoken if unicodedata.category(letter) != "Mn")
+    assert groups(tmp_path, [qa("a", spoken), qa("b", written)]) == [0, 0]
 
 
 @pytest.mark.parametrize("large_run", [4096, 3])
