@@ -266,6 +266,7 @@ class Pipeline:
             "set": manifest["fingerprint"],
             "passed_over": {printable(ending): count for ending, count in sorted(passed_over.items())},
             "rows": {"read": self.read.bad.rows, "bad": self.read.bad.report()},
+            "empty_sources": [printable(name) for name in self.read.empty],
             "decontaminate": {
                 "read": sum(found.rows for found in self.read.outside.values()),
                 "by_question_alone": sum(found.questions_alone for found in self.read.outside.values()),

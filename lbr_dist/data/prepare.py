@@ -62,6 +62,8 @@ class PrepareReport:
         if passed := self.data["passed_over"]:
             listed = ", ".join(f"{count} {ending}" for ending, count in passed.items())
             yield f"passed over in folders: {listed} (a file is read if it is named, or a quoted glob matches it)"
+        if empty := self.data["empty_sources"]:
+            yield f"sources without a row: {len(empty)} (first: {empty[0]})"
         if alone := self.data["components"]["without_entity"]:
             yield f"{alone} question-answer records have no --entity and stand alone"
         if questions := self.data["decontaminate"]["by_question_alone"]:

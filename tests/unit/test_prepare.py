@@ -265,6 +265,8 @@ def test_empty_sources(tmp_path: Path) -> None:
         run([str(tmp_path / "a.jsonl")], tmp_path / "out")
     with pytest.raises(UserError, match="no sources"):
         run([], tmp_path / "out")
+    sources = [str(write(tmp_path / "b.jsonl", [{"question": "q", "answer": "a"}])), str(tmp_path / "a.jsonl")]
+    assert f"note: sources without a row: 1 (first: {tmp_path}/a.jsonl)" in run(sources, tmp_path / "out").lines
 
 
 def test_rows_that_two_files_hold_do_not_depend_on_their_order(tmp_path: Path) -> None:
