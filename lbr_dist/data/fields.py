@@ -136,7 +136,7 @@ class Converter:
         names = self._finder.find(row, role)
         if names is not None:
             value = field_names.value(row, names)
-            if role in ("question", "text") and len(names) > 1:
+            if role in ("question", "answer", "document", "text") and len(names) > 1:
                 return "\n".join(self._text(part, role) for part in value if not row_values.blank(part))
             return value
         if optional:

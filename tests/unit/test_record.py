@@ -255,6 +255,9 @@ def test_several_fields_make_one_text() -> None:
     assert convert(row, fields={"text": "title,note,text"}).text == "Aspirin\nA drug."
     asked = {"question": "When?", "context": "Hours.", "answer": "Nine."}
     assert convert(asked, fields={"question": "context,question"}).question == "Hours.\nWhen?"
+    found = {"query": "q", **row}
+    for kind in ("question-answer", "query-document"):
+        assert convert(found, kind, fields={"answer": "title,text"}).answer == "Aspirin\nA drug."
     with pytest.raises(RowError, match="text is empty"):
         convert({"title": None, "text": " "}, fields={"text": "title,text"})
 
