@@ -119,6 +119,8 @@ def _json_object(data: bytes) -> Row:
         row = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start}")
+    except json.JSONDecodeError as error:
+        return RowError("invalid_json", f"{error.msg}, at character {error.pos}: one whole object is expected")
     except (ValueError, RecursionError) as error:
         return RowError("invalid_json", str(error))
     return row if isinstance(row, dict) else RowError("wrong_type", "the line is not a JSON object")

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -160,6 +161,11 @@ def test_undecodable_rows_are_handed_on_with_their_number(tmp_path: Path) -> Non
     path.write_bytes(b'{"text": "ok"}\n\n{"text": "\xff"}\n{"text": \n[1]\n{"text": "ok"}\n')
     found = [(n, row.reason if isinstance(row, RowError) else row["text"]) for n, row in read(path, tmp_path)]
     assert found == [(1, "ok"), (3, "invalid_utf8"), (4, "invalid_json"), (5, "wrong_type"), (6, "ok")]
+    path.write_text(json.dumps(ROWS[0], indent=1))
+    (_, first), *_ = read(path, tmp_path)
+    assert re.fullmatch(
+        r"Expecting .*, at character 2: one whole object is expected", first.detail
+    )  # no second line number
 
 
 def test_an_array_with_something_else_in_it_and_a_cut_one(tmp_path: Path) -> None:
