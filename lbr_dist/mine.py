@@ -38,7 +38,9 @@ from lbr_dist.mining.write import write_mined
 VERSION = 1
 """Raised when the same input and settings give other output."""
 QUERIES = 2048
-"""Queries searched at a time."""
+"""Queries whose negatives are committed together,"""
+SCORES = 1 << 22
+"""and scores that are held of them at a time: one question may have very many known answers."""
 SHARE = 0.95
 """Share of the positive's score below which a negative lies, where the user sets neither share nor margin."""
 
@@ -168,12 +170,15 @@ class _Job:
             return lambda query_B: given.chosen(query_B, self.rule.count)
         nearest = self._nearest(index, device, block)
 
+        def some(query_B: np.ndarray, k: int) -> Chosen:
+            found = nearest.search(query_B, self.candidates.own_Q[query_B], k)
+            return choose(*found, self.candidates.excluded(query_B), self.passages, self.rule)
+
         def take(query_B: np.ndarray) -> Chosen:
-            own_B = self.candidates.own_Q[query_B]
-            excluded = self.candidates.excluded(query_B)
-            most = int(np.bincount(excluded[0]).max())
-            found = nearest.search(query_B, own_B, min(self.passages, self.rule.depth + most))
-            return choose(*found, excluded, self.passages, self.rule)
+            k = min(self.passages, self.rule.depth + self.candidates.most_excluded(query_B))
+            pieces = np.array_split(query_B, -(-len(query_B) * k // SCORES))
+            found = [vars(some(piece_B, k)) for piece_B in pieces]
+            return Chosen(**{name: np.concatenate([of_piece[name] for of_piece in found]) for name in found[0]})
 
         return take
 

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.data.field_names import listed
 from lbr_dist.data.readers import rows
 from lbr_dist.data.row_values import REASONS, RowError, identifier, text, type_name
 from lbr_dist.data.sources import Source, expand
@@ -87,5 +88,5 @@ def _choose(row: Mapping[str, Any], side: str, field: str | None, source: Path) 
             return name
     raise UserError(
         f"{source}: no field {' or '.join(repr(name) for name in tried)} in its first row, which has "
-        f"{', '.join(map(repr, row)) or 'none'}; name one with --field"
+        f"{listed(row)}; name one with --field"
     )

@@ -19,6 +19,8 @@ from lbr_dist.data.row_values import parsed
 CONVERSATIONS = ("messages", "conversations", "conversation")
 REPLY = ("assistant", "gpt", "model", "bot", "chatgpt")
 SYSTEM = ("system", "developer")
+CALLS = ("tool_calls", "function_call")
+"""A turn with one of these and no content says nothing: it calls a tool."""
 
 
 def unfold(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -45,8 +47,10 @@ def _pair(name: str, turns: Any) -> tuple[str, str]:
     said: list[tuple[str, str]] = []
     for number, turn in enumerate(turns, 1):
         role, text = _turn(turn)
+        if role is not None and text is None and any(turn.get(call) for call in CALLS):
+            continue
         if role is None or not isinstance(text, str):
-            raise ValueError(f"{name}, turn {number}: not an object with role and content, or from and value")
+            raise ValueError(f"{name}, turn {number}: not an object with role and content (text), or from and value")
         if role.lower() not in SYSTEM:
             said.append((role.lower(), text))
     last = max((at for at, (role, _) in enumerate(said) if role in REPLY), default=0)
@@ -59,5 +63,13 @@ def _turn(turn: Any) -> tuple[str | None, Any]:
     if isinstance(turn, Mapping):
         for who, what in (("role", "content"), ("from", "value")):
             if isinstance(turn.get(who), str):
-                return turn[who], turn.get(what)
+                return turn[who], _joined(turn.get(what))
     return None, None
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content in parts, `[{"type": "text", "text": ...}, ...]`; one with others (images) as it is."""
+    if not isinstance(content, list | tuple):
+        return content
+    texts = [part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+    return "\n".join(texts) if len(texts) == len(content) else content

@@ -36,6 +36,8 @@ class BadRows:
         self.first: dict[str, str] = {}
         self.questions_alone = 0
         """Rows of an evaluation set from elsewhere whose answer cannot be used: no bad rows, their question counts."""
+        self.met: list[str] = []
+        """Roles of --field whose field a row had."""
 
     def add(self, reason: str, where: str, detail: str, count: int = 1) -> None:
         """Count `count` bad rows; the first of a reason is remembered."""
@@ -46,6 +48,7 @@ class BadRows:
         """Count those of rows that come after."""
         self.rows += other.rows
         self.questions_alone += other.questions_alone
+        self.met = sorted({*self.met, *other.met})
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.first.setdefault(reason, other.first[reason])

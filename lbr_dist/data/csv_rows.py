@@ -82,6 +82,6 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
         if cells is None:
             return
         if len(cells) > len(names):
-            yield first, RowError("wrong_type", "the line has more cells than the header")
+            yield first, RowError("wrong_type", f"the line has {len(cells)} cells, more than the header: {len(names)}")
         elif cells:
             yield first, dict(zip(names, cells, strict=False))

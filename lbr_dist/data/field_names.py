@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,8 @@ MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "
 """Roles that a field mapping may name."""
 
 NUMBERED = re.compile(r"negatives?_?\d+", re.IGNORECASE)
+MOST_LISTED = 300
+"""Characters of field names in a message."""
 MOST_FORMS = 1000
 """Forms of rows (field names in order) whose roles are remembered."""
 
@@ -55,16 +58,20 @@ class Finder:
 
     def __init__(self, fields: Mapping[str, str], *, lenient: bool = False) -> None:
         self.fields, self._lenient = dict(fields), lenient
+        self.met = set[str]()
+        """Roles of `fields` whose field a row had."""
         self._found: dict[tuple[str, tuple[str, ...]], tuple[str, ...] | None] = {}
 
     def find(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
         """Names of the row's fields for a role; None: it has none."""
-        mapped = self.fields.get("answer" if role in ("right", "document") else role)
+        named = "answer" if role in ("right", "document") else role
+        mapped = self.fields.get(named)
         if mapped == "":
             return None
         if mapped is not None:
             parts = tuple(mapped.split(","))
             if all(_MISSING is not reach(row, part) for part in parts):
+                self.met.add(named)
                 return parts
             if not self._lenient:
                 return None
@@ -76,24 +83,33 @@ class Finder:
         return self._found[key]
 
 
+def listed(row: Mapping[str, Any]) -> str:
+    """The names of a row's fields, for a message: the first of very many."""
+    names = ", ".join(map(str, row)) or "(none)"
+    return names if len(names) <= MOST_LISTED else f"{names[:MOST_LISTED]} ... ({len(row)} fields)"
+
+
 _MISSING = object()
 
 
 def reach(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a field; dots lead into objects unless a field has that very name."""
+    """The value of a field; dots lead into objects unless a field has that very name.
+
+    NaN, which pandas makes of nothing, is null.
+    """
     value: Any = row
     for part in [name] if name in row else name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return _MISSING
         value = value[part]
-    return value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def look_up(row: Mapping[str, Any], name: str) -> Any:
     """The value of a field that the user named, in capitals or not, or in an object; None where there is none."""
     found = reach(row, name)
     if found is _MISSING:
-        found = next((row[other] for other in row if str(other).lower() == name.lower()), None)
+        found = next((reach(row, other) for other in row if str(other).lower() == name.lower()), None)
     return found
 
 

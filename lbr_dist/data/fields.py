@@ -13,7 +13,7 @@ from typing import Any
 
 from lbr_dist.data import field_names, row_values
 from lbr_dist.data.chat import unfold
-from lbr_dist.data.field_names import NAMES, Finder
+from lbr_dist.data.field_names import NAMES, Finder, listed
 from lbr_dist.data.record import Record, content_id
 from lbr_dist.data.row_values import RowError
 
@@ -46,6 +46,11 @@ class Converter:
         self.domain, self.source = domain, source
         self._cells = cells
         self._finder = Finder(fields, lenient=external)
+
+    @property
+    def met(self) -> set[str]:
+        """Roles of `fields` whose field a row had."""
+        return self._finder.met
 
     def __call__(self, row: Mapping[str, Any]) -> Record:
         """The row's record.
@@ -114,8 +119,8 @@ class Converter:
             return "corpus"
         raise RowError(
             "missing_field",
-            f"cannot tell question, answer or text among the fields {', '.join(map(str, row)) or '(none)'}: "
-            "name them, for example --field question=prompt",
+            f"cannot tell question, answer or text among the fields {listed(row)}: name them, for example "
+            "--field question=prompt" + self._cells * " (the first line of a CSV file has to hold their names)",
         )
 
     def _unfolded(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -130,12 +135,15 @@ class Converter:
     def _get(self, row: Mapping[str, Any], role: str, optional: bool = False) -> Any:
         names = self._finder.find(row, role)
         if names is not None:
-            return field_names.value(row, names)
+            value = field_names.value(row, names)
+            if role in ("question", "answer", "document", "text") and len(names) > 1:
+                return "\n".join(self._text(part, role) for part in value if not row_values.blank(part))
+            return value
         if optional:
             return None
         wanted = self._finder.fields.get(role) or ", ".join(NAMES[role])
         kind = "" if self._told else f"; an earlier row told that these are of kind {self.kind}: see --kind"
-        raise RowError("missing_field", f"no {role}: looked for {wanted}; the row has {', '.join(map(str, row))}{kind}")
+        raise RowError("missing_field", f"no {role}: looked for {wanted}; the row has {listed(row)}{kind}")
 
     def _answer(self, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The answer and, where the field holds a list, the further answers."""

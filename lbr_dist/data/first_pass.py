@@ -94,6 +94,8 @@ class FirstPass:
     outside: dict[str, BadRows]
     """Of each external evaluation set, by what the user named it."""
     parts: list[Part]
+    empty: list[str]
+    """Names of the sources without a row."""
     spool: Spool
     numbers: Numbers
     texts: Texts
@@ -161,6 +163,7 @@ class DigestRows:
                 for owner, record in enumerate(batch, len(sizes)):
                     negatives += [(owner, normalised_hash(text)) for text in record.negatives]
                 sizes.extend(spool.write(record.to_json()) for record in batch)
+        bad.met = sorted(convert.met)
         if block.number == 0 and bad.total == bad.rows == HOPELESS:
             return BlockSummary(block.part, 0, 0, bad, hopeless=True)
         arrays: dict[str, Any] = {
@@ -247,6 +250,7 @@ def first_pass(
 
 def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sketches: Path) -> FirstPass:
     """The blocks in order, as if they were one."""
+    read = {summary.part for summary in summaries}
     bad, table, first = BadRows(), TextTable(sketches), 0
     outside = {job.part.source.path: BadRows() for job in jobs if job.external}
     columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "external", "part")}
@@ -274,6 +278,7 @@ def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sket
         bad,
         outside,
         [job.part for job in jobs],
+        [job.part.name for job in jobs if not (job.external or job.number in read)],
         Spool(files, sizes),
         Numbers(**joined),
         table.finish(),

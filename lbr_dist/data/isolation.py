@@ -97,8 +97,19 @@ def _near_pairs(
         near = sketches.similar(rows[pairs // width], rows[pairs % width], similarity)
         found.append(pairs[near])
 
+    def odd(order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The rarer in each run, of what has to be apart."""
+        own = sides[entries[order]]
+
+        def rarer(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+            fewer = np.add.reduceat(one.astype(np.int64), starts) <= np.add.reduceat(other.astype(np.int64), starts)
+            return np.where(np.repeat(fewer, np.diff(starts, append=len(order))), one, other)
+
+        held = np.isin(own, (EVAL, EXTERNAL))
+        return rarer(held, ~held) | rarer(own == GL, own == CL)
+
     size = 0
-    for a, b in sketches.candidates(rows):
+    for a, b in sketches.candidates(rows, odd):
         apart = _APART[sides[entries[a]], sides[entries[b]]]
         waiting.append(np.minimum(a, b)[apart] * width + np.maximum(a, b)[apart])
         size += len(waiting[-1])

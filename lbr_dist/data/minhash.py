@@ -9,7 +9,8 @@ cost more than the hashing itself. Sketches live on disk, so memory holds a few 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,12 @@ CHUNK = 1 << 14
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(f"[^\\W{_SPACELESS}]+|[{_SPACELESS}]")
 """Runs of word characters; in scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han) every character."""
+_MARKS = re.compile(
+    f"(?![{_SPACELESS}])["
+    + "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
+    + "]"
+)
+"""Marks that no letter is composed with, as the vowels of Arabic or Hindi: they end no word, and many omit them."""
 _SEEDS = np.array([xxhash.xxh3_64_intdigest(b"lbr-%d" % i) for i in range(2 * HASHES + 8)], np.uint64)
 _FACTORS, _OFFSETS, _MIX = _SEEDS[:HASHES] | np.uint64(1), _SEEDS[HASHES : 2 * HASHES], _SEEDS[-8:] | np.uint64(1)
 
@@ -49,7 +56,7 @@ def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         hashes uint64 [W] of all words in order, and offsets int64 [texts + 1] of each text's words in it.
     """
-    encoded = [(text if text.isascii() else " ".join(_WORD.findall(text))).encode() for text in texts]
+    encoded = [(text if text.isascii() else " ".join(_WORD.findall(_MARKS.sub("", text)))).encode() for text in texts]
     hashes, counts = [], []
     first, size = 0, 0
     for number, text in enumerate(encoded):
@@ -145,6 +152,14 @@ class SketchBlock:
         return cls(rows, signatures, np.stack(bands))
 
 
+Odd = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From positions in runs, and where each run begins in them, to a mask: only pairs with an odd one matter."""
+
+
+def _every(order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    return np.ones(len(order), bool)
+
+
 class Sketches:
     """Signatures of many texts in files: one of all signatures, and one of keys for each band."""
 
@@ -187,34 +202,53 @@ class Sketches:
         ]
         return np.concatenate(parts) >= threshold * HASHES - 1e-9
 
-    def candidates(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Pairs of positions in `rows` that agree in a band, in arrays; a pair may come more than once."""
+    def candidates(self, rows: np.ndarray, odd: Odd = _every) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Pairs of positions in `rows` that agree in a band, in arrays; a pair may come more than once.
+
+        Args:
+            odd: asked again and again, so that it can learn from the pairs so far.
+        """
         for band in range(BANDS):
             keys = self.band(band, rows)
             order = np.argsort(keys, kind="stable")
-            starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
+            starts = _starts(keys[order])
             sizes = np.diff(starts, append=len(order))
             sizes = np.repeat(sizes, sizes)
-            yield from _pairs(keys, order[(sizes > 1) & (sizes <= LARGE_RUN)])
-            large = np.sort(order[sizes > LARGE_RUN])
-            if len(large):
-                for other in range(BANDS):
-                    if other != band:
-                        both = keys.copy()
-                        both[large] = _key(np.stack([keys[large], self.band(other, rows)[large]], axis=1))
-                        yield from _pairs(both, large[np.argsort(both[large], kind="stable")])
+            yield from _pairs(keys, order[(sizes > 1) & (sizes <= LARGE_RUN)], odd)
+            large = order[sizes > LARGE_RUN]
+            for other in range(BANDS):
+                if other != band and len(large) and odd(large, _starts(keys[large])).any():
+                    both = keys.copy()
+                    both[large] = _key(np.stack([keys[large], self.band(other, rows)[large]], axis=1))
+                    members = np.sort(large)
+                    yield from _pairs(both, members[np.argsort(both[members], kind="stable")], odd)
 
 
-def _pairs(keys: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs with equal keys; `order` sorts the positions by key. Each is paired with at most `LARGE_RUN` others."""
+def _pairs(keys: np.ndarray, order: np.ndarray, odd: Odd) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs with equal keys of which one is odd; `order` sorts the positions by key.
+
+    Each is paired with at most `LARGE_RUN` others on either side. Looking at the odd ones alone makes a run of texts
+    that belong together already cost nothing, and one of them with a few others among them little.
+    """
     ordered = keys[order]
-    first = np.arange(len(order))
-    for lag in range(1, LARGE_RUN + 1):
+    starts = _starts(ordered)
+    for lag in range(1, min(LARGE_RUN, len(order) - 1) + 1):
+        if lag & (lag - 1) == 0:
+            strange = odd(order, starts)
+            first = second = np.flatnonzero(strange)
         first = first[: np.searchsorted(first, len(order) - lag)]
         first = first[ordered[first] == ordered[first + lag]]
-        if not len(first):
+        second = second[np.searchsorted(second, lag) :]
+        second = second[ordered[second] == ordered[second - lag]]
+        if not (len(first) or len(second)):
             return
-        yield order[first], order[first + lag]
+        alone = second[~strange[second - lag]]
+        yield order[np.concatenate([first, alone - lag])], order[np.concatenate([first + lag, alone])]
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Where the runs of equal keys begin."""
+    return np.flatnonzero(np.diff(ordered, prepend=~ordered[:1]))
 
 
 def _key(rows_NR: np.ndarray) -> np.ndarray:

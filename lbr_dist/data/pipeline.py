@@ -12,6 +12,7 @@ import numpy as np
 
 from lbr_dist.data.collect import NO_ENTITY, BadRows, Numbers, Texts, compared_texts
 from lbr_dist.data.execute import Executor, alone
+from lbr_dist.data.field_names import listed
 from lbr_dist.data.first_pass import DigestRows, FirstPass, PartJob, first_pass
 from lbr_dist.data.isolation import Containment, HoldsTarget, crossings
 from lbr_dist.data.progress import Progress
@@ -82,9 +83,11 @@ class Pipeline:
             alive = self._deduplicate()
             self.read.bad.check(self.settings.max_bad_share)
             if not (alive & ~numbers.external).any():
-                raise UserError(f"{', '.join(part.name for part in parts)}: no records: the sources are empty")
+                why = f"all rows are bad: {self.read.bad}" if self.read.bad.total else "the sources are empty"
+                raise UserError(f"{', '.join(part.name for part in parts)}: no records: {why}")
             for name, found in self.read.outside.items():
                 _check_outside(name, found)
+            self._check_fields(alive, parts)
             self._check_entity(alive, parts)
             self.common = common_texts(texts.of(alive), numbers, spool)
             side, labels = self._sides(texts.of(alive))
@@ -142,6 +145,20 @@ class Pipeline:
         alive[own[again]] = False
         return alive
 
+    def _check_fields(self, alive: np.ndarray, parts: list[Part]) -> None:
+        """See that the fields exist that --field names for roles that a row may lack; without another, rows are bad.
+
+        Raises:
+            UserError: no row has such a field.
+        """
+        numbers = self.read.numbers
+        pairs = (alive & ~numbers.external & ~numbers.is_text).any()  # a plain text has no role of these but an id
+        roles = ("id", "domain", "source", "negatives", "positives") if pairs else ("id",)
+        for part in parts:
+            for role, name in part.source.fields.items():
+                if name and role in roles and role not in self.read.bad.met:
+                    raise UserError(f"--field {role}={name}: no row has such a field; {_first_fields(parts)}")
+
     def _check_entity(self, alive: np.ndarray, parts: list[Part]) -> None:
         """Count the records that `--entity` groups.
 
@@ -154,11 +171,7 @@ class Pipeline:
             return
         self.ungrouped = int((records & (numbers.entity == NO_ENTITY)).sum())
         if self.ungrouped == records.sum():
-            first = next((row for part in parts for _, row in rows(part) if isinstance(row, Mapping)), {})
-            raise UserError(
-                f"--entity {self.settings.entity}: no record has a value for it; the first row has the fields "
-                + printable(", ".join(map(str, first)))
-            )
+            raise UserError(f"--entity {self.settings.entity}: no record has a value for it; {_first_fields(parts)}")
 
     def _sides(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Side of each record, int8 [records], and its component, int64 [records]."""
@@ -253,6 +266,7 @@ class Pipeline:
             "set": manifest["fingerprint"],
             "passed_over": {printable(ending): count for ending, count in sorted(passed_over.items())},
             "rows": {"read": self.read.bad.rows, "bad": self.read.bad.report()},
+            "empty_sources": [printable(name) for name in self.read.empty],
             "decontaminate": {
                 "read": sum(found.rows for found in self.read.outside.values()),
                 "by_question_alone": sum(found.questions_alone for found in self.read.outside.values()),
@@ -265,6 +279,11 @@ class Pipeline:
             "components": {**components, "similarity": self.settings.similarity, "without_entity": self.ungrouped},
             "isolation": isolation,
         }
+
+
+def _first_fields(parts: list[Part]) -> str:
+    first = next((row for part in parts for _, row in rows(part) if isinstance(row, Mapping)), {})
+    return printable(f"the first row has the fields {listed(first)}")
 
 
 def _check_outside(name: str, found: BadRows) -> None:

@@ -31,7 +31,7 @@ from lbr_dist.errors import UserError
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 3
+VERSION = 4
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 
 
@@ -62,6 +62,8 @@ class PrepareReport:
         if passed := self.data["passed_over"]:
             listed = ", ".join(f"{count} {ending}" for ending, count in passed.items())
             yield f"passed over in folders: {listed} (a file is read if it is named, or a quoted glob matches it)"
+        if empty := self.data["empty_sources"]:
+            yield f"sources without a row: {len(empty)} (first: {empty[0]})"
         if alone := self.data["components"]["without_entity"]:
             yield f"{alone} question-answer records have no --entity and stand alone"
         if questions := self.data["decontaminate"]["by_question_alone"]:
@@ -148,10 +150,12 @@ def prepare(
         with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
             origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
             for name_of, group in (("sources", parts), ("decontaminate", outside)):
-                origin[name_of] = []
+                known = []
                 for part in group:
-                    origin[name_of].append(part.fingerprint())
+                    known.append((part.fingerprint(), part))
                     advance(1)
+                known.sort(key=lambda pair: json.dumps(pair[0], sort_keys=True))  # of equal rows the first file's stays
+                origin[name_of], group[:] = [found for found, _ in known], [part for _, part in known]
         done = finished(place, origin, overwrite, partial(_difference, new=origin))
         if done is not None:
             return PrepareReport(Path(out), done, unchanged=True)

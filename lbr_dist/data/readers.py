@@ -11,13 +11,16 @@ import json
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lbr_dist.data import compressed
 from lbr_dist.data.csv_rows import csv_rows
 from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import Part
 from lbr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BATCH = 1000
 """Rows decoded at once from columnar formats."""
@@ -58,7 +61,7 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
         raise UserError(f"{part.name}: plain text has no fields, so it cannot be of kind {part.source.kind}")
     try:
         if part.dataset is not None:
-            yield from _columns(part.dataset.iter(BATCH))
+            yield from _columns(part.dataset.with_format("arrow").iter(BATCH))  # nothing hidden, no image decoded
         elif part.format == "parquet":
             yield from _parquet(part.path)
         elif part.format == "tar":
@@ -116,6 +119,8 @@ def _json_object(data: bytes) -> Row:
         row = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start}")
+    except json.JSONDecodeError as error:
+        return RowError("invalid_json", f"{error.msg}, at character {error.pos}: one whole object is expected")
     except (ValueError, RecursionError) as error:
         return RowError("invalid_json", str(error))
     return row if isinstance(row, dict) else RowError("wrong_type", "the line is not a JSON object")
@@ -152,27 +157,24 @@ def _parquet(path: Path) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number, dates = 0, (pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)
     try:
         with pq.ParquetFile(path) as file:
-            plain = pa.schema(  # as texts, dates need not lie in the years that Python knows
-                field.with_type(pa.string()) if any(kind(field.type) for kind in dates) else field
-                for field in file.schema_arrow
-            )
-            for batch in file.iter_batches(BATCH):
-                for row in batch.cast(plain).to_pylist():
-                    number += 1
-                    yield number, row
+            yield from _columns(file.iter_batches(BATCH))
     except pa.ArrowException as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _columns(batches: Iterator[Mapping[str, list[Any]]]) -> Numbered:
-    number = 0
+def _columns(batches: Iterator[pa.RecordBatch | pa.Table]) -> Numbered:
+    import pyarrow as pa
+
+    number, dates = 0, (pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)
     for batch in batches:
-        for values in zip(*batch.values(), strict=True):
+        plain = pa.schema(  # as texts, dates need not lie in the years that Python knows
+            field.with_type(pa.string()) if any(kind(field.type) for kind in dates) else field for field in batch.schema
+        )
+        for row in batch.cast(plain).to_pylist():
             number += 1
-            yield number, dict(zip(batch, values, strict=True))
+            yield number, row
 
 
 class _Member(tarfile.TarInfo):
@@ -195,9 +197,10 @@ _CUT = (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError)  # type: ignore[
 def _tar(part: Part) -> Numbered:
     """Samples: neighbouring members with the same name up to the first dot, as WebDataset groups them.
 
-    A `.json` member gives fields, `.txt` gives `text`, and `question.txt` a field of that name.
+    A `.json` member gives fields, `.txt` gives `text`, and `question.txt` a field of that name. Hidden members are left
+    aside: macOS adds one to each file.
     """
-    number, key = 0, ""
+    number, key, other = 0, "", ""
     row: Row | None = None
     with part.open() as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
         for member in tar:
@@ -205,7 +208,8 @@ def _tar(part: Part) -> Numbered:
                 continue
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
-            if extension.rpartition(".")[2] not in ("json", "txt"):
+            if not stem or extension.rpartition(".")[2].lower() not in ("json", "txt"):
+                other = other or member.name * bool(stem)
                 continue
             if folder + slash + stem != key:
                 if row is not None:
@@ -218,11 +222,15 @@ def _tar(part: Part) -> Numbered:
             pass
     if row is not None:
         yield number, row
+    elif other:
+        raise UserError(
+            f"{part.name}: no member is a .json or .txt file (one is {other}): unpack it, and name the folder"
+        )
 
 
 def _member(data: bytes, extension: str) -> Row:
     field_name, _, last = extension.rpartition(".")
-    if last == "json":
+    if last.lower() == "json":
         return _json_object(data)
     text = _decoded(data)
     return text if isinstance(text, RowError) else {field_name or "text": text["text"]}

@@ -9,6 +9,7 @@ nothing, missing such a pair is a leak.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -106,19 +107,25 @@ def _end_characters() -> str:
 
 
 _ENDS = _end_characters()
+INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
+    "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
+)
+"""Soft hyphens, spaces of no width, marks of direction, variation selectors: Unicode's Default_Ignorable_Code_Point."""
 
 
 def normalise(text: str) -> str:
-    """Normal form for "is it the same text": NFKC, casefold, single spaces, no punctuation at the ends.
+    """Normal form for "is it the same text": NFKC, casefold, nothing invisible, single spaces, bare of end punctuation.
 
     A text of punctuation only keeps it, so that "?" and "!" stay different and nothing becomes empty.
     """
     if text.isascii():
         folded = text.lower()
     else:
-        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+        seen = INVISIBLE.sub("", text)
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold())
     collapsed = " ".join(folded.split())
-    return collapsed.strip(_ENDS) or collapsed
+    return collapsed.strip(_ENDS) or collapsed or text
 
 
 def normalised_hash(text: str) -> int:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from lbr_dist.data.record import INVISIBLE
+
 REASONS = {
     "missing_field": "a field is missing",
     "wrong_type": "a field has the wrong type",
@@ -54,7 +56,7 @@ def text(value: Any, role: str, max_chars: int) -> str:
             raise RowError("empty", f"{role} is null")
         hint = f": name a field in it, for example --field {role}=FIELD.PART" if isinstance(value, Mapping) else ""
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a text{hint}")
-    if not value or value.isspace():
+    if not value or value.isspace() or not (value.isascii() or INVISIBLE.sub("", value).strip()):
         raise RowError("empty", f"{role} is empty")
     if len(value) > max_chars:
         raise RowError("too_long", f"{role} has {len(value)} characters, more than --max-chars {max_chars}")
@@ -72,13 +74,18 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
     _refuse_python_list(value, role)
     if holds_list(value):
         value = value["text"]
-    if value is None or value == "":
+    if blank(value):
         return ()
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a list of texts")
-    return tuple(text(item, role, max_chars) for item in value if item not in (None, ""))
+    return tuple(text(item, role, max_chars) for item in value if not blank(item))
+
+
+def blank(value: Any) -> bool:
+    """Whether a value is null or a text of nothing but spaces."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def holds_list(value: Any) -> bool:
@@ -87,7 +94,10 @@ def holds_list(value: Any) -> bool:
 
 
 def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
-    """Option texts and their labels, from a list, {"text": [...], "label": [...]} or {"A": ..., "B": ...}."""
+    """Option texts and their labels, from a list, {"text": [...], "label": [...]} or {"A": ..., "B": ...}.
+
+    In the last form null is no option: columnar files give all rows the options of the row that has the most.
+    """
     labels: list[str] = []
     value = parsed(value)
     if isinstance(value, Mapping):
@@ -95,7 +105,8 @@ def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
             labels = [str(label) for label in value.get("label", ())]
             value = value["text"]
         else:
-            labels, value = [str(label) for label in value], list(value.values())
+            value = {str(label): option for label, option in value.items() if option is not None}
+            labels, value = list(value), list(value.values())
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"options is {type_name(value)}, not a list")
     found = [text(option, "options", max_chars) for option in value]
@@ -108,7 +119,7 @@ def choose(value: Any, options: list[str], labels: list[str]) -> int:
     """Number of the right option, from its label, its text, its letter or its index (from 0)."""
     number = -1
     if isinstance(value, int) and not isinstance(value, bool):
-        number = value
+        number = labels.index(str(value)) if str(value) in labels else value
     elif isinstance(value, str):
         if value in labels:
             number = labels.index(value)

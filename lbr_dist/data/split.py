@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lbr_dist.data.collect import NO_ENTITY, Numbers, Texts, compared_texts
-from lbr_dist.data.minhash import Sketches
+from lbr_dist.data.minhash import Sketches, word_hashes
 from lbr_dist.data.record import normalise, normalised_hash
 from lbr_dist.data.spool import Spool
 from lbr_dist.errors import UserError
@@ -88,7 +88,7 @@ def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonTex
         record = spool[int(texts.record[first[position]])]
         signed = int(hashes[position].astype(np.int64))
         text = next(text for text in compared_texts(record) if normalised_hash(text) == signed)
-        if len(normalise(text).split()) <= COMMON_WORDS:
+        if len(word_hashes([normalise(text)])[0]) <= COMMON_WORDS:
             found.append(CommonText(text, int(hashes[position]), int(counts[position])))
     return sorted(found, key=lambda common: (-common.records, common.text))
 
@@ -115,7 +115,7 @@ def components(
     labels = _link_equal(labels, named, numbers.entity[named])
     sketched = np.flatnonzero(texts.sketch >= 0)
     _, first = np.unique(texts.hash[sketched], return_index=True)
-    sketched = np.sort(sketched[first])
+    sketched = sketched[first]  # by hash: the order of the sources must not matter
     rows, owners = texts.sketch[sketched], texts.record[sketched]
 
     waiting: list[tuple[np.ndarray, np.ndarray]] = []
@@ -131,8 +131,15 @@ def components(
         near = sketches.similar(rows[a], rows[b], similarity)
         labels = merge(labels, owners[a[near]], owners[b[near]])
 
+    def odd(order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Those that are not of their run's largest component."""
+        flush()
+        own = labels[owners[order]]
+        largest = np.maximum.reduceat(np.bincount(labels)[own] * len(labels) + own, starts) % len(labels)
+        return own != np.repeat(largest, np.diff(starts, append=len(order)))
+
     size = 0
-    for pair in sketches.candidates(rows):
+    for pair in sketches.candidates(rows, odd):
         waiting.append(pair)
         size += len(pair[0])
         if size > FLUSH:
@@ -195,8 +202,9 @@ def assign(
     for name, size in wanted.items():
         if size > 0 and not (side == SIDES.index(name)).any():
             raise UserError(
-                f"--{name}: no component fits into {size} records (the largest has {int(counts.max())} of "
-                f"{len(records)} records): ask for more, or raise --similarity if the components are too large"
+                f"--{name}: no component of records that belong together fits into {size} records (of {len(records)} "
+                f"in all, the largest has {int(counts.max())}, the smallest {int(counts.min())}): ask for more, or for "
+                "0; or link fewer, by another --entity or a --similarity up to 1 (equal texts always link)"
             )
     return side
 

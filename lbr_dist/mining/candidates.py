@@ -39,10 +39,13 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def count(self, owner_Q: np.ndarray) -> np.ndarray:
+        """Passages of each of these owners, int64 [Q]."""
+        return self.starts[owner_Q + 1] - self.starts[owner_Q]
+
     def take(self, owner_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions in `owner_Q` and passages, one entry for each passage of each of these owners."""
-        first_Q = self.starts[owner_Q]
-        count_Q = self.starts[owner_Q + 1] - first_Q
+        first_Q, count_Q = self.starts[owner_Q], self.count(owner_Q)
         position_M = np.repeat(np.arange(len(owner_Q)), count_Q)
         inside_M = np.arange(len(position_M)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q)
         return position_M, self.passages[first_Q[position_M] + inside_M]
@@ -62,6 +65,10 @@ class Candidates:
     """By question: its known answers."""
     present: Pairs
     """By record: negatives that it has already, of those that are passages."""
+
+    def most_excluded(self, query_B: np.ndarray) -> int:
+        """What `excluded` gives for the one of these queries that has the most."""
+        return int((self.answers.count(self.question_Q[query_B]) + self.present.count(query_B)).max())
 
     def excluded(self, query_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(position in `query_B`, passage) of all that these queries must not get."""

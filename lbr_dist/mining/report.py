@@ -101,7 +101,7 @@ def markdown(facts: dict[str, Any], counts: Counts, examples: list[Example]) -> 
 
 def _row(role: str, text: Text) -> str:
     score = "–" if text.score is None else f"{text.score:.3f}"
-    return f"| {role} | {score} | {_cell(text.text)} (`{text.id}`) |"
+    return f"| {role} | {score} | {_cell(text.text)} (`{_cell(text.id)}`) |"
 
 
 def _cell(text: str) -> str:

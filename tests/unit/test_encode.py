@@ -295,8 +295,8 @@ def test_killed_and_resumed(tmp_path, run):
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', {}, r"line 2: the text is not valid UTF-8 \(text, character 0\)"),
         ('{"text": "a", "id": "\\ud83d"}\n', {}, r"line 1: the text is not valid UTF-8 \(id, character 0\)"),
         ('{"text": "a", "id": [1]}\n', {}, "line 1: id is a list, not a text or a whole number"),
-        ('{"body": "a"}\n', {}, "no field 'answer' or .* which has 'body'; name one with --field"),
-        ('{"body": "a"}\n', {"field": "txet"}, "no field 'txet' in its first row, which has 'body'"),
+        ('{"body": "a"}\n', {}, "no field 'answer' or .* which has body; name one with --field"),
+        ('{"body": "a"}\n', {"field": "txet"}, "no field 'txet' in its first row, which has body"),
     ],
 )
 def test_bad_input_is_named(tmp_path, content, options, message):

@@ -257,6 +257,24 @@ def test_memory_does_not_grow_with_the_texts(tmp_path: Path, words: Words, monke
     assert peaks[2] < peaks[1] + 1_500_000
 
 
+def test_memory_does_not_grow_with_the_known_answers_of_a_question(
+    tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(0)
+    asked = [Record(f"r{i}", f"What is {i % 2 * i}?", " ".join(rng.choices(WORDS, k=6))) for i in range(1600)]
+    write_set(tmp_path / "set", {"cl": asked}, Bytes(), name="d")
+    made, peaks = [], []
+    for number, scores in enumerate((1 << 16, 1 << 16, 1 << 30)):  # the first run also imports
+        monkeypatch.setattr(module, "SCORES", scores)
+        tracemalloc.start()
+        run(tmp_path / "set", tmp_path / f"out-{number}", depth=20)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        made.append(records(tmp_path / f"out-{number}"))
+    assert made[1] == made[2]
+    assert peaks[1] < peaks[2] / 3
+
+
 SLOW = """
 import sys, time
 sys.path.insert(0, sys.argv[3])

@@ -58,7 +58,7 @@ def test_the_proof_can_fail(sources: list[str], tmp_path: Path, monkeypatch: pyt
 
     def leaky(*args: Any) -> Any:
         side = real(*args)
-        side[:2] = [0, 2]  # two questions of one entity
+        side[args[1].nonzero()[0][:2]] = [0, 2]  # two questions of one entity
         return side
 
     monkeypatch.setattr(pipeline, "assign", leaky)
@@ -265,6 +265,37 @@ def test_empty_sources(tmp_path: Path) -> None:
         run([str(tmp_path / "a.jsonl")], tmp_path / "out")
     with pytest.raises(UserError, match="no sources"):
         run([], tmp_path / "out")
+    sources = [str(write(tmp_path / "b.jsonl", [{"question": "q", "answer": "a"}])), str(tmp_path / "a.jsonl")]
+    assert f"note: sources without a row: 1 (first: {tmp_path}/a.jsonl)" in run(sources, tmp_path / "out").lines
+
+
+def test_rows_that_two_files_hold_do_not_depend_on_their_order(tmp_path: Path) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}"} for i in range(60)]
+    sources = [str(write(tmp_path / "a.jsonl", rows)), str(write(tmp_path / "b.jsonl", rows[20:]))]
+    assert run(sources, tmp_path / "one", name="n").data["dropped"]["repeated_row"] == 40
+    run(sources[::-1], tmp_path / "two", name="n")
+    assert everything(tmp_path / "one") == everything(tmp_path / "two")
+    assert open_set(tmp_path / "one").fingerprint == open_set(tmp_path / "two").fingerprint
+    assert run(sources[::-1], tmp_path / "one", name="n").unchanged
+
+
+def test_only_bad_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"frage": "q"}])
+    with pytest.raises(UserError, match=r"no records: all rows are bad: 1 missing_field \(first: .*a.jsonl line 1"):
+        run([str(path)], tmp_path / "out", max_bad_share=1)
+
+
+@pytest.mark.parametrize("role", ["id", "domain", "source", "negatives", "positives"])
+def test_a_field_that_no_row_has(tmp_path: Path, role: str) -> None:
+    texts = write(tmp_path / "texts.jsonl", [{"text": f"t {i}"} for i in range(20)])
+    path = write(tmp_path / "qa.jsonl", [{"question": f"q {i}", "answer": f"a {i}", "kez": "x"} for i in range(20)])
+    with pytest.raises(UserError, match=rf"--field {role}=key: no row has such a field; the first row .* answer, kez"):
+        run([str(path), str(texts)], tmp_path / "out", fields={role: "key"})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[7]["key"] = "k"
+    run([str(write(path, rows)), str(texts)], tmp_path / "out", fields={role: "key"})
+    if role != "id":
+        run([str(texts)], tmp_path / "texts", fields={role: "key"})  # has no such role
 
 
 def test_entity_groups_rows_that_share_no_text(tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ def convert(row: dict, kind: str | None = None, fields: dict | None = None, max_
         ("“Straße”!", "strasse"),
         ("(quoted)", "quoted"),
         ("ﬁne", "fine"),
+        ("acetyl\u00adsalicylic\u200b", "acetylsalicylic"),
+        ("\u200fשלום", "שלום"),
+        ("می\u200cخواهم", "میخواهم"),
     ],
 )
 def test_texts_that_count_as_the_same(a: str, b: str) -> None:
@@ -38,7 +41,7 @@ def test_texts_that_differ(a: str, b: str) -> None:
 
 
 def test_normal_form_is_stable_and_never_empty() -> None:
-    for text in ["ŉ", "İstanbul.", "...", "„x“", "ﷺ", "e\u0301", "ΑΣ", "a . "]:
+    for text in ["ŉ", "İstanbul.", "...", "„x“", "ﷺ", "e\u0301", "ΑΣ", "a . ", "\u200b"]:
         once = normalise(text)
         assert once
         assert normalise(once) == once
@@ -116,7 +119,10 @@ def test_missing_id_is_made_of_the_content() -> None:
         (["x", "right"], "right"),
         (["x", "right"], "1"),
         ({"text": ["x", "right"], "label": ["1", "2"]}, "2"),
+        ({"text": ["x", "right"], "label": [1, 2]}, 2),
         ({"A": "x", "B": "right"}, "B"),
+        ({"1": "x", "2": "right"}, 2),
+        ({"A": "x", "B": "right", "C": None}, "B"),
         ('["x", "right"]', "1"),
     ],
 )
@@ -146,6 +152,17 @@ def test_conversations() -> None:
     assert convert(alpaca, fields={"question": "input"}).question == "fever?"
 
 
+def test_conversations_with_parts_and_tools() -> None:
+    turns: list[dict] = [
+        {"role": "user", "content": [{"type": "text", "text": "how much"}, {"type": "text", "text": "is 6 x 7?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ]
+    found = convert({"messages": turns})
+    assert (found.question, found.answer) == ("how much\nis 6 x 7?\n42", "It is 42.")
+
+
 @pytest.mark.parametrize(
     ("turns", "problem"),
     [
@@ -153,6 +170,10 @@ def test_conversations() -> None:
         ({"role": "user"}, "messages is not a list of turns"),
         ([{"role": "user", "content": "a"}], r"messages: no reply \(assistant"),
         ([{"role": "assistant", "content": "a"}], "no reply"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "messages, turn 1: not an object with role and content",
+        ),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": None}], "messages, turn 2: not an object"),
     ],
 )
@@ -214,8 +235,31 @@ def test_multiple_choice_over_several_fields() -> None:
 
 
 def test_lists_of_answers_and_negatives() -> None:
-    record = convert({"query": "q", "positive": ["a", "b", ""], "negative": "n"})
+    record = convert({"query": "q", "positive": ["a", "b", "", " "], "negative": "n"})
     assert (record.answer, record.positives, record.negatives) == ("a", ("b",), ("n",))
+
+
+def test_nan_is_nothing() -> None:
+    nan = float("nan")
+    record = convert(
+        {"question": "q", "answer": "a", "negatives": nan, "negative_1": nan, "domain": nan, "source": nan}
+    )
+    assert (record.negatives, record.domain, record.source) == ((), "med", "file")
+    with pytest.raises(RowError, match="answer is null"):
+        convert({"question": "q", "answer": nan})
+    assert Entity.parse("patient").of({"patient": nan}, record) is None
+
+
+def test_several_fields_make_one_text() -> None:
+    row = {"title": "Aspirin", "note": "", "text": "A drug."}
+    assert convert(row, fields={"text": "title,note,text"}).text == "Aspirin\nA drug."
+    asked = {"question": "When?", "context": "Hours.", "answer": "Nine."}
+    assert convert(asked, fields={"question": "context,question"}).question == "Hours.\nWhen?"
+    found = {"query": "q", **row}
+    for kind in ("question-answer", "query-document"):
+        assert convert(found, kind, fields={"answer": "title,text"}).answer == "Aspirin\nA drug."
+    with pytest.raises(RowError, match="text is empty"):
+        convert({"title": None, "text": " "}, fields={"text": "title,text"})
 
 
 @pytest.mark.parametrize(
@@ -225,6 +269,7 @@ def test_lists_of_answers_and_negatives() -> None:
         ({"question": "q", "answer": 3}, "wrong_type", "answer is a number, not a text"),
         ({"question": "q", "answer": None}, "empty", "answer is null"),
         ({"question": " \n", "answer": "a"}, "empty", "question is empty"),
+        ({"question": "\ufeff \u200b", "answer": "a"}, "empty", "question is empty"),
         ({"question": "q", "answer": []}, "empty", "answer is empty"),
         ({"question": "q", "answer": "a\ud800"}, "invalid_utf8", "answer, character 1"),
         ({"question": "q", "answer": "a" * 101}, "too_long", "answer has 101 characters, more than --max-chars 100"),
@@ -249,6 +294,11 @@ def test_right_option_must_exist(right: object) -> None:
 def test_unrecognised_fields_are_listed_with_the_remedy() -> None:
     with pytest.raises(RowError, match=r"among the fields foo, bar: .*--field question=prompt"):
         convert({"foo": "q", "bar": "a"})
+    with pytest.raises(RowError, match=r"c0, c1, .* \.\.\. \(5000 fields\)") as caught:
+        convert({f"c{i}": "x" for i in range(5000)})
+    assert len(str(caught.value)) < 500
+    with pytest.raises(RowError, match="the first line of a CSV file"):
+        Converter(None, {}, max_chars=9, cells=True)({"what is it?": "q2", "it is this": "a2"})
 
 
 def test_a_kind_that_an_earlier_row_told_is_named() -> None:

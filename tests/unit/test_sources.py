@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
     assert part.fingerprint()["xxh128"]
 
 
+@pytest.mark.parametrize("form", [{"type": "numpy"}, {"type": "torch"}, {"columns": ["id"]}])
+def test_saved_dataset_with_a_format_of_its_own_and_images(tmp_path: Path, form: dict[str, Any]) -> None:
+    datasets = pytest.importorskip("datasets")
+    kept = [{**row, "options": ["a", "b"], "label": 1} for row in ROWS]
+    text = datasets.Value("string")
+    features = {"id": text, "question": text, "answer": text, "options": datasets.List(text)}
+    features = datasets.Features({**features, "label": datasets.Value("int64"), "image": datasets.Image()})
+    saved = datasets.Dataset.from_list(
+        [{**row, "image": {"bytes": b"no image", "path": None}} for row in kept], features
+    )
+    saved.set_format(**form)
+    saved.save_to_disk(str(tmp_path / "one"))
+    assert [{name: row[name] for name in kept[0]} for _, row in read(tmp_path / "one", tmp_path)] == kept
+
+
 def test_hub_dataset_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -125,11 +141,31 @@ def test_tar_samples_of_several_members(tmp_path: Path) -> None:
     assert isinstance(read_rows[2][1], RowError)
 
 
+def test_tar_members_that_are_no_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in "12":
+            add(tar, f"x/._{number}.json", b"\0\5\x16\7")  # macOS keeps attributes of a file so
+            add(tar, f"x/{number}.JSON", b'{"text": "t"}')
+    assert [row for _, row in read(path, tmp_path)] == [{"text": "t"}] * 2
+    with tarfile.open(path, "w") as tar:
+        add(tar, "train.jsonl", lines(ROWS))
+    with pytest.raises(
+        UserError, match=r"a\.tar: no member is a \.json or \.txt file \(one is train\.jsonl\): unpack it"
+    ):
+        read(path, tmp_path)
+
+
 def test_undecodable_rows_are_handed_on_with_their_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "ok"}\n\n{"text": "\xff"}\n{"text": \n[1]\n{"text": "ok"}\n')
     found = [(n, row.reason if isinstance(row, RowError) else row["text"]) for n, row in read(path, tmp_path)]
     assert found == [(1, "ok"), (3, "invalid_utf8"), (4, "invalid_json"), (5, "wrong_type"), (6, "ok")]
+    path.write_text(json.dumps(ROWS[0], indent=1))
+    (_, first), *_ = read(path, tmp_path)
+    assert re.fullmatch(
+        r"Expecting .*, at character 2: one whole object is expected", first.detail
+    )  # no second line number
 
 
 def test_an_array_with_something_else_in_it_and_a_cut_one(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import random
+import unicodedata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +125,14 @@ def test_short_texts_have_no_sketch() -> None:
     assert signatures.shape == (1, minhash.HASHES)
 
 
+def test_marks_end_no_word(tmp_path: Path) -> None:
+    assert not len(sketch([normalise("हिन्दी में कितने स्वर होते हैं")])[0])  # six words
+    assert len(sketch([normalise("ยาพาราเซตามอล")])[0])  # in Thai every character counts
+    spoken = "إِنَّمَا الْأَعْمَالُ بِالنِّيَّاتِ وَإِنَّمَا لِكُلِّ امْرِئٍ مَا نَوَى فَمَنْ كَانَتْ هِجْرَتُهُ"
+    written = "".join(letter for letter in spoken if unicodedata.category(letter) != "Mn")
+    assert groups(tmp_path, [qa("a", spoken), qa("b", written)]) == [0, 0]
+
+
 @pytest.mark.parametrize("large_run", [4096, 3])
 def test_candidates_find_near_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_run: int) -> None:
     monkeypatch.setattr(minhash, "LARGE_RUN", large_run)
@@ -152,6 +162,70 @@ def test_a_template_shared_by_very_many_stays_linear(tmp_path: Path, monkeypatch
     sketches.close()
     pairs = sum(len(a) for a, _ in sketches.candidates(rows))
     assert pairs < 2000 * 50 * minhash.BANDS * 2
+
+
+def template(number: int, words: int) -> str:
+    """Texts of one form; the fewer words, the less alike."""
+    return f"please give the usual dose of w{number} in " + " ".join(f"v{i}" for i in range(words))
+
+
+@pytest.mark.parametrize("large_run", [8, 4096])
+def test_leaving_out_pairs_that_change_nothing_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large_run: int
+) -> None:
+    monkeypatch.setattr(minhash, "LARGE_RUN", large_run)
+    records = [qa(template(i, 2 + i % 9), f"a {i}") for i in range(300)]
+    texts, sketches = table(tmp_path, records)
+    counted, alive = numbers(records), np.ones(300, bool)
+    side = np.random.default_rng(0).choice([GL, GL, GL, CL, EVAL, TEXT, EXTERNAL], 300).astype(np.int8)
+
+    def found() -> tuple[list[int], dict[str, int], list[int]]:
+        labels = components(texts, counted, sketches, alive=alive, similarity=0.7, common=NOTHING)
+        crossed = crossings(side, texts, sketches, similarity=0.7, common=NOTHING)
+        return labels.tolist(), crossed.near, crossed.losers.tolist()
+
+    fewer, real, asked = found(), Sketches.candidates, []
+    monkeypatch.setattr(Sketches, "candidates", lambda self, rows, odd: (asked.append(odd), real(self, rows))[1])
+    assert fewer == found()
+    assert len(asked) == 2
+    assert 1 < len(set(fewer[0])) < 300
+    assert min(fewer[1].values()) > 0
+
+
+def test_texts_that_belong_together_already_are_not_compared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [qa(template(i, 30), f"a {i}") for i in range(1500)]
+    texts, sketches = table(tmp_path, records)
+    compared, real = [], Sketches.candidates
+
+    def counting(self: Sketches, *given: Any) -> Any:
+        for pair in real(self, *given):
+            compared.append(len(pair[0]))
+            yield pair
+
+    monkeypatch.setattr(Sketches, "candidates", counting)
+    labels = components(texts, numbers(records), sketches, alive=np.ones(1500, bool), similarity=0.7, common=NOTHING)
+    assert not labels.any()
+    assert sum(compared) < 50 * 1500  # all pairs: a million, in each band
+    assert not len(crossings(np.full(1500, GL, np.int8), texts, sketches, similarity=0.7, common=NOTHING).losers)
+    assert sum(compared) < 50 * 1500
+
+
+def test_the_order_of_records_does_not_change_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minhash, "LARGE_RUN", 4)
+    records = [qa(template(i, 7), f"a {i}") for i in range(200)]
+    groups_of = []
+    for number, order in enumerate((records, random.Random(0).sample(records, 200))):
+        texts, sketches = table(tmp_path / str(number), order)
+        labels = components(
+            texts, numbers(order), sketches, alive=np.ones(200, bool), similarity=0.7, common=NOTHING
+        ).tolist()
+        together: dict[int, set[str]] = {}
+        for record, label in zip(order, labels, strict=True):
+            together.setdefault(label, set()).add(str(record.answer))
+        groups_of.append(sorted(map(sorted, together.values())))
+    assert groups_of[0] == groups_of[1]
 
 
 def test_merge_joins_chains_and_stars() -> None:
@@ -220,6 +294,13 @@ def test_common_short_answers_do_not_glue_everything(tmp_path: Path) -> None:
     assert shared.equal["gl - eval"] == 2  # what the exemption lets through, and nothing else
 
 
+def test_words_of_common_texts_are_counted_in_scripts_without_spaces(tmp_path: Path) -> None:
+    records = [qa(f"question {i}", ["是的", "怀孕期间不建议使用,请先咨询医生"][i % 2]) for i in range(60)]
+    texts, _ = table(tmp_path, records)
+    found = common_texts(texts, numbers(records), Listed(records))  # type: ignore[arg-type]
+    assert [text.text for text in found] == ["是的"]
+
+
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
@@ -278,7 +359,7 @@ def test_sizes_that_the_records_cannot_meet() -> None:
     order = np.arange(10, dtype=np.uint64)
     with pytest.raises(UserError, match=r"ask for 12 .*records \(--gl 10, --cl 0, --eval 2\), the sources have 10"):
         assign(np.arange(10), np.ones(10, bool), order, parse_sizes({"gl": "10", "cl": 0, "eval": "2"}))
-    with pytest.raises(UserError, match=r"--eval: no component fits into 2 records \(the largest has 10 of 10"):
+    with pytest.raises(UserError, match=r"--eval: no component .* fits into 2 records .* the largest has 10"):
         assign(np.zeros(10, int), np.ones(10, bool), order, parse_sizes({"cl": 0, "eval": "2"}))
 
 
