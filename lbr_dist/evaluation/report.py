@@ -73,6 +73,7 @@ class _Data(BaseModel):
 
 class _Model(BaseModel):
     name: str
+    checkpoint: dict[str, str] = {}
     tasks: dict[str, Any] = {}
 
 
