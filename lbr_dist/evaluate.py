@@ -55,8 +55,9 @@ def evaluate(
         progress: bars on a terminal.
 
     Returns:
-        What `eval.json` holds: `data`, per model `name`, `model`, `retrieval` (mteb's scores), `separation`,
-        `generation`, `tasks`, `cut` (texts that were too long) and `seconds`, and `notes` where there is one.
+        What `eval.json` holds: `data`, per model `name`, `model`, `checkpoint` (of a run: its name and digest),
+        `retrieval` (mteb's scores), `separation`, `generation`, `tasks`, `cut` (texts that were too long)
+        and `seconds`, and `notes` where there is one.
 
     Raises:
         UserError: a number out of range, a model, a device, the set or a task that cannot be had, or an `out` that
@@ -152,7 +153,7 @@ def _evaluate_one(
     device: str | None,
     progress: bool,
 ) -> dict[str, Any]:
-    from lbr_dist.evaluation.encoder import PackedEncoder
+    from lbr_dist.evaluation.encoder import PackedEncoder, TruncatedEncoder
     from lbr_dist.evaluation.generation import generation_scores
     from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, retrieval_scores
     from lbr_dist.evaluation.separation import separation
@@ -170,6 +171,9 @@ def _evaluate_one(
     encoder = load_encoder(spec, device)
     clock.lap("load")
     scores = {"name": printable(encoder.name), "model": printable(spec)}
+    packed = encoder.inner if isinstance(encoder, TruncatedEncoder) else encoder
+    if isinstance(packed, PackedEncoder):
+        scores["checkpoint"] = packed.checkpoint
     wrapped = MtebEncoder(encoder, keep=True, progress=progress)
     scores["retrieval"] = retrieval_scores(wrapped, held_out_task(data))
     clock.lap("retrieval")

@@ -7,6 +7,7 @@ exists is an export that agrees; what a tokenizer of some family does differentl
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,11 @@ from lbr_dist.recipes import save_recipe
 
 if TYPE_CHECKING:
     from lbr_dist.loading import Run
+
+log = logging.getLogger("lbr")
+
+EVALUATION = "eval/eval.json"
+"""Where `lbr eval` leaves a run's own scores."""
 
 COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 """Least agreement with the run that the check accepts; bfloat16 rounds weights to 3 digits."""
@@ -58,7 +64,8 @@ def export(
         out: folder to make; it may exist if it is empty.
         tokens: number of bottleneck tokens that every text gets, for a run in ratio mode.
         dtype: of the weights on disk.
-        scores: an `eval.json` for the model card; default: `eval/eval.json` in the run, if there is one.
+        scores: an `eval.json` for the model card; default: `eval/eval.json` in the run, if there is one that measured
+            this checkpoint.
         check: compare with the run through sentence-transformers before the folder appears.
 
     Returns:
@@ -72,7 +79,7 @@ def export(
     out = Path(out)
     evaluation = _evaluation(run, scores)
     with new_folder(out, f"export to {out}") as folder:
-        _write(run, folder, out.resolve().name, tokens, dtype, evaluation, check)
+        _write(run, folder, out.resolve().name, tokens, dtype, evaluation, scores is not None, check)
     return out
 
 
@@ -82,8 +89,13 @@ def _evaluation(run: str | Path, scores: str | Path | None) -> dict[str, Any] | 
         if not Path(scores).is_file():
             raise UserError(f"--scores {scores}: no such file; give the eval.json that `lbr eval` wrote")
         return read_evaluation(Path(scores), f"--scores {scores}")
-    own = Path(run) / "eval" / "eval.json"
+    own = Path(run) / EVALUATION
     return read_evaluation(own, f"{own} (for the model card; --scores names another)") if own.is_file() else None
+
+
+def _measured(evaluation: dict[str, Any], digest: str) -> bool:
+    """Whether a model of the evaluation had the weights of this checkpoint."""
+    return any(model.get("checkpoint", {}).get("digest") == digest for model in evaluation["models"])
 
 
 def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
@@ -127,6 +139,7 @@ def _write(
     tokens: int | None,
     dtype: Literal["float32", "bfloat16"],
     evaluation: dict[str, Any] | None,
+    named: bool,
     check: bool,
 ) -> None:
     from lbr_dist.evaluation.encoder import pooling_of
@@ -136,6 +149,13 @@ def _write(
 
     loaded = load_run(run, "cpu")
     recipe = loaded.recipe
+    if evaluation is not None and not named and not _measured(evaluation, loaded.digest):
+        log.warning(
+            "%s: not put on the model card: it did not measure %s; run `lbr eval` again, or name it with --scores",
+            Path(run) / EVALUATION,
+            loaded.checkpoint.name,
+        )
+        evaluation = None
     count = fixed_tokens(recipe, tokens)
     reference = _reference(loaded, count) if check else None
     backbone = _write_model(loaded, folder, count, dtype)

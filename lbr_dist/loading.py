@@ -6,6 +6,7 @@ other.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Run:
         recipe: of the run.
         model: with its weights.
         tokenization: of its tokenizer.
+        digest: of the checkpoint: `model_fingerprint`.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Run:
     recipe: Recipe
     model: LbrModel
     tokenization: Tokenization
+    digest: str
 
     @property
     def model_dir(self) -> Path:
@@ -61,7 +64,9 @@ class Run:
         surprisal = self.recipe.bottleneck.by_surprisal
         if surprisal is not None:
             _check_surprisal_model(self.checkpoint, surprisal.model)
-        return PackedEncoder(self.model, self.tokenization, self.recipe, self.name)
+        encoder = PackedEncoder(self.model, self.tokenization, self.recipe, self.name)
+        encoder.checkpoint = {"name": self.checkpoint.name, "digest": self.digest}
+        return encoder
 
 
 def is_run(path: str | Path) -> bool:
@@ -89,7 +94,8 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
     folder = str(checkpoint / "model")
     model = LbrModel.restore(recipe, folder, iterate_weights(checkpoint)).to(device).eval()
-    return Run(_run_name(Path(path), recipe), checkpoint, recipe, model, Tokenization.load(folder))
+    name, digest = _run_name(Path(path), recipe), model_fingerprint(str(checkpoint))
+    return Run(name, checkpoint, recipe, model, Tokenization.load(folder), digest)
 
 
 def load_encoder(spec: str, device: str | None = None) -> Encoder:
@@ -175,7 +181,11 @@ def split_dim(spec: str) -> tuple[str, int | None]:
 
 
 def model_fingerprint(spec: str) -> str:
-    """Hash that changes when the model behind `spec` does: of a checkpoint's manifest, or of a folder's file times."""
+    """Hash that changes when the model behind `spec` does.
+
+    Of a checkpoint's manifest, of the file times of a folder, or of a hub name's commit (the newest; offline, or where
+    the hub does not answer, the one in the local cache).
+    """
     path, dim = split_dim(spec)
     if is_run(path):
         from lbr_dist.training.checkpoint_format import resolve
@@ -188,7 +198,20 @@ def model_fingerprint(spec: str) -> str:
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             status = file.stat()
             parts.append(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}")
+    else:
+        parts.append(_commit(str(folder)))
     return xxhash.xxh128_hexdigest("\n".join(parts).encode())
+
+
+def _commit(name: str) -> str:
+    """Commit of a hub model as it would be loaded now; empty where there is none of that name."""
+    from huggingface_hub import hf_hub_download
+
+    repository = name if "/" in name else f"sentence-transformers/{name}"
+    for file in ("modules.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError):  # the hub's errors, and names that cannot be
+            return Path(hf_hub_download(repository, file)).parent.name
+    return ""
 
 
 def _check_surprisal_model(checkpoint: Path, path: str) -> None:

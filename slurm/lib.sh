@@ -195,13 +195,19 @@ print(address_towards(argv[1]))' "${hosts[1]}:1") || die "${hosts[0]}: has no IP
   export RAY_prestart_worker_first_driver=0 # a Python for each of a node's CPUs, when the ranks want them
   unset MASTER_ADDR MASTER_PORT # Ray Train has its own
   mkdir -p "$output/ray"
-  "${steps[@]}" "${everywhere[@]}" --cpus-per-task="$node_cpus" \
-    "${python[@]}" -m lbr_dist.launch.slurm_ray node "$@" >>"$output/ray/nodes-$SLURM_JOB_ID.log" 2>&1 &
+  nodes="$output/ray/nodes-$SLURM_JOB_ID"
+  rm -f "$nodes.code"
+  {
+    local status=0
+    "${steps[@]}" "${everywhere[@]}" --cpus-per-task="$node_cpus" \
+      "${python[@]}" -m lbr_dist.launch.slurm_ray node "$@" >>"$nodes.log" 2>&1 || status=$?
+    echo "$status" >"$nodes.code"
+  } &
 }
 
 wait_for_ray() {
   exec "${steps[@]}" --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" \
-    "${python[@]}" -m lbr_dist.launch.slurm_ray wait "${#hosts[@]}"
+    "${python[@]}" -m lbr_dist.launch.slurm_ray wait "${#hosts[@]}" "$nodes"
 }
 
 launch_ray() { # launch_ray STAGE RECIPE [key=value ...]

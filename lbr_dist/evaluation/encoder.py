@@ -52,6 +52,8 @@ class PackedEncoder:
         self.model, self.recipe, self.name = model.eval(), recipe, name
         self.pooling = pooling_of(recipe)
         self.tokenization = tokenization
+        self.checkpoint: dict[str, str] = {}
+        """Where the weights came from: `name` and `digest` of the checkpoint, where there is one."""
         self.cut = 0
         self.fixed_z: int | None = None
         """Bottleneck tokens for every text, instead of the number that the recipe gives each."""
@@ -179,12 +181,17 @@ class SentenceTransformerEncoder:
         """Load a folder, or a hub name that is in the local cache.
 
         Raises:
-            UserError: it cannot be loaded.
+            UserError: it cannot be loaded, or lacks weights.
         """
         from sentence_transformers import SentenceTransformer
 
+        from lbr_dist.model.plain import whole_models
+
         try:
-            self.model = SentenceTransformer(path, device=device)
+            with whole_models(f"model {path}"):
+                self.model = SentenceTransformer(path, device=device)
+        except UserError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -73,6 +73,7 @@ class _Data(BaseModel):
 
 class _Model(BaseModel):
     name: str
+    checkpoint: dict[str, str] = {}
     tasks: dict[str, Any] = {}
 
 
@@ -113,20 +114,19 @@ def columns(models: Sequence[dict[str, Any]]) -> list[Metric]:
 
 
 def cells(models: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> list[list[tuple[str, bool]]]:
-    """(text, is it the best) of each model and metric; a dash where nothing was measured."""
+    """(text, does it read as the best) of each model and metric; a dash where nothing was measured."""
     best = {}
     for metric in metrics:
         values = [value for model in models if (value := metric.value(model)) is not None]
         if len(values) > 1:
-            best[metric.title] = max(values) if metric.higher else min(values)
+            best[metric.title] = f"{max(values) if metric.higher else min(values):.{metric.digits}f}"
     rows = []
     for model in models:
         row = []
         for metric in metrics:
             value = metric.value(model)
-            row.append(
-                ("–", False) if value is None else (f"{value:.{metric.digits}f}", value == best.get(metric.title))
-            )
+            text = "–" if value is None else f"{value:.{metric.digits}f}"
+            row.append((text, text == best.get(metric.title)))
         rows.append(row)
     return rows
 

@@ -8,7 +8,8 @@ node; the dashboard and job server listen on loopback, GCS and raylets on the ad
 of one node: loopback, too), and all of it asks for a token that is made for this attempt of the job alone.
 
     node PORT DASHBOARD CLIENT AGENT    run Ray on this node until the step ends (`ray start --block`)
-    wait NODES                          return once so many nodes are alive; exit code 1 after WAIT_S
+    wait NODES STEP                     return once so many nodes are alive; exit code 1 after WAIT_S, or once the
+                                        nodes' step has ended: then STEP.code holds its exit code, STEP.log its output
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from lbr_dist.environment import detect
@@ -140,19 +142,41 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def _wait_for_port(host: str, port: int) -> None:
+def _wait_for_port(host: str, port: int, look: Callable[[], None] = lambda: None) -> None:
     deadline = time.monotonic() + WAIT_S
     while not _answers(host, port):
+        look()
         if time.monotonic() > deadline:
             raise ConnectionError(f"Ray's head at {host}:{port} did not answer within {WAIT_S:.0f} s: see its log")
         time.sleep(0.2)
 
 
-def wait_for_nodes(count: int) -> bool:
-    """Whether so many nodes are alive, before too long."""
+def check_step(step: Path) -> None:
+    """Check that the step of Ray's nodes goes on.
+
+    Raises:
+        UserError, ConnectionError: it has ended, by a mistake or otherwise; with the last that its log says.
+    """
+    try:
+        code = int(step.with_suffix(".code").read_text())
+    except (OSError, ValueError):  # not there, or not written yet
+        return
+    log = step.with_suffix(".log")
+    lines = log.read_text(errors="replace").split("\n")[-20:]
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or [*filter(None, lines), ""]
+    kind = UserError if code == EXIT_USER_ERROR else ConnectionError
+    raise kind(f"Ray's nodes ended with code {code}: {said[-1]} (see {log})")
+
+
+def wait_for_nodes(count: int, step: Path) -> bool:
+    """Whether so many nodes are alive, before too long.
+
+    Raises:
+        UserError, ConnectionError: see `check_step`; or the head does not answer.
+    """
     address = os.environ["RAY_ADDRESS"]
     host, port = address.rsplit(":", 1)
-    _wait_for_port(host, int(port))
+    _wait_for_port(host, int(port), partial(check_step, step))
     import ray
 
     deadline = time.monotonic() + WAIT_S
@@ -166,6 +190,7 @@ def wait_for_nodes(count: int) -> bool:
             pass
         if len(alive) >= count:
             return True
+        check_step(step)
         time.sleep(0.2)
     print(f"error: {len(alive)} of {count} nodes joined Ray in {WAIT_S:.0f} s: {alive}", file=sys.stderr)
     return False
@@ -173,13 +198,13 @@ def wait_for_nodes(count: int) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
-    command, *numbers = arguments
+    command, *rest = arguments
     try:
         check_folder(Path(os.environ["LBR_RAY_FOLDER"]))
         if command == "node":
-            return run_node([int(number) for number in numbers])
+            return run_node([int(number) for number in rest])
         keep_to_node_address()
-        return 0 if wait_for_nodes(int(numbers[0])) else 1
+        return 0 if wait_for_nodes(int(rest[0]), Path(rest[1])) else 1
     except (UserError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR if isinstance(error, UserError) else 1

@@ -108,6 +108,13 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
             f"model {path}: its layers see {window} tokens back (sliding window), but a sequence may take {longest}; "
             "lower data.max_x_tokens or data.max_y_tokens, or set use_sliding_window to false in its config.json"
         )
+    rope: dict[str, Any] = settings.to_dict().get("rope_parameters") or {}
+    short = rope.get("original_max_position_embeddings", 0)
+    if rope.get("rope_type") == "longrope" and longest > short:
+        raise UserError(
+            f"model {path}: with longrope a text's positions depend on whether its batch holds a sequence of more than "
+            f"{short} tokens, and one may take {longest}; lower data.max_x_tokens or data.max_y_tokens"
+        )
     settings.attention_dropout = 0.0
     return settings
 

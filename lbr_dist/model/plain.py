@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
@@ -29,10 +32,34 @@ def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> A
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what}: cannot be loaded ({reason})") from None
+    _check_whole(info, what)
+    return model.eval().to(device)
+
+
+@contextlib.contextmanager
+def whole_models(what: str) -> Iterator[None]:
+    """Within it, whatever loads a transformers model refuses one with missing weights; `what` names it in messages.
+
+    Raises:
+        UserError: weights are missing.
+    """
+    from transformers import PreTrainedModel
+
+    load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def load_whole(cls: type, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
+        model, info = load(cls, *arguments, output_loading_info=True, **options)
+        _check_whole(info, what)
+        return (model, info) if output_loading_info else model
+
+    with patch.object(PreTrainedModel, "from_pretrained", classmethod(load_whole)):
+        yield
+
+
+def _check_whole(info: dict[str, Any], what: str) -> None:
     missing = sorted(name for name in info["missing_keys"] if not name.startswith(POOLER))
     if missing:
         raise UserError(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}; download it again")
-    return model.eval().to(device)
 
 
 def usable_device(device: str | None) -> str:

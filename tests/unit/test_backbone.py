@@ -69,6 +69,15 @@ def test_sliding_window_shorter_than_a_sequence(folder):
     refused(folder, "see 128 tokens back")
 
 
+def test_longrope_beyond_its_original_length(folder):
+    """There a text's positions would depend on the texts that it is packed with."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 128, **factors}
+    edit(folder, rope_parameters={**rope, "rope_theta": 10000.0})
+    refused(folder, "a sequence of more than 128 tokens, and one may take 302")
+    LbrModel.build(recipe(folder, x=26))
+
+
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
     refused(folder, "weights cannot be loaded")

@@ -194,3 +194,38 @@ def test_a_plain_model_is_loaded_whole_or_not_at_all(tmp_path, tiny_model_dir):
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"model hf:.*: cannot be loaded"):
         load_encoder(f"hf:{tmp_path / 'model'}", "cpu")
+
+
+def test_so_is_one_of_sentence_transformers(tmp_path, tiny_model_dir):
+    from safetensors.torch import load_file, save_file
+    from transformers import PreTrainedModel
+
+    from lbr_dist.export import export
+
+    folder = export(make_run(tmp_path / "run", tiny_model_dir("llama")), tmp_path / "export", check=False)
+    load = PreTrainedModel.from_pretrained.__func__
+    load_encoder(str(folder), "cpu")
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if "mlp" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"model {folder}: 1 weights are missing, the first is .*{name[-20:]}"):
+        load_encoder(str(folder), "cpu")
+    assert PreTrainedModel.from_pretrained.__func__ is load
+
+
+def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
+    """As the hub's client keeps it: a folder for each commit, and the name of the newest."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    models = {"clinic/tiny": "config.json", "tiny": "modules.json"}
+    seen = []
+    for commit in ("a" * 40, "b" * 40):
+        for place, file in zip(("clinic--tiny", "sentence-transformers--tiny"), models.values(), strict=True):
+            snapshot, refs = (tmp_path / f"models--{place}" / name for name in (f"snapshots/{commit}", "refs"))
+            snapshot.mkdir(parents=True)
+            (snapshot / file).write_text("{}")
+            refs.mkdir(exist_ok=True)
+            (refs / "main").write_text(commit)
+        seen += [model_fingerprint(spec) for spec in ("hf:clinic/tiny?pooling=last", "clinic/tiny", "tiny")]
+    assert len(set(seen)) == 6
+    assert model_fingerprint("clinic/tiny") == seen[4]

@@ -59,6 +59,9 @@ def test_everything_in_one_table(tmp_path, tiny_model_dir, data):
     assert set(ours["generation"]) == {"bottleneck", "full"}
     assert "generation" not in plain
     assert hf["name"].endswith("(mean)")
+    assert ours["checkpoint"] == load_encoder(str(run), "cpu").checkpoint
+    assert ours["checkpoint"]["name"] == "step-000010"
+    assert "checkpoint" not in plain
 
     held_out, encoder = load_held_out(data, distractors=30), load_encoder(str(run), "cpu")
     expected = separation(

@@ -282,7 +282,8 @@ def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):
     }
     (run / "eval").mkdir()
     (run / "eval" / "eval.json").write_text(json.dumps(results))
-    card = (export(run, tmp_path / "out", check=False) / "README.md").read_text()
+    scores = run / "eval" / "eval.json"
+    card = (export(run, tmp_path / "out", check=False, scores=scores) / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "sentence-transformers"
     for expected in (
@@ -295,6 +296,22 @@ def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):
         assert expected in body, expected
     with pytest.raises(UserError, match="no such file"):
         export(run, tmp_path / "other", check=False, scores=tmp_path / "none.json")
+
+
+def test_scores_of_another_checkpoint_stay_off_the_model_card(tmp_path, tiny_model_dir, caplog):
+    base = tiny_model_dir("llama")
+    run = make_run(tmp_path / "run", base)
+    results = {
+        "data": {"name": "medicine", "fingerprint": "f", "queries": 10, "answers": 20, "passages": 25},
+        "models": [{"name": "BM25"}, {"name": "mine", "checkpoint": load_encoder(str(run), "cpu").checkpoint}],
+    }
+    (run / "eval").mkdir()
+    (run / "eval" / "eval.json").write_text(json.dumps(results))
+    assert "## Scores" in (export(run, tmp_path / "same", check=False) / "README.md").read_text()
+    assert not caplog.records
+    make_run(run, base, step=20)
+    assert "## Scores" not in (export(run, tmp_path / "newer", check=False) / "README.md").read_text()
+    assert "eval/eval.json: not put on the model card: it did not measure step-000020; run `lbr eval`" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ def test_the_table_marks_the_best_and_leaves_gaps(results):
     assert "MRR@10" not in heads
 
 
+def test_what_reads_the_same_is_marked_the_same():
+    models = [model("run", 0.41999), model("its export", 0.42001), model("other", 0.418)]
+    (column,) = (metric for metric in columns(models) if metric.title == "nDCG@10")
+    assert cells(models, [column]) == [[("0.420", True)], [("0.420", True)], [("0.418", False)]]
+
+
 def test_terminal_and_markdown_show_the_same_numbers(results, capsys):
     models = results["models"]
     shown = cells(models, columns(models))

@@ -44,6 +44,8 @@ case "$*" in
     wait
     exit 75
     ;;
+  *"slurm_ray node"*) echo "error: no room" >&2; exit 2 ;;
+  *"slurm_ray wait"*) until [ -s "$PLACE/ray/nodes-7.code" ]; do sleep 0.05; done; exit "$(cat "${@: -1}.code")" ;;
   *"lbr_dist prepare"* | *"lbr_dist eval"*) touch "$PLACE/started"; sleep 1 ;;
 esac
 """,
@@ -116,6 +118,17 @@ def test_term_is_slurms_only_where_the_job_is_ending(
     running.communicate(timeout=60)
     assert running.returncode == code
     assert ("requeue 7" in calls(tmp_path)) is (code == 0)
+
+
+def test_how_rays_nodes_ended_is_left_for_who_waits_for_them(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "nodes-7.code").write_text("")  # of an earlier start
+    running = job(LAUNCHER="ray", SLURM_JOB_NODELIST="n1")
+    running.communicate(timeout=60)
+    assert (tmp_path / "ray" / "nodes-7.log").read_text() == "error: no room\n"
+    assert any("end" in line and "--code 2" in line for line in calls(tmp_path))
 
 
 def test_a_task_of_an_array_asks_for_itself(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:

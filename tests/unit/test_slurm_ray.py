@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_ray_is_behind_a_door_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("command", [["node", "1", "2", "3", "4"], ["wait", "2"]])
+@pytest.mark.parametrize("command", [["node", "1", "2", "3", "4"], ["wait", "2", "nodes-7"]])
 def test_a_folder_that_is_too_long_for_sockets_is_refused_at_once(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,3 +119,28 @@ def test_a_folder_of_somebody_else_is_not_used(capsys: pytest.CaptureFixture[str
     folder.symlink_to(folder.parent)
     assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 2
     assert f"{folder} is not yours on " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "expected"), [(2, 2), (1, 1), (0, 1)])
+@pytest.mark.parametrize("answers", [True, False])
+def test_nodes_that_have_ended_are_not_waited_for(
+    code: int, expected: int, answers: bool, head: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if not answers:
+        head.close()
+
+    def no_head(**_: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setenv("LBR_NODE_ADDRESS", "127.0.0.1")  # no new start of this program
+    monkeypatch.setattr("ray.init", no_head)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    (tmp_path / "nodes-7.log").write_text("starting\nerror: LBR_SCRATCH: /x is not yours on n1\nsrun: task 0: exit 2\n")
+    (tmp_path / "nodes-7.code").write_text(f"{code}\n")
+    began = time.monotonic()
+    assert slurm_ray.main(["wait", "2", str(tmp_path / "nodes-7")]) == expected
+    assert time.monotonic() - began < 30
+    assert capsys.readouterr().err == (
+        f"error: Ray's nodes ended with code {code}: LBR_SCRATCH: /x is not yours on n1 (see {tmp_path}/nodes-7.log)\n"
+    )
