@@ -114,13 +114,17 @@ def evaluate(
 
 
 def default_out(models: Sequence[str]) -> Path:
-    """Where results go unless the user says: `eval/` in the first model that is a run, else `eval/` here."""
+    """Where results go unless the user says: `eval/` in the first model that is a run, else `eval/` here.
+
+    Those of a checkpoint go to `eval/NAME` in its run: it is removed itself when there are newer ones.
+    """
     from lbr_dist.loading import is_run, split_dim
 
     for spec in models:
-        path, _ = split_dim(spec)
+        path = Path(split_dim(spec)[0])
         if is_run(path):
-            return Path(path) / "eval"
+            run = path.absolute().parent.parent
+            return run / "eval" / path.name if path.absolute().parent.name == "checkpoints" else path / "eval"
     return Path("eval")
 
 

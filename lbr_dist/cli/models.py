@@ -19,7 +19,7 @@ def evaluate(
         ),
     ],
     data: Annotated[str, typer.Option(help="Prepared set; its eval side is used.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for results; default: MODEL/eval of the first run.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results; default: eval in the first run.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Further mteb task, by name. Repeatable.")] = None,
     distractors: Annotated[int, typer.Option(min=0, help="Passages from the training sides added to the corpus.")] = 0,
     generate: Annotated[int, typer.Option(min=0, help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,

@@ -176,4 +176,6 @@ def test_a_model_that_gives_no_numbers_is_not_measured(tmp_path, data, monkeypat
 def test_results_lie_in_the_first_run(tmp_path, tiny_model_dir):
     run = make_run(tmp_path / "run", tiny_model_dir("llama"))
     assert default_out(["bm25", str(run)]) == run / "eval"
+    checkpoint = next((run / "checkpoints").glob("step-*"))
+    assert default_out([str(checkpoint)]) == run / "eval" / checkpoint.name
     assert str(default_out(["bm25", "hf:x"])) == "eval"
