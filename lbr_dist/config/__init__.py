@@ -42,7 +42,7 @@ class Recipe(Section):
     """Stage 1 (generative), stage 2 (contrastive), or both losses in every step (joint)."""
     output: str
     """Run folder: recipe, metrics and checkpoints."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the data order, of dropout and of newly made parameters."""
     model: Model
     data: Data
