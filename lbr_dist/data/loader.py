@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lbr_dist.config import Recipe
 from lbr_dist.data.assemble import Assembler, Job, LocalBatch
 from lbr_dist.data.plan import Plan, StepPlan
+from lbr_dist.data.remote import UnreachableError
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
@@ -83,6 +84,7 @@ class Loader:
 
         Raises:
             UserError: a shard is damaged or gone (it is named), or is not that of its index.
+            OSError: storage failed, or a server of shards is away.
             RuntimeError: a loader process died or hangs.
         """
         workers = self._recipe.data.workers
@@ -137,6 +139,8 @@ class _Batches(Dataset[bytes]):
     def __getitem__(self, job: Job) -> bytes:
         try:
             return _pack(self._assembler.batch(job))
+        except UnreachableError as error:  # others were read before: a fault, after which a run is started again
+            raise ConnectionError(str(error)) from None
         except UserError as error:
             return pickle.dumps(str(error))
 

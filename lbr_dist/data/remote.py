@@ -56,6 +56,10 @@ def default_cache() -> Path:
     return Path(base) / "lbr_dist" / "shards"
 
 
+class UnreachableError(UserError):
+    """A remote file could not be read: a wrong address or, where others were read before, a server that is away."""
+
+
 def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None = None) -> None:
     """Copy `url` to the file `target`, whole or not at all.
 
@@ -64,7 +68,8 @@ def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None
         xxh128: expected XXH3-128 in hexadecimal; None: not known.
 
     Raises:
-        UserError: it could not be read in `ATTEMPTS` attempts, or no opener exists for it.
+        UnreachableError: it could not be read in `ATTEMPTS` attempts.
+        UserError: no opener exists for it, or the disk is full.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial")
     problem = ""
@@ -93,7 +98,7 @@ def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None
                 return
     finally:
         partial.unlink(missing_ok=True)
-    raise UserError(
+    raise UnreachableError(
         f"{url}: could not be read in {ATTEMPTS} attempts (last: {problem}): check the address and the connection"
     )
 
@@ -114,11 +119,17 @@ class ShardCache:
         path = self.folder / xxh128
         with _locked(self.folder / f"{xxh128}.lock"):
             if not path.is_file() or path.stat().st_size != size:
+                for left in self.folder.glob(f".{xxh128}.*.partial"):  # by a process that was killed: we have the lock
+                    left.unlink(missing_ok=True)
                 fetch(url, path, size=size, xxh128=xxh128)
             os.utime(path)
             descriptor = os.open(path, os.O_RDONLY)  # stays readable if another process evicts the file
         self._evict(keep=path)
         return descriptor
+
+    def discard(self, xxh128: str) -> None:
+        """Remove a file, which is then fetched again."""
+        (self.folder / xxh128).unlink(missing_ok=True)
 
     def _evict(self, keep: Path) -> None:
         with _locked(self.folder / "evict.lock"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.data import remote
+from lbr_dist.data.split_index import record_digest
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 OPEN_FILES = 64
 """Shards that one reader keeps open."""
+STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO)
+"""Faults of storage, that may be over when the run is started again."""
 
 
 class ShardReader:
@@ -40,6 +44,7 @@ class ShardReader:
 
         Raises:
             UserError: a shard is damaged or cannot be fetched; it is named.
+            OSError: storage failed; the shard is named.
         """
         return [self._read(int(row)) for row in rows]
 
@@ -56,29 +61,47 @@ class ShardReader:
 
     def _read(self, row: int) -> dict[str, Any]:
         number = int(self.index.shard[row])
-        size = int(self.index.size[row])
-        data = os.pread(self._descriptor(number), size, int(self.index.offset[row]))
+        data, problem = self._record(row, number)
+        if problem and self.opened.is_remote:  # the copy in the cache: its disk, or a machine that lost its power
+            os.close(self._open.pop(number))
+            self.cache.discard(self._shards[number].xxh128)
+            data, problem = self._record(row, number)
+        if problem:
+            raise UserError(f"{self._address(number)}: record {row} {problem}: copy or prepare the set again")
+        return data
+
+    def _record(self, row: int, number: int) -> tuple[dict[str, Any], str]:
+        """A record, and what is wrong with it."""
+        descriptor, size = self._descriptor(number), int(self.index.size[row])
         try:
-            if len(data) == size:
-                return json.loads(data)
-            problem = "is cut off"
+            data = os.pread(descriptor, size, int(self.index.offset[row]))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._address(number)) from error
+        if len(data) != size:
+            return {}, "is cut off"
+        if self.index.digests is not None and record_digest(data) != self.index.digests[row]:
+            return {}, "is damaged (its bytes changed)"
+        try:
+            return json.loads(data), ""
         except ValueError as error:
-            problem = f"is damaged ({error})"
-        address = self.opened.address(self._shards[number].name)
-        raise UserError(f"{address}: record {row} {problem}: copy or prepare the set again")
+            return {}, f"is damaged ({error})"
+
+    def _address(self, number: int) -> str:
+        return self.opened.address(self._shards[number].name)
 
     def _descriptor(self, number: int) -> int:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        shard = self._shards[number]
-        address = self.opened.address(shard.name)
+        shard, address = self._shards[number], self._address(number)
         if self.opened.is_remote:
             descriptor = self.cache.open(address, size=shard.bytes, xxh128=shard.xxh128)
         else:
             try:
                 descriptor = os.open(address, os.O_RDONLY)
             except OSError as error:
+                if error.errno in STORAGE:
+                    raise
                 raise UserError(f"{address}: {error.strerror}: the prepared set changed since it was opened") from error
         self._open[number] = descriptor
         if len(self._open) > OPEN_FILES:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from lbr_dist.data.record import Record, batches, normalised_hash
+from lbr_dist.data.split_index import record_digest
 from lbr_dist.data.token_counter import TokenCounter, Tokens
 from lbr_dist.errors import UserError
 
@@ -43,6 +44,7 @@ INDEX_SCHEMA = pa.schema(
         ("answer_hash", pa.int64()),
         ("positive_tokens", pa.list_(pa.int32())),
         ("domain", pa.string()),
+        ("digest", pa.uint32()),
     ]
 )
 
@@ -135,6 +137,7 @@ class ShardWriter:
         row = {"id": record.id, "offset": self._bytes, "size": len(data), **tokens}
         row["answer_hash"] = normalised_hash(record.document)
         row["domain"] = record.domain
+        row["digest"] = record_digest(data)
         for name, value in row.items():
             self._rows[name].append(value)
         self._put(data + b"\0" * (padded - len(data)))

@@ -11,6 +11,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
+
+
+def record_digest(data: bytes) -> int:
+    """What the index keeps of a record's bytes, 32 bits: a changed byte that is still JSON must not be trained on."""
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 class Ragged:
@@ -83,6 +89,13 @@ class SplitIndex:
         if not self._has("domain"):
             return None
         return np.concatenate([_column(path, "domain").to_numpy(zero_copy_only=False) for path in self.tables])
+
+    @cached_property
+    def digests(self) -> np.ndarray | None:
+        """`record_digest` of each record, uint32 [rows]; None in a set prepared before it was kept."""
+        if not self._has("digest"):
+            return None
+        return np.concatenate([_column(path, "digest").to_numpy() for path in self.tables])
 
     def _has(self, name: str) -> bool:
         return all(name in pq.read_schema(path).names for path in self.tables)

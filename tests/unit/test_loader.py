@@ -18,9 +18,10 @@ from conftest import make_tokenizer
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.assemble import SIDES, LocalBatch
-from lbr_dist.data.loader import Loader
+from lbr_dist.data.loader import Loader, _Batches
 from lbr_dist.data.plan import make_plan, open_data
 from lbr_dist.data.record import Record, normalised_hash
+from lbr_dist.data.remote import UnreachableError
 from lbr_dist.data.shards import ShardReader, open_set, write_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
@@ -367,3 +368,12 @@ def test_any_way_to_start_processes_will_do(made: Any, method: str) -> None:
     finally:
         multiprocessing.set_start_method(before, force=True)
     assert same(found, batches_of(make_loader(make_recipe(root), tokens)))
+
+
+def test_a_server_that_goes_away_in_mid_run_is_no_mistake():
+    class Away:
+        def batch(self, job):
+            raise UnreachableError("http://host/gl/000003.tar: could not be read in 5 attempts")
+
+    with pytest.raises(ConnectionError, match=r"gl/000003.tar: could not be read"):
+        _Batches(Away())[None]

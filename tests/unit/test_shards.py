@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import http.server
 import io
 import json
@@ -309,6 +310,42 @@ def test_remote_bytes_are_checked(prepared: Path, server: Server) -> None:
         reader.read([0])
     with pytest.raises(UserError, match=r"gl/000000.tar: could not be read .*checksum"):
         verify(open_set(server.url))
+
+
+def test_a_changed_byte_of_a_text_is_found_when_it_is_read(prepared: Path) -> None:
+    """It is still JSON, and has as many tokens."""
+    path = prepared / "gl/000000.tar"
+    path.write_bytes(path.read_bytes().replace(b'"q1"', b'"q?"', 1))
+    reader = ShardReader(open_set(prepared), "gl")
+    with pytest.raises(UserError, match=r"gl/000000.tar: record 0 is damaged \(its bytes changed\)"):
+        reader.read([0])
+    assert reader.read([1])
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(prepared: Path, server: Server) -> None:
+    expected = ShardReader(open_set(prepared), "gl").read([0, 1])
+    opened = open_set(server.url)
+    reader = ShardReader(opened, "gl")
+    reader.read([0])
+    copy = reader.cache.folder / opened.splits["gl"].shards[0].xxh128
+    copy.write_bytes(bytes(copy.stat().st_size))  # as a machine may leave it that lost its power
+    (copy.parent / f".{copy.name}.1.2.partial").write_bytes(b"of a process that was killed")
+    assert ShardReader(opened, "gl").read([0, 1]) == expected
+    assert server.requests.count("gl/000000.tar") == 2
+    assert not list(copy.parent.glob(".*.partial"))
+
+
+def test_storage_that_fails_is_no_mistake(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: object, *_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", file)
+
+    reader = ShardReader(open_set(prepared), "gl")
+    for name in ("pread", "open"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"lbr_dist.data.shard_reader.os.{name}", fail)
+            with pytest.raises(OSError, match=r"Input/output error.*gl/000000\.tar"):
+                reader.read([0])
+        reader.close()
 
 
 def test_remote_address_without_a_set(server: Server) -> None:
