@@ -116,10 +116,15 @@ def start(
         restore_random_state(own)
     attempt = on_rank_zero(lambda: last_attempt(Path(recipe.output)) + 1)
     tracker = None
-    if environment.rank == 0:
-        tracker = Tracker(
-            recipe, total_steps=job.total_steps, done=state["step"], wandb_id=state["wandb_id"], on_row=on_row
-        )
+
+    def track() -> None:
+        nonlocal tracker
+        if environment.rank == 0:
+            tracker = Tracker(
+                recipe, total_steps=job.total_steps, done=state["step"], wandb_id=state["wandb_id"], on_row=on_row
+            )
+
+    on_all_ranks(track)
     return Session(
         job=job,
         engine=engine,

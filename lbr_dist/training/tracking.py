@@ -13,10 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
 from lbr_dist.logs import read_rows
 
 METRICS = "metrics.jsonl"
@@ -184,13 +186,28 @@ def _start_wandb(recipe: Recipe, run_dir: Path, run_id: str | None) -> Any:
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
+    from wandb.errors import AuthenticationError, CommError, UsageError
 
-    return wandb.init(
+    begin = partial(
+        wandb.init,
         project=tracking.wandb_project,
         name=tracking.name or run_dir.name,
         dir=str(run_dir),
         id=run_id,
         resume="allow" if run_id else None,
-        mode=tracking.wandb_mode,
         config=recipe.model_dump(mode="json"),
     )
+    try:
+        return begin(mode=tracking.wandb_mode)
+    except (UsageError, AuthenticationError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"tracking.wandb_project {tracking.wandb_project}: wandb does not start ({reason}): run `wandb login`, or "
+            "set tracking.wandb_mode=offline"
+        ) from None
+    except CommError as error:
+        reason = " ".join(str(error).split())[:200]
+        log.warning(
+            "wandb does not answer (%s): goes on offline; later: wandb sync %s/wandb/offline-*", reason, run_dir
+        )
+        return begin(mode="offline")

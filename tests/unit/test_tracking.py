@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lbr_dist.errors import UserError
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.tracking import Tracker, duration, keep_rows
@@ -77,6 +78,33 @@ def test_wandb_offline_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: py
     again.close()
     assert again.wandb_id == first.wandb_id
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.wandb_id}"))) >= 1
+
+
+def test_wandb_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """No key is a mistake; a server that is away must not cost the run."""
+    import wandb
+    from wandb.errors import CommError, UsageError
+
+    real = wandb.init
+
+    def online_fails(error: Exception):
+        def init(mode: str, **options: object):
+            if mode == "online":
+                raise error
+            return real(mode=mode, **options)
+
+        return init
+
+    settings = {"wandb_project": "lbr", "wandb_mode": "online"}
+    monkeypatch.setattr(wandb, "init", online_fails(UsageError("No API key configured.\nUse `wandb login`")))
+    with pytest.raises(UserError, match=r"wandb_project lbr: .*No API key.*wandb_mode=offline"):
+        make_tracker(tmp_path, **settings)
+    monkeypatch.setattr(wandb, "init", online_fails(CommError("timed out")))
+    monkeypatch.setattr("lbr_dist.training.tracking.log.propagate", True)
+    tracker = make_tracker(tmp_path, **settings)
+    tracker.close()
+    assert "wandb does not answer (timed out): goes on offline" in caplog.text
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{tracker.wandb_id}"))) == 1
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (75, "1 min 15 s"), (3725, "1 h 02 min")])
