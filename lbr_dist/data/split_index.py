@@ -95,7 +95,7 @@ class SplitIndex:
         """`record_digest` of each record, uint32 [rows]; None in a set prepared before it was kept."""
         if not self._has("digest"):
             return None
-        return np.concatenate([_column(path, "digest").to_numpy() for path in self.tables])
+        return np.concatenate([np.from_dlpack(_column(path, "digest")) for path in self.tables])  # without pandas
 
     def _has(self, name: str) -> bool:
         return all(name in pq.read_schema(path).names for path in self.tables)
