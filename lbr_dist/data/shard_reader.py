@@ -79,7 +79,8 @@ class ShardReader:
             raise OSError(error.errno, error.strerror, self._address(number)) from error
         if len(data) != size:
             return {}, "is cut off"
-        if self.index.digests is not None and record_digest(data) != self.index.digests[row]:
+        digests = self.index.digests
+        if digests is not None and record_digest(data) != digests.item(row):
             return {}, "is damaged (its bytes changed)"
         try:
             return json.loads(data), ""
