@@ -330,35 +330,26 @@ def test_data_as_jobs(ray: RayCluster, tmp_path: Path, tiny_model_dir: Callable[
     assert [name for name in found if found[name] != expected[name]] == []
 
 
-def test_two_jobs_at_once(ray: RayCluster, recipe: Callable[..., Path]) -> None:
-    """Scenario 6, on Ray."""
+def test_jobs_at_once_and_a_stop_with_a_file(ray: RayCluster, recipe: Callable[..., Path]) -> None:
+    """Scenario 6, on Ray; beside them runs a job that an operator stops."""
     jobs = {}
-    for name in ("left", "right"):
-        log = ray.folder / f"{name}.log"
-        jobs[name] = (
-            log,
-            ray.begin(log, "python", f"{PROJECT}/ray_jobs/stage1.py", str(recipe(name)), "--num-workers", "1"),
-        )
-    for name, (log, job) in jobs.items():
-        assert job.wait(300) == 0, log.read_text(errors="replace")
-        assert audit(ray.folder / "runs" / name).problems == []
-    left, right = (rows(ray.folder / "runs" / name) for name in jobs)
-    assert [row["loss"] for row in left] == [row["loss"] for row in right]
-
-
-def test_an_operator_stops_a_run_with_a_file(ray: RayCluster, recipe: Callable[..., Path]) -> None:
-    run, log = ray.folder / "runs" / "stopped", ray.folder / "stopped.log"
-    job = ray.begin(
-        log, "python", f"{PROJECT}/ray_jobs/stage1.py", str(recipe("stopped", duration={"steps": 100_000})),
-        "--num-workers", "1",
-    )  # fmt: skip
+    for name, steps in (("left", STEPS), ("right", STEPS), ("stopped", 100_000)):
+        log, file = ray.folder / f"{name}.log", recipe(name, duration={"steps": steps})
+        command = ("python", f"{PROJECT}/ray_jobs/stage1.py", str(file), "--num-workers", "1")
+        jobs[name] = (ray.folder / "runs" / name, log, ray.begin(log, *command))
     try:
+        run, log, job = jobs.pop("stopped")
         wait_for(lambda: len(rows(run)) >= 2, 240, lambda: log.read_text(errors="replace"))
         (run / "stop").write_text("maintenance")
         assert job.wait(120) == 75, log.read_text(errors="replace")
     finally:
         job.kill()
     assert "stopped by maintenance after step" in (run / "log.txt").read_text()
+    for run, log, job in jobs.values():
+        assert job.wait(300) == 0, log.read_text(errors="replace")
+        assert audit(run).problems == []
+    left, right = (rows(run) for run, _, _ in jobs.values())
+    assert [row["loss"] for row in left] == [row["loss"] for row in right]
 
 
 def test_the_cluster_is_locked(ray: RayCluster) -> None:

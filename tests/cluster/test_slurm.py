@@ -241,7 +241,8 @@ def test_ray_on_one_node_is_on_loopback(cluster: SlurmCluster, place: Path, subm
     )
     wait_for(lambda: len(rows(run)) >= 5, LONG, lambda: cluster.log(job))
     sockets = cluster.listening("n1")
-    cluster.finish(job)
+    cluster.run("scancel", str(job))
+    cluster.wait(job)
     ray = [name for name, process in sockets.items() if "RayTrainWo" not in process]  # ranks meet at their host's name
     assert len(ray) > 5
     assert {name.rpartition(":")[0] for name in ray} == {"127.0.0.1"}, sockets
