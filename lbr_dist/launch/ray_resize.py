@@ -1,4 +1,4 @@
-"""What must be known when Ray Train restarts the workers of an attempt by itself: to grow, or before a preemption.
+"""What Ray Train's controller does for us, above all when it restarts the workers: to grow, or before a preemption.
 
 It resizes by ending the workers and starting others, without notice, and the steps since the last checkpoint would be
 done twice. Its controller calls this first; the run is asked to stop in the ordinary way, and the controller goes on
@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from lbr_dist.launch.ray_train import newest_checkpoint
-from lbr_dist.launch.ray_worker import RESUME, STARTED, is_ours
+from lbr_dist.launch.ray_worker import CONTROLLER, RESUME, STARTED, is_ours
 from lbr_dist.training.signals import request_stop, stop_requested
 
 WAIT_S = 300.0
@@ -34,6 +35,12 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         self._run_dir, self._attempt, self._resume = Path(run_dir), Path(attempt), resume
         self._running = False
         self._first, self._before = True, newest_checkpoint(self._run_dir)
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Leave the driver a handle with which it can end all this."""
+        made = self._attempt / f"{CONTROLLER}.new"
+        made.write_bytes(ray.cloudpickle.dumps(ray.get_runtime_context().current_actor))
+        made.rename(self._attempt / CONTROLLER)
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Tell the workers what to resume from."""

@@ -24,7 +24,7 @@ from typing import Any
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
-from lbr_dist.launch.ray_worker import claimed, is_ours, work
+from lbr_dist.launch.ray_worker import CONTROLLER, claimed, is_ours, work
 
 MAX_FAILURES = 3
 """Failures in a row without a new checkpoint that a run may recover from."""
@@ -33,6 +33,8 @@ NODE_WAIT_S = 900.0
 RESIZE_S = 30
 """Between two looks of an elastic run for more room."""
 POLL_S = 0.5
+CONTROLLER_S = 60.0
+"""How long a driver that was asked to stop waits for an attempt that is only being started."""
 
 TUNING = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a recipe are not relative to Ray's folders
@@ -149,14 +151,27 @@ def _attempt(
     thread.start()
     while thread.is_alive():
         thread.join(POLL_S)
-        if stop.asked and not claimed(folder):
-            return EXIT_RUN_AGAIN  # nothing to lose yet, and maybe nobody who would hear it
+        if stop.asked and not claimed(folder):  # nothing to lose yet, and maybe nobody who would hear it
+            _end_controller(folder, thread)
+            return EXIT_RUN_AGAIN
         if stop.asked and thread.is_alive() and is_ours(run_dir, folder) and not stop_requested(run_dir):
             with contextlib.suppress(OSError):
                 request_stop(run_dir, stop.asked)
     result = ended[0]
     assert isinstance(result, int | Exception)
     return result
+
+
+def _end_controller(folder: Path, fit: threading.Thread) -> None:
+    """End an attempt from outside, its workers too, and wait until nothing of this process is in a call of Ray's: there
+    Ray ends the process with a code of its own when its cluster goes away."""
+    import ray
+
+    deadline = time.monotonic() + CONTROLLER_S
+    while fit.is_alive() and time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):  # it is only being started
+            ray.kill(ray.cloudpickle.loads((folder / CONTROLLER).read_bytes()))
+        fit.join(POLL_S)
 
 
 def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_change: tuple[str, ...]) -> Any:

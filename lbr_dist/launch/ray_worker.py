@@ -18,6 +18,8 @@ STARTED = "started"
 """File in the attempt's folder: which holder of the run folder's lock rank 0 is; empty until it holds it."""
 RESUME = "resume"
 """File in the attempt's folder: what these workers resume from."""
+CONTROLLER = "controller"
+"""File in the attempt's folder: the handle of Ray Train's controller, pickled."""
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:

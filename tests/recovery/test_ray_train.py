@@ -176,6 +176,15 @@ def test_a_second_submission_that_is_stopped_leaves_the_first_alone(tmp_path: Pa
         assert first.wait() == 0, first.output()
 
 
+def test_a_driver_that_is_stopped_before_its_workers_are_there(tmp_path: Path, raw: dict[str, Any]) -> None:
+    run = tmp_path / "run"
+    with Driver(tmp_path, {**raw, "output": str(run), "tracking": {}}) as driver:
+        driver.until(lambda: list(run.glob("ray/*")))
+        driver.signal(signal.SIGTERM)
+        assert driver.wait() == EXIT_RUN_AGAIN, driver.output()
+        assert not driver.rows()
+
+
 def audit_starts(run: Path) -> int:
     file = run / "audit" / "rank-0.jsonl"
     return file.read_text().count('"start"') if file.is_file() else 0
