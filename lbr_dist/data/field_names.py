@@ -14,11 +14,11 @@ KINDS = ("question-answer", "query-document", "multiple-choice", "corpus")
 
 NAMES: dict[str, tuple[str, ...]] = {
     "question": (
-        *("question", "query", "prompt", "instruction", "stem", "problem", "anchor", "input"),
+        *("question", "questions", "query", "prompt", "instruction", "stem", "problem", "anchor", "input"),
         *("docstring", "func_documentation_string"),
     ),
     "answer": (
-        *("answer", "answers", "response", "output", "completion", "correct_answer", "long_answer"),
+        *("answer", "answers", "response", "output", "completion", "correct_answer", "long_answer", "ideal_answer"),
         *("document", "passage", "positive", "pos", "positive_passages", "code", "func_code_string"),
     ),
     "document": ("document", "passage", "positive", "pos", "positive_passages", "text", "answer", "response", "code"),
@@ -37,6 +37,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
 fields of one role."""
 
+RECOGNISED = frozenset(part.lower() for names in NAMES.values() for name in names for part in name.split(","))
 MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "negatives", "positives")
 """Roles that a field mapping may name."""
 
@@ -121,6 +122,8 @@ def value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 def _recognise(row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
     lower = {str(name).lower(): name for name in reversed(list(row))}
+    if role == "question" and "body" in lower and "ideal_answer" in lower:  # BioASQ; elsewhere a body is a text
+        return (str(lower["body"]),)
     for name in NAMES[role]:
         parts = [part if part in row else lower.get(part.lower()) for part in name.split(",")]
         if None not in parts:

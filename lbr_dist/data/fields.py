@@ -8,12 +8,13 @@ list, because reasons are counted and reported; nothing is repaired silently.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lbr_dist.data import field_names, row_values
 from lbr_dist.data.chat import unfold
 from lbr_dist.data.field_names import NAMES, Finder, listed
+from lbr_dist.data.questions import each_question
 from lbr_dist.data.record import Record, content_id
 from lbr_dist.data.row_values import RowError
 
@@ -81,6 +82,10 @@ class Converter:
             negatives=negatives,
             positives=positives,
         )
+
+    def questions(self, row: Mapping[str, Any]) -> Sequence[Mapping[str, Any] | RowError]:
+        """The row, or one for each of the questions that it asks."""
+        return each_question(row, self._finder)
 
     def question_alone(self, row: Mapping[str, Any]) -> Record | None:
         """The question of a row whose answer cannot be used (withheld, as in a test set, or empty), as a plain text.

@@ -124,7 +124,12 @@ def row_blocks(job: PartJob, *, paragraphs: bool, folder: Path, most: int) -> It
             job.external, kept,
         )  # fmt: skip
 
-    for place, row in rows(part, paragraphs=paragraphs):
+    def numbered() -> Iterator[tuple[int, Row]]:
+        for place, row in rows(part, paragraphs=paragraphs):
+            for one in [row] if isinstance(row, RowError) or job.kind == "corpus" else teller.questions(row):
+                yield place, one
+
+    for place, row in numbered():
         held.append((place, row))
         characters += _characters(row)
         if kind is None and not isinstance(row, RowError):

@@ -7,14 +7,14 @@ be read at all stops the run.
 
 from __future__ import annotations
 
-import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from lbr_dist.data import compressed
 from lbr_dist.data.csv_rows import csv_rows
+from lbr_dist.data.json_rows import Numbered, Row, json_lines, json_object, json_rows
 from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import Part
 from lbr_dist.errors import UserError
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 BATCH = 1000
 """Rows decoded at once from columnar formats."""
-ARRAYS = ("data", "rows", "examples", "records", "items")
-"""Names under which a JSON file's object may hold its array of rows."""
 FOREIGN = {
     b"\xff\xfe": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
@@ -42,10 +40,6 @@ DAMAGE: tuple[type[Exception], ...] = (
     RecursionError,
 )
 """What reading a damaged file raises."""
-
-Row = Mapping[str, Any] | RowError
-Numbered = Iterator[tuple[int, Row]]
-"""Rows, or what is wrong with them, each with its line, row or sample number (from 1)."""
 
 
 def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
@@ -71,59 +65,15 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
                 if (start := file.peek(2)[:2]) in FOREIGN:  # type: ignore[attr-defined]
                     raise UserError(f"{part.name}: the content {FOREIGN[start]}")
                 if part.format == "jsonl":
-                    yield from _jsonl(file)
+                    yield from json_lines(file)
                 elif part.format == "json":
-                    yield from _json(part)
+                    yield from json_rows(part)
                 elif part.format == "text":
                     yield from _paragraphs(file) if paragraphs else _lines(file)
                 else:
                     yield from csv_rows(file, "\t" if part.format == "tsv" else ",")
     except DAMAGE as error:
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
-
-
-def _jsonl(file: IO[bytes]) -> Numbered:
-    for number, line in enumerate(file, 1):
-        if line.isspace():
-            continue
-        yield number, _json_object(line)
-
-
-def _json(part: Part) -> Numbered:
-    """An array of objects, or one under a name of `ARRAYS`, held in memory; else JSON lines, as many named so do."""
-    with part.open() as file:
-        lines = (start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip()))
-        first, alone = next(lines, b""), next(lines, None) is None
-    items: Any = None
-    if first[:1] == b"[":
-        items = json.loads(_content(part).decode("utf-8-sig"))
-    elif first[:1] == b"{" and (alone or isinstance(_json_object(first), RowError)):  # one object, over lines or not?
-        row = _json_object(_content(part))
-        if not isinstance(row, RowError):
-            items = next((row[name] for name in ARRAYS if isinstance(row.get(name), list)), [row])
-    if items is None:
-        with part.open() as file:
-            yield from _jsonl(file)
-        return
-    for number, item in enumerate(items, 1):
-        yield number, item if isinstance(item, dict) else RowError("wrong_type", "the item is not a JSON object")
-
-
-def _content(part: Part) -> bytes:
-    with part.open() as file:
-        return file.read()
-
-
-def _json_object(data: bytes) -> Row:
-    try:
-        row = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return RowError("invalid_utf8", f"byte {error.start}")
-    except json.JSONDecodeError as error:
-        return RowError("invalid_json", f"{error.msg}, at character {error.pos}: one whole object is expected")
-    except (ValueError, RecursionError) as error:
-        return RowError("invalid_json", str(error))
-    return row if isinstance(row, dict) else RowError("wrong_type", "the line is not a JSON object")
 
 
 def _decoded(data: bytes) -> Row:
@@ -231,7 +181,7 @@ def _tar(part: Part) -> Numbered:
 def _member(data: bytes, extension: str) -> Row:
     field_name, _, last = extension.rpartition(".")
     if last.lower() == "json":
-        return _json_object(data)
+        return json_object(data)
     text = _decoded(data)
     return text if isinstance(text, RowError) else {field_name or "text": text["text"]}
 

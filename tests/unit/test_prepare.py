@@ -298,6 +298,32 @@ def test_a_field_that_no_row_has(tmp_path: Path, role: str) -> None:
         run([str(texts)], tmp_path / "texts", fields={role: "key"})  # has no such role
 
 
+def test_rows_that_ask_in_several_ways(tmp_path: Path) -> None:
+    """As HuaTuo's: a record for each way, all on one side, for they share their answer."""
+    rows = [
+        {
+            "id": i,
+            "questions": [[f"what is drug {i}", f"drug {i}, what for"], [f"what is drug {i}"]],
+            "answers": [f"{i}"],
+        }
+        for i in range(40)
+    ]
+    rows += [{"questions": ["one"], "answers": ["y", "z"]}, {"questions": ["one", "two"], "answers": ["y", "z"]}]
+    write(tmp_path / "a.jsonl", rows)
+    report = run([str(tmp_path / "a.jsonl")], tmp_path / "out", max_bad_share=0.5)
+    sides = everything(tmp_path / "out")
+    found = {row["id"]: (side, row["question"], row["answer"]) for side, kept in sides.items() for row in kept}
+    assert len(found) == 81
+    for i in range(40):
+        side, question, answer = found[str(i)]
+        assert (question, answer) == (f"what is drug {i}", f"{i}")
+        assert found[f"{i}:2"] == (side, f"drug {i}, what for", answer)
+    bad = report.data["rows"]["bad"]["by_reason"]
+    assert list(bad) == ["wrong_type"]
+    first = bad["wrong_type"]["first"]
+    assert "a.jsonl line 42: 2 questions and 2 answers: give each question a row of its own" in first
+
+
 def test_entity_groups_rows_that_share_no_text(tmp_path: Path) -> None:
     rows = [{"id": f"e{i // 4}:{i % 4}", "question": f"q {i}", "answer": f"a {i}"} for i in range(80)]
     path = write(tmp_path / "qa.jsonl", rows)

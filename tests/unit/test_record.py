@@ -210,6 +210,13 @@ def test_forms_of_well_known_sets() -> None:
     assert convert({"question": "q", "choices": ["x", "y"], "correct_answer": "y"}).answer == "y"
 
 
+def test_bioasq() -> None:
+    row = {"id": "5a", "type": "summary", "body": "q?", "ideal_answer": ["a", "b"], "snippets": [{"text": "s"}]}
+    found = convert(row)
+    assert (found.id, found.question, found.answer, found.positives) == ("5a", "q?", "a", ("b",))
+    assert convert({"title": "t", "body": "no question"}).text == "no question"
+
+
 def test_a_mapping_leads_into_objects() -> None:
     trivia = {"question": "q?", "answer": {"value": "Paris", "aliases": ["Paname"]}}
     with pytest.raises(RowError, match=r"--field answer=FIELD\.PART"):

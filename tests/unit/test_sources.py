@@ -197,6 +197,45 @@ def test_json_that_wraps_its_rows(tmp_path: Path) -> None:
     assert good == {"text": "ok"}
 
 
+PAIRS = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+NUMBERED = {str(i): row for i, row in enumerate(PAIRS)}
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"),
+    [
+        ({"columns": ["question", "answer"], "index": [0, 1, 2], "data": [list(row.values()) for row in PAIRS]}, PAIRS),
+        ({name: {i: row[name] for i, row in NUMBERED.items()} for name in PAIRS[0]}, PAIRS),
+        ({name: [row[name] for row in PAIRS] for name in PAIRS[0]}, PAIRS),
+        (NUMBERED, PAIRS),
+        ({f"pm{i}": row for i, row in NUMBERED.items()}, [{"id": f"pm{i}", **row} for i, row in NUMBERED.items()]),
+        ({"questions": PAIRS}, PAIRS),
+        (
+            {"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": PAIRS}]}]},
+            [{"title": "T", "context": "c", **row} for row in PAIRS],
+        ),
+        # one row each, which only looks like one of these
+        ({"question": {"text": "q"}, "answer": {"text": "a"}}, None),
+        ({"questions": ["q", "p"], "answer": "a"}, None),
+        ({"questions": ["q", "p"], "answers": ["a"]}, None),
+        ({"messages": [{}, {}], "tools": [{}, {}]}, None),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_in_the_forms_of_other_tools(
+    tmp_path: Path, document: dict[str, Any], expected: list[Any] | None, indent: int | None
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document, indent=indent))
+    assert [row for _, row in read(tmp_path / "a.json", tmp_path)] == (expected or [document])
+
+
+def test_lines_with_rows_nested_in_them(tmp_path: Path) -> None:
+    lines_ = [{"header": {"dataset": "MRQA"}}, {"context": "c", "qas": PAIRS}, {"qas": [], "question": "q"}]
+    (tmp_path / "a.jsonl").write_bytes(lines(lines_))
+    found = read(tmp_path / "a.jsonl", tmp_path)
+    assert found == [(1, lines_[0]), *((2, {"context": "c", **row}) for row in PAIRS), (3, lines_[2])]
+
+
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "|")])
 def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
     path = tmp_path / name

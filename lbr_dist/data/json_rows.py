@@ -1,0 +1,118 @@
+"""Rows of JSON files, in the forms that data sets and their tools write.
+
+    [{...}, {...}]    {"data": [{...}, ...]}                        an array, or one under a usual name
+    {"columns": ["question", ...], "data": [[...], ...]}            pandas, orient="split"
+    {"question": {"0": ..., "1": ...}, "answer": {...}}             pandas as it is
+    {"question": [...], "answer": [...]}                            columns
+    {"21645374": {...}, "16418930": {...}}                          rows by id: PubMedQA; pandas, orient="index"
+    {"paragraphs": [{"context": ..., "qas": [{...}, ...]}, ...]}    SQuAD, MRQA: a row for each question
+
+A file without any of them holds JSON lines, as many do that are named `.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+from lbr_dist.data.chat import CONVERSATIONS
+from lbr_dist.data.field_names import RECOGNISED
+from lbr_dist.data.row_values import RowError
+from lbr_dist.data.sources import Part
+
+ARRAYS = ("data", "rows", "examples", "records", "items", "questions")
+"""Names under which a JSON file's object may hold its array of rows."""
+NESTED = ("paragraphs", "qas")
+"""Fields that hold rows of their own, from the outside to the inside."""
+
+Row = Mapping[str, Any] | RowError
+Numbered = Iterator[tuple[int, Row]]
+"""Rows, or what is wrong with them, each with its line, row or sample number (from 1)."""
+
+
+def json_lines(file: IO[bytes]) -> Numbered:
+    """A row, or the rows nested in it, per line."""
+    for number, line in enumerate(file, 1):
+        if not line.isspace():
+            for row in _nested(json_object(line)):
+                yield number, row
+
+
+def json_rows(part: Part) -> Numbered:
+    """Rows of a whole document, held in memory; else JSON lines.
+
+    Raises:
+        ValueError: an array that is not JSON.
+    """
+    with part.open() as file:
+        lines = (start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip()))
+        first, alone = next(lines, b""), next(lines, None) is None
+    items: Any = None
+    if first[:1] == b"[":
+        items = json.loads(_content(part).decode("utf-8-sig"))
+    elif first[:1] == b"{" and (alone or isinstance(json_object(first), RowError)):  # one object, over lines or not?
+        row = json_object(_content(part))
+        if not isinstance(row, RowError):
+            items = _items(row)
+    if items is None:
+        with part.open() as file:
+            yield from json_lines(file)
+        return
+    for number, item in enumerate(items, 1):
+        for row in _nested(item if isinstance(item, dict) else RowError("wrong_type", "the item is not a JSON object")):
+            yield number, row
+
+
+def json_object(data: bytes) -> Row:
+    """The object that these bytes are, or what is wrong with them."""
+    try:
+        row = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return RowError("invalid_utf8", f"byte {error.start}")
+    except json.JSONDecodeError as error:
+        return RowError("invalid_json", f"{error.msg}, at character {error.pos}: one whole object is expected")
+    except (ValueError, RecursionError) as error:
+        return RowError("invalid_json", str(error))
+    return row if isinstance(row, dict) else RowError("wrong_type", "the line is not a JSON object")
+
+
+def _content(part: Part) -> bytes:
+    with part.open() as file:
+        return file.read()
+
+
+def _items(document: Mapping[str, Any]) -> list[Any]:
+    """The rows of a document that is one object; itself, where it is none of the forms."""
+    values = list(document.values())
+    for name in ARRAYS:
+        held, columns = document.get(name), document.get("columns")
+        if isinstance(held, list) and isinstance(columns, list) and all(isinstance(row, list) for row in held):
+            return [dict(zip(columns, row, strict=False)) for row in held]
+        if isinstance(held, list) and (name != "questions" or any(isinstance(item, dict) for item in held)):
+            return held
+    if len(values) > 1 and all(isinstance(value, list) and len(value) > 1 for value in values):
+        if len({len(value) for value in values}) == 1 and not any(name in document for name in CONVERSATIONS):
+            return [dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)]
+    elif values and all(isinstance(value, dict) and value for value in values):
+        if all(list(value) == _counted(len(values[0])) for value in values):
+            return [dict(zip(document, row, strict=True)) for row in zip(*map(dict.values, values), strict=True)]
+        if not any(name.lower() in RECOGNISED for name in document):
+            known = list(document) == _counted(len(document))  # numbers of rows, which another file has too
+            return values if known else [{"id": name, **value} for name, value in document.items()]
+    return [document]
+
+
+def _counted(count: int) -> list[str]:
+    return list(map(str, range(count)))
+
+
+def _nested(row: Row) -> list[Row]:
+    """The rows nested in a row, each with the fields around it; else the row itself."""
+    for name in NESTED:
+        inner = None if isinstance(row, RowError) else row.get(name)
+        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
+            assert not isinstance(row, RowError)
+            around = {key: value for key, value in row.items() if key != name}
+            return [found for item in inner for found in _nested({**around, **item})]
+    return [row]
