@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 
-def iterate_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log that are JSON objects, in order; none where there is no file."""
+def iterate_rows(file: Path, holding: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The lines of a log that are JSON objects, in order; none where there is no file.
+
+    Args:
+        holding: lines without these bytes are left out unparsed: most of a long log.
+    """
     if not file.is_file():
         return
     with file.open("rb") as lines:
         for line in lines:
+            if holding not in line:
+                continue
             try:
                 row = json.loads(line.decode("utf-8"))
             except ValueError:

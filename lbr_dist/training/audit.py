@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -85,7 +85,8 @@ class Audit:
 
 def last_attempt(run_dir: Path) -> int:
     """Number of the latest start in any rank's log; 0 where there is none."""
-    return max((row["attempt"] for row in _rows(run_dir) if "attempt" in row), default=0)
+    starts = (row for file in _files(run_dir) for row in iterate_rows(file, holding=b'"attempt"'))
+    return max((row["attempt"] for row in starts), default=0)
 
 
 @dataclass
@@ -161,7 +162,7 @@ def _compare(run_dir: Path, history: dict[int, list[str]], fingerprint: str, res
 
 def _attempts(run_dir: Path) -> list[_Attempt]:
     attempts: dict[int, _Attempt] = {}
-    for file in sorted((run_dir / FOLDER).glob("rank-*.jsonl")):
+    for file in _files(run_dir):
         rank, current = int(file.stem.removeprefix("rank-")), None
         for row in iterate_rows(file):
             if "start" in row:
@@ -171,6 +172,5 @@ def _attempts(run_dir: Path) -> list[_Attempt]:
     return [attempts[number] for number in sorted(attempts)]
 
 
-def _rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    for file in (run_dir / FOLDER).glob("rank-*.jsonl"):
-        yield from iterate_rows(file)
+def _files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / FOLDER).glob("rank-*.jsonl"))
