@@ -7,7 +7,8 @@ Runs on every rank alike and reads only small files (indexes, the model's config
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,13 @@ from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime
-from lbr_dist.training.run_folder import check_folder, covered, differences, load_run_recipe
+from lbr_dist.training.run_folder import FOLDERS, SET_PATH, check_folder, covered, differences, flat, load_run_recipe
 
 NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Entries of a config.json that change nothing about the function that is trained."""
+
+OWN = ("output", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib", "tracking", *FOLDERS)
+"""Recipe fields that a rank may have for itself. What lies in the folders is compared by content."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,34 @@ def _check_async_io(regime: Regime) -> None:
             "install libaio-dev g++; elsewhere, name the places in CFLAGS, LDFLAGS, CPATH and LIBRARY_PATH), or "
             "offload to cpu"
         )
+
+
+def same_everywhere(job: Job) -> dict[str, str]:
+    """What all ranks must agree on, by its name in messages: versions, recipe fields, the data and its order."""
+    import deepspeed
+    import torch
+
+    import lbr_dist
+
+    fields = flat(job.recipe.model_dump(mode="json"))
+    own = {name for name in fields if covered(name, OWN) or SET_PATH.fullmatch(name)}
+    versions = {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    named = {**versions, **{name: fields[name] for name in fields if name not in own}, **job.plan.identity}
+    return {"host": socket.gethostname(), **{name: str(value) for name, value in named.items()}}
+
+
+def disagreement(found: Sequence[Mapping[str, str]]) -> str:
+    """The first rank whose `same_everywhere` is not rank 0's, and in what, in words; "" where there is none."""
+    first = found[0]
+    for rank, other in enumerate(found):
+        names = [name for name in sorted({*first, *other} - {"host"}) if other.get(name) != first.get(name)]
+        if names:
+            listed = "; ".join(f"{name} is {other.get(name)} and not {first.get(name)}" for name in names[:3])
+            return (
+                f"rank {rank} on {other['host']} is set up otherwise than rank 0 on {first['host']} ({listed}): give "
+                "all ranks the same recipe, prepared sets and versions"
+            )
+    return ""
 
 
 def deep_check(job: Job) -> None:

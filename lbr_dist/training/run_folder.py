@@ -168,7 +168,7 @@ def load_run_recipe(folder: Path) -> Recipe:
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted fields whose values differ, with both values."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
     return {
         field: (before.get(field), after.get(field))
         for field in sorted({*before, *after})
@@ -180,17 +180,18 @@ def _same_folder(old: str, new: str) -> bool:
     return Path(new).exists() and Path(old).resolve() == Path(new).resolve()
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A dumped recipe by dotted fields."""
     if isinstance(node, dict):
         items = node.items()
     elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
         items = ((str(index), item) for index, item in enumerate(node))  # type: ignore[assignment]
     else:
         return {prefix: node}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
+        found |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return found
 
 
 def covered(field: str, allowed: Sequence[str]) -> bool:

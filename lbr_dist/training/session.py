@@ -24,7 +24,7 @@ from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
 from lbr_dist.training.checkpoint_format import read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
-from lbr_dist.training.preflight import Job, deep_check
+from lbr_dist.training.preflight import Job, deep_check, disagreement, same_everywhere
 from lbr_dist.training.random_state import restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.signals import request_stop
@@ -96,6 +96,7 @@ def start(
     on_rank_zero(lock.take)
     on_rank_zero(lambda: request_stop(Path(recipe.output), ""))  # what was asked of an earlier start
     on_rank_zero(on_claim or (lambda: None))
+    _check_agreement(job)
     on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: _prepare(job, resume))
     on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))
@@ -145,6 +146,14 @@ def start(
             plan=job.plan.fingerprint,
         ),
     )
+
+
+def _check_agreement(job: Job) -> None:
+    """Ranks of different settings would train on, and none of them would notice. Collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, same_everywhere(job))
+    if problem := disagreement(found):
+        raise UserError(problem)
 
 
 def on_rank_zero(function: Callable[[], Result]) -> Result:

@@ -73,6 +73,31 @@ def both(place: tuple[Path, Path, Path], tiny_model_dir: Callable[..., Path]) ->
     return cases
 
 
+def train_each(rank: int, world: int, recipes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return train_all(rank, world, [by_rank[rank] for by_rank in recipes])
+
+
+def test_ranks_that_are_set_up_differently(place: tuple[Path, Path, Path]) -> None:
+    """A machine with a recipe or a copy of the data of its own; loader settings may be its own."""
+    folder, model, data = place
+    make_set(folder / "other", model, gl=91)
+    here = folder / "ranks-different"
+    here.mkdir()
+    one = recipe(folder / "agree", model, data, duration={"epochs": 1})
+    cases = [
+        [one, recipe(folder / "agree", model, data, duration={"epochs": 1}, batch={"global_batch": 6})],
+        [one, recipe(folder / "agree", model, folder / "other", duration={"epochs": 1})],
+        [one, recipe(folder / "agree", model, data, duration={"epochs": 1}, tracking={"every_steps": 2})],
+    ]
+    results = run_ranks(train_each, 2, here, cases, timeout=300)
+    assert results[0] == results[1]
+    batch, content, fine = results[0]
+    assert "rank 1 on " in batch["error"]
+    assert "(batch.global_batch is 6 and not 5): give all ranks the same recipe" in batch["error"]
+    assert "(data.sets is " in content["error"]
+    assert fine["code"] == 0
+
+
 def test_loss_goes_down(both: dict[str, dict[str, Any]]) -> None:
     for case in ("one", "two", "bf16"):
         found = losses(both[case]["output"])
