@@ -24,11 +24,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lbr_dist.config import Recipe
+from lbr_dist.disk import sync
 from lbr_dist.errors import UserError
-from lbr_dist.recipes import parse_recipe, save_recipe
+from lbr_dist.recipes import load_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
 STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl", "mistakes")
@@ -134,7 +133,9 @@ def claim(recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{RECIPE}.tmp"
     save_recipe(recipe, temporary)
+    sync(temporary)
     temporary.replace(folder / RECIPE)
+    sync(folder)
 
 
 def check_shared(folder: Path, rank: int) -> None:
@@ -163,7 +164,13 @@ def load_run_recipe(folder: Path) -> Recipe:
     file = folder / RECIPE
     if not file.is_file():
         raise UserError(f"{folder}: not a run nor a checkpoint of lbr (it has no {RECIPE})")
-    return parse_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    try:
+        return load_recipe(file)
+    except UserError as error:
+        copies = sorted(folder.glob(f"checkpoints/step-*/{RECIPE}"))
+        raise UserError(
+            f"{error}" + (f" (the run's checkpoints hold a copy: {copies[-1]})" if copies else "")
+        ) from None
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -53,3 +53,18 @@ def test_another_model_is_refused(place: Path, model: str) -> None:
     claim(recipe(model))
     with pytest.raises(UserError, match=rf"model\.path was '{model}' and is"):
         check_same(place / "run", ray_stage.absolute(recipe(), place))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0\0\0", b"stage: [", b"\xff\xfe"])
+def test_a_damaged_recipe_is_named_with_its_copy(place: Path, damage: bytes) -> None:
+    """As a machine that loses its power can leave it."""
+    claim(recipe())
+    (place / "run/recipe.yaml").write_bytes(damage)
+    with pytest.raises(UserError, match=r"run/recipe\.yaml: (not valid YAML|expected a mapping)") as alone:
+        check_same(place / "run", recipe())
+    assert "copy" not in str(alone.value)
+    for step in (2, 10):
+        (place / f"run/checkpoints/step-{step:06d}").mkdir(parents=True)
+        (place / f"run/checkpoints/step-{step:06d}/recipe.yaml").touch()
+    with pytest.raises(UserError, match=r"hold a copy: run/checkpoints/step-000010/recipe\.yaml\)"):
+        check_same(place / "run", recipe())
