@@ -66,5 +66,5 @@ def test_a_damaged_recipe_is_named_with_its_copy(place: Path, damage: bytes) -> 
     for step in (2, 10):
         (place / f"run/checkpoints/step-{step:06d}").mkdir(parents=True)
         (place / f"run/checkpoints/step-{step:06d}/recipe.yaml").touch()
-    with pytest.raises(UserError, match=r"hold a copy: run/checkpoints/step-000010/recipe\.yaml\)"):
+    with pytest.raises(UserError, match=r"hold a copy: .*run/checkpoints/step-000010/recipe\.yaml\)"):
         check_same(place / "run", recipe())
