@@ -81,7 +81,8 @@ class Stop:
 def run_stage(
     recipe: Recipe, request: Request | Callable[[list[Node]], Request], *, resume: str, allow_change: tuple[str, ...]
 ) -> int:
-    """Train a recipe on Ray to its end, or to a request to stop; returns the exit code.
+    """Train a recipe on Ray to its end, or to a request to stop; returns the exit code. No worker is started for a run
+    that has reached its end.
 
     Args:
         recipe: with absolute paths, on storage that every node sees.
@@ -92,6 +93,11 @@ def run_stage(
     Raises:
         UserError: a restart cannot mend it.
     """
+    from lbr_dist.training.preflight import complete
+
+    if resume == "auto" and complete(recipe, allow_change):
+        print(f"{recipe.output}: has all its steps already", file=sys.stderr, flush=True)
+        return 0
     stop = Stop()
     for name, value in TUNING.items():
         os.environ.setdefault(name, value)

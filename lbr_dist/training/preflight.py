@@ -69,6 +69,24 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     return Job(recipe, environment, regime, tokenization, plan, readers, changed, tuple(allow_change))
 
 
+def complete(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
+    """Whether the output folder holds this recipe's run with all its steps, as far as its newest checkpoint says.
+
+    False also where that cannot be told from here: the run itself names what is wrong.
+    """
+    from lbr_dist.training.checkpoint_format import list_checkpoints, verify
+
+    path, newest = next(iter(list_checkpoints(recipe.output)), (Path(), None))
+    if newest is None or verify(path, deep=False):
+        return False
+    try:
+        check_folder(recipe, resume="auto", allow_change=allow_change)
+        plan, _ = open_data(recipe, _check_model(recipe))
+    except UserError:
+        return False
+    return newest.step >= plan.total_steps(recipe.duration) and newest.state["plan"] == plan.fingerprint
+
+
 def _resumes(recipe: Recipe, resume: str) -> bool:
     """Whether the weights come from a checkpoint of this run: what it started from may be gone."""
     from lbr_dist.training.checkpoint_format import list_checkpoints
