@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import shlex
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,19 @@ BACKOFF_S = 1.0
 STALL_S = 60.0
 """A transfer that brings no byte for this many seconds is ended and tried again."""
 CHUNK = 1 << 16
+CURL = {
+    6: "no such host",
+    7: "nobody answers there",
+    18: "the transfer ended early",
+    22: "the server refuses: a wrong path, or no permission (HTTP status 400 or more)",
+    28: "it took too long",
+    35: "no TLS connection came about",
+    47: "it redirects without end",
+    52: "the server answers nothing",
+    56: "the connection broke",
+    60: "the server's certificate is not trusted",
+}
+"""What curl, which transfers http and https, means by its exit codes."""
 
 
 def is_url(path: str) -> bool:
@@ -136,8 +150,9 @@ class ShardCache:
             files = []
             for entry in self.folder.iterdir():
                 if entry.suffix not in (".lock", ".partial"):
-                    status = entry.stat()
-                    files.append((status.st_mtime_ns, entry, status.st_size))
+                    with contextlib.suppress(FileNotFoundError):  # another process found it damaged
+                        status = entry.stat()
+                        files.append((status.st_mtime_ns, entry, status.st_size))
             total = sum(size for _, _, size in files)
             for _, entry, size in sorted(files):
                 if total <= self.limit:
@@ -161,15 +176,27 @@ def _transfer(url: str, out: IO[bytes]) -> tuple[int, str]:
     got = 0
     stream: Any = gopen(url, "rb")
     try:
-        with _watchdog(stream.proc.kill if isinstance(stream, Pipe) else None) as alive:
-            while chunk := stream.read(CHUNK):
-                out.write(chunk)
-                digest.update(chunk)
-                got += len(chunk)
-                alive()
-    finally:
-        stream.close()  # waits for the opener's process; OSError if it failed
+        try:
+            with _watchdog(stream.proc.kill if isinstance(stream, Pipe) else None) as alive:
+                while chunk := stream.read(CHUNK):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    got += len(chunk)
+                    alive()
+        finally:
+            stream.close()  # waits for the opener's process; OSError if it failed
+    except OSError as error:
+        if error.errno is None and isinstance(stream, Pipe):  # webdataset's, with the whole command in it
+            raise OSError(_why(url, stream.proc.returncode)) from error
+        raise
     return got, digest.hexdigest()
+
+
+def _why(url: str, status: int) -> str:
+    if status == -signal.SIGKILL:
+        return f"no byte came for {STALL_S:g} s"
+    named = CURL.get(status) if url.startswith(("http://", "https://")) else None
+    return named or f"the program that reads it ended with exit code {status}"
 
 
 @contextlib.contextmanager
