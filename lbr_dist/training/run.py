@@ -205,8 +205,10 @@ class _Loop:
 
     def _save(self, wait: bool) -> None:
         from lbr_dist.training.random_state import random_state
+        from lbr_dist.training.session import on_rank_zero
 
         s = self._s
+        there = on_rank_zero(s.lock.check)
         self._watchdog.alive(f"saving step {s.done}")
         began = time.monotonic()
         state: dict[str, Any] = {
@@ -218,5 +220,10 @@ class _Loop:
             "wandb_id": s.wandb_id,
         }
         s.audit.sync()
-        s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait)
+        s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait or not there)
         self._meter.saved(time.monotonic() - began)
+        if not there:
+            raise UserError(
+                f"output {self._recipe.output}: was moved or removed while the run was at work there; the weights of "
+                f"step {s.done} are in its checkpoints/ now: put the folder back, or set model.start_from to them"
+            )

@@ -39,6 +39,10 @@ def holder(folder: Path) -> str:
         return ""
 
 
+def _myself() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
 class RunLock:
     """Context that gives the lock back, if `take` was called."""
 
@@ -84,6 +88,27 @@ class RunLock:
             time.sleep(0.2)
         threading.Thread(target=self._live, name="run-lock", daemon=True).start()
 
+    def check(self) -> bool:
+        """Whether the run folder is still there, for a run that holds its lock; True for any other.
+
+        Raises:
+            UserError: another run has taken over, as it may when this one gave no sign of life for so long.
+        """
+        if self._file is None:
+            return True
+        try:
+            now = self._path.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return False
+        except OSError:  # storage that fails says nothing about the lock
+            return True
+        if now != _myself():
+            raise UserError(
+                f"output {self._folder}: {now or 'another run'} took the folder over while this run ({_myself()}) was "
+                "suspended or cut off: that one goes on, from the newest checkpoint"
+            )
+        return True
+
     def _try(self) -> bool:
         """Take the lock if it is free; where the file system has no locks, say so and go on without."""
         file = self._path.open("a+", encoding="utf-8")
@@ -102,7 +127,7 @@ class RunLock:
             file.close()
             return False
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"{_myself()}\n")
         file.flush()
         os.fsync(file.fileno())  # other machines ask `holder`
         self._file = file

@@ -57,6 +57,7 @@ class Session:
     """A run that is ready to step."""
 
     job: Job
+    lock: RunLock
     engine: DeepSpeedEngine
     objective: Objective
     checkpointer: Checkpointer
@@ -128,6 +129,7 @@ def start(
     on_all_ranks(track)
     return Session(
         job=job,
+        lock=lock,
         engine=engine,
         objective=make_objective(engine, recipe, environment.world, job.total_steps),
         checkpointer=checkpointer,

@@ -40,9 +40,10 @@ PORTS = {
 """Chosen by Ray, they must be reported within 15 s of a node's start, else it ends."""
 QUICK = {
     "RAY_health_check_initial_delay_ms": "5000",
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_metrics_report_interval_ms": "3000",
     "RAY_worker_niceness": "0",
 }
 """A lost node is noticed within seconds, and workers get their share of a busy machine."""
@@ -263,16 +264,11 @@ def assert_metrics(ray: RayCluster, run: Path) -> None:
 
 
 def test_what_cannot_work_is_said_at_once(ray: RayCluster, recipe: Callable[..., Path]) -> None:
-    """Scenario 5, on Ray: exit code 2, one attempt; a loss that is not a number is no reason to start again either."""
+    """Scenario 5, on Ray: exit code 2. What a worker finds, here a loss that is not a number, is not tried again."""
     code, output = ray.drive(str(recipe("wide")), "--num-workers", "9", "--cpus-per-worker", "2")
     assert code == 2, output
     assert f"--num-workers 9 of 2 CPUs each: the cluster at {HEAD}:6379 has room for 0" in output
     assert f"{HEAD}: 1 CPU, 0 GPUs" in output
-
-    code, output = ray.drive(str(recipe("wide")), "--num-workers", "2", "--resume", "/nowhere")  # seen by a worker
-    assert code == 2, output
-    assert "error: /nowhere: not a run nor a checkpoint of lbr" in output
-    assert "restart 1 of" not in output
 
     wild = {"lr": 1e30, "warmup": 0}
     code, output = ray.drive(str(recipe("wild", optim=wild)), "--num-workers", "1")

@@ -98,6 +98,32 @@ def test_ranks_that_are_set_up_differently(place: tuple[Path, Path, Path]) -> No
     assert fine["code"] == 0
 
 
+def after_step(step: int, change: Callable[[], object], row: dict[str, Any]) -> None:
+    if row["step"] == step:
+        change()
+
+
+def test_a_folder_that_is_taken_over_or_moved_under_a_run(place: tuple[Path, Path, Path]) -> None:
+    """No checkpoint of a run whose folder is another's; of one whose folder is gone, the weights at least."""
+    folder, *inputs = place
+    taken, moved = folder / "taken", folder / "moved"
+    take = functools.partial((taken / "lock").write_text, "process 7 on elsewhere\n")
+    move = functools.partial(moved.rename, folder / "moved-away")
+    cases = [
+        recipe(run, *inputs, checkpoint={"every_steps": 2}) | {"train.on_row": functools.partial(after_step, 3, change)}
+        for run, change in ((taken, take), (moved, move))
+    ]
+    here = folder / "ranks-taken"
+    here.mkdir()
+    results = run_ranks(train_all, 2, here, cases, timeout=300)
+    assert results[0] == results[1]
+    assert "process 7 on elsewhere took the folder over while this run" in results[0][0]["error"]
+    assert [path.name for path in (taken / "checkpoints").glob("step-*")] == ["step-000002"]
+    assert "was moved or removed while the run was at work there; the weights of step 4 are" in results[0][1]["error"]
+    assert (moved / "checkpoints/step-000004/recipe.yaml").is_file()
+    assert len(losses(str(folder / "moved-away"))) == 4
+
+
 def test_loss_goes_down(both: dict[str, dict[str, Any]]) -> None:
     for case in ("one", "two", "bf16"):
         found = losses(both[case]["output"])

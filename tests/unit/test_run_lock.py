@@ -91,3 +91,15 @@ def test_a_file_system_without_locks(
     with RunLock(tmp_path) as lock:
         lock.take()
     assert "no lock to be had" in caplog.text
+
+
+def test_a_holder_learns_that_it_was_taken_over_or_its_folder_removed(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run") as lock:
+        assert lock.check()  # it holds none
+        lock.take()
+        assert lock.check()
+        (tmp_path / "run" / "lock").write_text("process 7 on elsewhere\n")
+        with pytest.raises(UserError, match=r"process 7 on elsewhere took the folder over while this run \(process "):
+            lock.check()
+        (tmp_path / "run").rename(tmp_path / "moved")
+        assert not lock.check()
