@@ -193,6 +193,9 @@ def _prepare(job: Job, resume: str) -> Path | None:
         log.info("changed since the last start: %s", change)
     for entry in (*job.plan.too_long, *job.plan.notes):
         log.info("%s", entry)
+    if job.plan.steps_per_epoch(0) == 1:
+        count, samples = recipe.batch.global_batch, job.plan.summary(0).samples
+        log.warning("an epoch is a single step: batch.global_batch=%d takes all its %d samples at once", count, samples)
     checkpoint: Path | None = None
     reasons: list[str] = []
     if resume not in ("auto", "never"):

@@ -84,14 +84,19 @@ def test_ranks_that_are_set_up_differently(place: tuple[Path, Path, Path]) -> No
     here = folder / "ranks-different"
     here.mkdir()
     one = recipe(folder / "agree", model, data, duration={"epochs": 1})
+    all_at_once = recipe(folder / "big", model, data, duration={"epochs": 1}, batch={"global_batch": 500})
     cases = [
+        [all_at_once, all_at_once],
         [one, recipe(folder / "agree", model, data, duration={"epochs": 1}, batch={"global_batch": 6})],
         [one, recipe(folder / "agree", model, folder / "other", duration={"epochs": 1})],
         [one, recipe(folder / "agree", model, data, duration={"epochs": 1}, tracking={"every_steps": 2})],
     ]
     results = run_ranks(train_each, 2, here, cases, timeout=300)
     assert results[0] == results[1]
-    batch, content, fine = results[0]
+    whole, batch, content, fine = results[0]
+    assert whole == {"step": 1, "code": 0}
+    said = "an epoch is a single step: batch.global_batch=500 takes all its 90 samples at once"
+    assert said in (folder / "big" / "log.txt").read_text()
     assert "rank 1 on " in batch["error"]
     assert "(batch.global_batch is 6 and not 5): give all ranks the same recipe" in batch["error"]
     assert "(data.sets is " in content["error"]
