@@ -7,6 +7,7 @@ model's configuration is checked before any weight is read.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -155,9 +156,8 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
 
 def causal_lm(backbone: nn.Module) -> Any:
     """The transformers model itself, adapters (if any) inside its layers."""
-    from peft import PeftModel
-
-    return backbone.get_base_model() if isinstance(backbone, PeftModel) else backbone
+    peft = sys.modules.get("peft")  # not imported, which takes half a second, for a model that cannot be of it
+    return backbone.get_base_model() if peft and isinstance(backbone, peft.PeftModel) else backbone
 
 
 def _line(error: Exception) -> str:
