@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from lbr_dist.data.chat import CONVERSATIONS
-from lbr_dist.data.field_names import RECOGNISED
+from lbr_dist.data.field_names import NAMES, RECOGNISED
 from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import Part
 
@@ -108,11 +108,19 @@ def _counted(count: int) -> list[str]:
 
 
 def _nested(row: Row) -> list[Row]:
-    """The rows nested in a row, each with the fields around it; else the row itself."""
+    """The rows nested in a row, each with the fields around it, else the row itself.
+
+    An id around them is the first one's; the others, where they have none of their own, get a number behind it.
+    """
     for name in NESTED:
         inner = None if isinstance(row, RowError) else row.get(name)
         if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
             assert not isinstance(row, RowError)
             around = {key: value for key, value in row.items() if key != name}
-            return [found for item in inner for found in _nested({**around, **item})]
+            ids = {key: value for key, value in around.items() if key.lower() in NAMES["id"] and value}
+            found: list[Row] = []
+            for number, item in enumerate(inner, 1):
+                more = {key: f"{value}:{number}" for key, value in ids.items()} if number > 1 else {}
+                found += _nested({**around, **more, **item})
+            return found
     return [row]

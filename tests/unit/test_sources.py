@@ -234,6 +234,9 @@ def test_lines_with_rows_nested_in_them(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(lines_))
     found = read(tmp_path / "a.jsonl", tmp_path)
     assert found == [(1, lines_[0]), *((2, {"context": "c", **row}) for row in PAIRS), (3, lines_[2])]
+    texts = [{"text": "one"}, {"text": "two"}, {"id": "own", "text": "three"}]
+    (tmp_path / "a.jsonl").write_bytes(lines([{"id": 7, "paragraphs": texts}]))
+    assert [row["id"] for _, row in read(tmp_path / "a.jsonl", tmp_path)] == [7, "7:2", "own"]
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "|")])
