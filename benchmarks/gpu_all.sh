@@ -32,6 +32,7 @@ part bottleneck 70 "$python" -m benchmarks.bottleneck --shape 135m --rounds 3 --
 part bottleneck_large 50 "$python" -m benchmarks.bottleneck --shape 1.5b --rounds 2 --tokens 2048 \
     --lengths 1024 4096 --out "$out"
 part infonce 40 "$python" -m benchmarks.infonce --sizes 1024 4096 16384 --out "$out"
-part bottleneck_flex 60 "$python" -m benchmarks.bottleneck --shape 135m --attention flex --rounds 2 \
+part loss_head 25 "$python" -m benchmarks.loss_head --out "$out"
+part bottleneck_flex 50 "$python" -m benchmarks.bottleneck --shape 135m --attention flex --rounds 2 \
     --lengths 4096 --out "$out"
 exit $tests

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
-"""Logits that exist at a time: a chunk that stays in a CPU's cache; 512 MiB of float32 on a GPU, because each chunk
-reads and writes the weight's whole gradient once (150,000 x 1,536: it takes as long as the arithmetic of 300 rows)."""
+CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Logits that exist at a time: 32 MiB of float32 on a CPU, 512 MiB on a GPU. Few rows in a chunk are slow on either,
+because each chunk reads the whole weight and reads and writes its gradient: on a GPU (150,000 x 1,536) that takes as
+long as the arithmetic of 300 rows (`benchmarks/loss_head.py`)."""
 
 
 class LossHead(nn.Linear):

@@ -43,6 +43,11 @@ def test_bottleneck(run):
     assert all(math.isfinite(row[name]) and row[name] > 0 for row in rows for name in ("ib", "rec", "dense_ib"))
 
 
+def test_loss_head(run):
+    rows, _ = run("loss_head", "--device", "cpu")
+    assert all(row[name] > 0 for row in rows for name in ("whole", "torch"))
+
+
 @pytest.mark.timeout(600)
 def test_contrastive(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["contrastive", "--toy", "--device", "cpu"])
