@@ -1,7 +1,8 @@
 """How large the experiments are: on two CPU cores within hours, or on one 80 GB GPU within minutes a table.
 
-The two differ in backbone and sizes and in nothing else. `small` is labelled so wherever its numbers stand: its
-"LLM" is a language model of a few million weights, made on the spot by next-token prediction on the domain's raw text.
+They differ in backbone and sizes and in nothing else. `small` is labelled so wherever its numbers stand: its
+"LLM" is a language model of a million weights, made on the spot by next-token prediction on the domain's raw text.
+`few-steps` has the backbone of `gpu` and the two cores of `small`, and so a fraction of the steps of either.
 """
 
 from __future__ import annotations
@@ -59,6 +60,18 @@ SCALES = {
         language_model=("optim.lr=2e-3", "duration.steps=600"),
         generative_rates=(1e-3, 2e-3, 4e-3),
         contrastive_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    ),
+    "few-steps": Scale(
+        "few-steps: SmolLM2-135M, full fine-tuning in float32, two CPU cores, a tenth of the tokens of `gpu`",
+        dev=500,
+        test=1000,
+        generative=("duration.steps=80",),
+        contrastive=("batch.global_batch=64", "duration.steps=20"),
+        joint=("joint.bins=4", "batch.global_batch=64", "duration.steps=20"),
+        language_model=None,
+        generative_rates=(2e-4, 6e-4),
+        contrastive_rates=(2e-4, 6e-4),
+        threads=None,
     ),
     "gpu": Scale(
         "gpu: SmolLM2-135M, full fine-tuning in bfloat16, one 80 GB GPU",

@@ -1,7 +1,8 @@
 """The search for learning rates: the same effort for every arm, on questions that no table uses.
 
 Stage 1's rate is chosen by what it is for: the dev score after a stage 2 with the middle rate. Then each stage 2 arm
-gets its own rate from the same grid; a joint stage, from that of stage 1. Seed 0; everything tried is written down.
+gets its own rate from the same grid; a joint stage, from that of stage 1. Seed 0, whose chosen runs the tables then
+take as they are; everything tried is written down.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ def search(place: Workplace) -> dict[str, Any]:
             found[rate] = score(align, middle, run, f"{learn}-{rate:g}-{align}-{middle:g}")
             trials.append({"arm": learn, "rate": rate, "judged_by": f"{align} at {middle:g}", "dev": found[rate]})
         rates[learn] = max(found, key=lambda rate: found[rate])
+        place.adopt(learn, SEED, rates[learn], f"search/{learn}-{rates[learn]:g}")
     for arm, first in (("cl", None), *((align, learn) for learn, align in LEARN.items())):
         start = f"seed-{SEED}/runs/search/{first}-{rates[first]:g}" if first else None
         prefix = f"{first}-{rates[first]:g}-" if first else ""
         found = {rate: score(arm, rate, start, f"{prefix}{arm}-{rate:g}") for rate in scale.contrastive_rates}
         trials += [{"arm": arm, "rate": rate, "judged_by": arm, "dev": value} for rate, value in found.items()]
         rates[arm] = max(found, key=lambda rate: found[rate])
+        place.adopt(arm, SEED, rates[arm], f"search/{prefix}{arm}-{rates[arm]:g}")
     return {"domain": place.domain, "rates": rates, "trials": trials}
 
 

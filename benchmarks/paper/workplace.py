@@ -81,7 +81,7 @@ class Workplace:
         if finished.exists() and finished.read_text() == text:
             return run
         if not begun.exists() or begun.read_text() != text:
-            shutil.rmtree(self.folder / run, ignore_errors=True)
+            _remove(self.folder / run)
         begun.parent.mkdir(parents=True, exist_ok=True)
         begun.write_text(text)
         began = time.monotonic()
@@ -89,6 +89,18 @@ class Workplace:
         finished.write_text(text)
         self._say(f"seed {seed}: trained {label or name} in {time.monotonic() - began:.0f} s")
         return run
+
+    def adopt(self, name: str, seed: int, rate: float, label: str) -> None:
+        """Let the finished run `label` (see `train_arm`) be the arm's own, so that it is not trained a second time."""
+        run = f"seed-{seed}/runs/{name}"
+        text = json.dumps(train_arguments(self.scale, name, seed, rate, run)[1:])
+        finished, begun = (self.folder / f"{run}.{state}.json" for state in ("finished", "begun"))
+        if not (finished.exists() and finished.read_text() == text):
+            finished.unlink(missing_ok=True)
+            _remove(self.folder / run)
+            (self.folder / run).symlink_to(label, target_is_directory=True)
+            begun.write_text(text)
+            finished.write_text(text)
 
     def evaluate(self, names: Sequence[str], seed: int, *, generate: bool = False) -> list[dict[str, Any]]:
         """Scores of arms (and of `bm25`, or any model that `lbr eval` takes) on the test questions, in order."""
@@ -187,6 +199,14 @@ def train_arguments(
     if rate is not None:
         arguments.append(f"optim.lr={rate:g}")
     return [*arguments, *more]
+
+
+def _remove(run: Path) -> None:
+    """Remove a run folder, or the link that stands for one."""
+    if run.is_symlink():
+        run.unlink()
+    else:
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def _file(name: str) -> str:

@@ -1,6 +1,7 @@
 """The paper's experiments: every arm at every scale is a valid recipe, and held-out entities stay out."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,17 +94,24 @@ def toy(tmp_path, monkeypatch, experiment, arms):
 
 
 @pytest.mark.timeout(600)
-def test_an_experiment_at_toy_size(tmp_path, monkeypatch):
-    """Data, base, an arm and its evaluation, by the one command; the second time nothing is trained again."""
-    run = toy(tmp_path, monkeypatch, "table4", ("ib_gl",))
+def test_a_search_and_an_experiment_at_toy_size(tmp_path, monkeypatch):
+    """Data, base, search, and a table of the runs that the search chose: nothing is trained a second time."""
+    run = toy(tmp_path, monkeypatch, "table4", ("lbr",))
+    monkeypatch.setattr("benchmarks.paper.search.LEARN", {"ib_gl": "lbr"})
+    monkeypatch.setattr("sys.argv", ["paper", "search", *sys.argv[2:]])
     run()
-    finished = {file: file.stat().st_mtime for file in (tmp_path / "work").rglob("*.finished.json")}
-    assert len(finished) == 2
+    runs = tmp_path / "work" / "toy" / "medicine" / "seed-0" / "runs"
+    assert (runs / "lbr").resolve() == runs / "search" / "ib_gl-0.001-lbr-0.001"
+    finished = {file: file.stat().st_mtime for file in runs.rglob("*.finished.json")}
+    assert {file.name.removesuffix(".finished.json") for file in finished} >= {"base", "cl", "ib_gl", "lbr"}
+    monkeypatch.setattr("sys.argv", ["paper", "table4", *sys.argv[2:]])
     run()
-    assert {file: file.stat().st_mtime for file in (tmp_path / "work").rglob("*.finished.json")} == finished
+    assert {file: file.stat().st_mtime for file in runs.rglob("*.finished.json")} == finished
+    text = (tmp_path / "out" / "toy" / "search-medicine.md").read_text()
+    assert "| lbr | 0.001 | lbr |" in text
     text = (tmp_path / "out" / "toy" / "table4-medicine.md").read_text()
     assert "toy: only shows that everything runs" in text
-    assert "| LLM + IB-GL |" in text
+    assert "| LLM + IB-GL + CL (LBR) |" in text
     assert (tmp_path / "out" / "toy" / "table4-medicine.png").stat().st_size > 1000
 
 
