@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Logits that exist at a time: 32 MiB of float32 on a CPU, 512 MiB on a GPU. Few rows in a chunk are slow on either,
+CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""Logits that exist at a time: 64 MiB of float32 on a CPU, 512 MiB on a GPU. Few rows in a chunk are slow on either,
 because each chunk reads the whole weight and reads and writes its gradient: on a GPU (150,000 x 1,536) that takes as
 long as the arithmetic of 300 rows (`benchmarks/loss_head.py`)."""
 

@@ -162,34 +162,38 @@ def memory(
         if "offload_param" in zero:
             weights = size * live
     recomputed = recipe.model.activation_checkpointing
-    activations = _activations(shape, size, micro, recomputed=recomputed)
-    loss = _loss(shape, recipe, size, micro, host=host)
+    backward = micro * size * (3 * shape.inner + 2 * shape.width)
+    activations = _activations(shape, size, micro, recomputed=recomputed) + backward
+    loss = _loss(shape, recipe, size, micro, backward, host=host)
     copy = (4 + moments) * trained / world if host else 0
     if host and not recomputed and copy / machine.write < forward_s:  # recomputing, the first layer is the peak
         copy = max(0, copy - activations - loss)
     share = CONTRASTIVE_SLACK if "contrastive" in recipe.tasks else 0.0
     share = ADAPTER_SLACK if recipe.model.lora is not None else share
-    slack = share * _activations(shape, size, micro, recomputed=False) if host else 0.0
+    slack = share * (_activations(shape, size, micro, recomputed=False) + backward) if host else 0.0
     return Memory(machine.base_gib * GIB, weights, gradients, optimizer, activations, loss, copy, slack)
 
 
 def _activations(shape: Shape, size: int, micro: int, *, recomputed: bool) -> float:
-    """Tensors that the backward pass of one micro-batch needs, and its own largest ones."""
+    """Tensors that the backward pass of one micro-batch needs."""
     copies = 4 * 4 * shape.width if size == 2 else 4 * 2 * shape.width  # norms work in float32
     layer = size * (4 * shape.width + 3 * shape.query + 2 * shape.key + 4 * shape.inner) + copies
-    backward = size * (3 * shape.inner + 2 * shape.width)
     if recomputed:
-        return micro * (shape.layers * size * shape.width + layer + backward)
-    return micro * (shape.layers * layer + backward)
+        return micro * (shape.layers * size * shape.width + layer)
+    return micro * shape.layers * layer
 
 
-def _loss(shape: Shape, recipe: Recipe, size: int, micro: int, *, host: bool) -> float:
-    """The head in stage 1 (logits in chunks, the two gradients it keeps); all embeddings and a tile in stage 2."""
+def _loss(shape: Shape, recipe: Recipe, size: int, micro: int, backward: float, *, host: bool) -> float:
+    """The head in stage 1 (logits in chunks, the gradients it keeps); all embeddings and a tile in stage 2.
+
+    The logits are gone when the backward pass has its own largest tensors (`backward`, in bytes).
+    """
     total = 0.0
     if "generative" in recipe.tasks:
         chunk = min(CHUNK["cpu" if host else "cuda"], micro * shape.vocabulary)
-        total += chunk * (4 + 4 + size) + shape.table * (4 + (size if size == 2 else 0))
-        total += 2 * micro * size * shape.width
+        total += max(0.0, chunk * (4 + 4) - backward) + 2 * micro * size * shape.width
+        if recipe.model.lora is None:
+            total += shape.table * (4 + (size if size == 2 else 0))
     if "contrastive" in recipe.tasks:
         settings = recipe.contrastive
         passages = recipe.batch.global_batch * (2 + settings.hard_negatives)
