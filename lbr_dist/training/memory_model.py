@@ -154,8 +154,7 @@ def memory(
     gradients = size * (trained / world + live if kept else trained)
     if stage >= 1:
         gradients += 4 * trained / world
-    masters = 0 if stage == 0 else 4
-    optimizer = (masters + moments) * trained / world
+    optimizer = (4 + moments) * trained / world if stage >= 1 else moments * trained  # stage 0 shares nothing out
     if not host:
         if "offload_optimizer" in zero:
             optimizer = 0

@@ -105,6 +105,12 @@ def test_recomputation_and_offload_save_memory() -> None:
     assert memory(SEVEN, make(), machine, world=8, zero=offload, micro=16384).optimizer == 0
 
 
+def test_without_zero_every_rank_holds_all_moments() -> None:
+    recipe, ask = make(model={"path": "m", "dtype": "float32"}), {"zero": {"stage": 0}, "micro": 4096}
+    one, four = (memory(SEVEN, recipe, MACHINES["h100"], world=world, **ask) for world in (1, 4))
+    assert four.optimizer == one.optimizer == 8 * trained_elements(SEVEN, recipe)
+
+
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> dict[str, Any]:
     tokenization = Tokenization.load(str(tiny_model_dir()))
