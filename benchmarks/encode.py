@@ -2,7 +2,7 @@
 
     python -m benchmarks.encode TEXTS.jsonl[.gz] [--field answer] [--model FOLDER] [--limit 5000] [--repeat 3]
 
-Without `--model` a random Llama of 10M parameters is made, with a tokenizer trained on the texts: speed does not depend
+Without `--model` a random Llama of 8M parameters is made, with a tokenizer trained on the texts: speed does not depend
 on what the weights are. The sentence-transformers side loads what `lbr export` writes. The sides take turns.
 """
 

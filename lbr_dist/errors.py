@@ -9,7 +9,7 @@ EXIT_USER_ERROR = 2
 """The input, the recipe or a flag is wrong: running again changes nothing."""
 
 EXIT_RUN_AGAIN = 75
-"""The run stopped on request (SIGTERM, SIGUSR1) after a checkpoint: running again continues it (EX_TEMPFAIL)."""
+"""The run stopped on request (a signal, RUN/stop) after a checkpoint: running again continues it (EX_TEMPFAIL)."""
 
 
 class UserError(Exception):

@@ -62,7 +62,7 @@ def export(
     Args:
         run: run folder (its newest verified checkpoint) or checkpoint.
         out: folder to make; it may exist if it is empty.
-        tokens: number of bottleneck tokens that every text gets, for a run in ratio mode.
+        tokens: number of bottleneck tokens that every text gets, for a run where their number varies.
         dtype: of the weights on disk.
         scores: an `eval.json` for the model card; default: `eval/eval.json` in the run, if there is one that measured
             this checkpoint.

@@ -1,4 +1,4 @@
-"""Stage 2 on Ray, contrastive learning on the bottleneck. Under `ray job submit`, or by itself; docs/ray.md.
+"""Stage 2 on Ray, contrastive learning on the bottleneck; joint too. Under `ray job submit`, or by itself; docs/ray.md.
 
 python ray_jobs/stage2.py RECIPE [key=value ...] --num-workers 2:8
 """

@@ -14,7 +14,7 @@ LBR_HOME=${LBR_HOME:-$SLURM_SUBMIT_DIR}
 [ -r "$LBR_HOME/slurm/lib.sh" ] || { echo "error: no slurm/lib.sh in $LBR_HOME: set LBR_HOME to lbr_dist's folder" >&2; exit 2; }
 # shellcheck source=slurm/lib.sh
 . "$LBR_HOME/slurm/lib.sh"
-trap : USR1 # of SBATCH_SIGNAL: a evaluation cannot stop half-way, and uses what is left of its time
+trap : USR1 # of SBATCH_SIGNAL: an evaluation cannot stop half-way, and uses what is left of its time
 
 [ $# -gt 0 ] || die "no model: sbatch slurm/eval.sh MODEL ... --data SET [-- OUT]"
 model=$1 evaluation=()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2, represent: sbatch --nodes=4 slurm/stage2.sh RECIPE [key=value ...]
+# Stage 2, represent, or joint:   sbatch --nodes=4 slurm/stage2.sh RECIPE [key=value ...]
 # Stops with a checkpoint before the time limit and is requeued, as after a lost node or a preemption: docs/slurm.md.
 #SBATCH --job-name=lbr-stage2
 #SBATCH --output=%x-%j.log

@@ -21,7 +21,7 @@ def train(
         list[str] | None, typer.Option(help="Recipe field that may differ from the run that is resumed. Repeatable.")
     ] = None,
 ) -> None:
-    """Train stage 1 or stage 2 from a recipe."""
+    """Train stage 1, stage 2, or both in every step (joint), from a recipe."""
     from lbr_dist.recipes import load_recipe
 
     loaded = load_recipe(recipe, overrides)

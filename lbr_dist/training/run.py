@@ -1,4 +1,4 @@
-"""The one training loop, for both stages, on one process or a thousand.
+"""The one training loop, for every stage, on one process or a thousand.
 
 A step is a pure function of its number (which samples) and of the engine's state (weights and moments), so a run that
 was killed goes on from its newest checkpoint as if nothing had happened. Every decision that must be the same on all
@@ -71,7 +71,7 @@ def train(
     """Run a recipe from where its run folder stands to its end. Called alike on every rank.
 
     Args:
-        recipe: of either stage.
+        recipe: of any stage.
         resume: `auto`: the newest verified checkpoint of the run folder, if there is one; `never`: refuse a folder
             that holds a run; else the path of a checkpoint of this run.
         allow_change: recipe fields, or sections, that may differ from the run that is resumed.

@@ -4,7 +4,8 @@
     metrics.jsonl     one row per logged step
     audit/rank-N.jsonl    which samples each step used
     checkpoints/      see checkpoint_format
-    stacks/, bad-step-N.json    written when something went wrong
+    log.txt           what rank 0 says
+    stacks/, bad-step-N-rank-R.json    written when something went wrong
     stop              empty; a line in it asks the run to stop (see signals)
     lock              who is at work here (see run_lock)
     ray/              what Ray Train writes about its attempts

@@ -1,4 +1,4 @@
-"""Stop requests: the first SIGTERM or SIGUSR1 asks the loop to stop after its step, the second ends at once.
+"""Stop requests: the first SIGTERM, SIGUSR1 or SIGINT asks the loop to stop after its step, the second ends at once.
 
 Slurm and Ray give notice before they take a machine away. A signal reaches the ranks at different moments, so what it
 sets is only this rank's wish; the loop adds the wishes of all ranks up and all stop after the same step.
