@@ -28,7 +28,7 @@ class Data(Section):
     sets: Annotated[list[DataSet], Field(min_length=1)]
     """The prepared sets of the mixture."""
     bin_tokens: Positive = 4096
-    """Capacity of one packed bin, in tokens, bottleneck tokens included."""
+    """Capacity of one packed bin, in tokens, bottleneck tokens included; the longest X and Y must fit (stage 1)."""
     max_x_tokens: Positive = 1024
     """Longest X (question, passage or document), in tokens, without Z."""
     max_y_tokens: Positive = 1024

@@ -47,9 +47,9 @@ class Duration(Section):
     """How long to train; exactly one of the two."""
 
     epochs: PositiveFloat | None = None
-    """Passes over the mixture (may be fractional)."""
+    """Passes over the mixture (may be fractional). A recipe has either this or `steps`."""
     steps: Positive | None = None
-    """Optimizer steps."""
+    """Optimizer steps; excludes `epochs`."""
 
     @model_validator(mode="after")
     def _one(self) -> Duration:
