@@ -149,7 +149,7 @@ def check_spec(spec: str) -> None:
     """
     path, _ = split_dim(spec)
     if path == "bm25":
-        raise UserError(f"model {spec}: it has no embeddings; it can only be evaluated on retrieval (`lbr eval bm25`)")
+        raise UserError(f"model {spec}: it has no embeddings; `lbr eval`, `search` and `mine` take it, as plain bm25")
     if path.startswith("hf:"):
         path = _hf_options(path)[0]
     elif is_run(path):
