@@ -84,7 +84,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
     address = environ.get("MASTER_ADDR", first_host(nodes))
-    port = environ.get("MASTER_PORT", str(20_000 + _number(environ, "SLURM_JOB_ID") % 20_000))
+    port = environ.get("MASTER_PORT", str(job_port(_number(environ, "SLURM_JOB_ID"))))
     return Environment(
         _number(environ, "SLURM_PROCID"),
         world,
@@ -93,6 +93,11 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
         (address, int(port)) if world > 1 else None,
         f"srun, job {environ['SLURM_JOB_ID']}",
     )
+
+
+def job_port(job: int) -> int:
+    """Where the ranks of a Slurm job's step meet, unless MASTER_PORT says otherwise; below Linux's ephemeral ports."""
+    return 20_000 + job % 12_000
 
 
 def first_host(nodes: str) -> str:

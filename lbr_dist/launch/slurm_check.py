@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.environment import Environment, detect
+from lbr_dist.environment import Environment, detect, job_port
 from lbr_dist.errors import UserError
 from lbr_dist.launch.slurm import Attempt, free_ports
 from lbr_dist.launch.slurm_answers import ANSWER_S, CONNECT_S, SEEN_S, Client, Wire
@@ -59,7 +59,7 @@ def check(shared: Sequence[Path], *, quick: bool = False, environ: Mapping[str, 
 
 def _port(environ: Mapping[str, str], wanted: str | None) -> int:
     """The same on every node, without asking."""
-    return int(wanted) if wanted else 20_000 + int(environ["SLURM_JOB_ID"]) % 12_000
+    return int(wanted) if wanted else job_port(int(environ["SLURM_JOB_ID"]))
 
 
 class _Server:

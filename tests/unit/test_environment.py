@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from lbr_dist.environment import Environment, detect, first_host
+from lbr_dist.environment import Environment, detect, first_host, job_port
 from lbr_dist.errors import UserError
+from lbr_dist.launch.slurm import PORTS
 from lbr_dist.training.engine import start_distributed
 
 TORCHRUN = {
@@ -43,7 +44,11 @@ def test_torchrun_wins_over_the_slurm_step_it_runs_in() -> None:
 
 
 def test_srun() -> None:
-    assert detect(SRUN) == Environment(5, 8, 1, 4, ("gpu03", 20_017), "srun, job 40017")
+    assert detect(SRUN) == Environment(5, 8, 1, 4, ("gpu03", 24_017), "srun, job 40017")
+
+
+def test_the_ranks_of_a_step_meet_below_the_ephemeral_ports() -> None:
+    assert {job_port(job) for job in range(50_000)} == set(PORTS)
 
 
 def test_srun_takes_a_given_meeting_point() -> None:
