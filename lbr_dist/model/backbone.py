@@ -75,7 +75,8 @@ def equip(backbone: PreTrainedModel, model: config.Model, seed: int) -> PreTrain
     backbone.lm_head = LossHead(backbone.lm_head)
     backbone.config.use_cache = False
     if model.activation_checkpointing:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        old = backbone.gradient_checkpointing_enable  # its name until transformers 5.22, which 5.23 warns of
+        getattr(backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
     return backbone if model.lora is None else _with_lora(backbone, model, model.lora, seed)
 
 
