@@ -94,7 +94,8 @@ def holds_list(value: Any) -> bool:
 
 
 def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
-    """Option texts and their labels, from a list, {"text": [...], "label": [...]} or {"A": ..., "B": ...}.
+    """Option texts and their labels: a list of texts or of {"text": ..., "label": ...}, {"text": [...], "label": [...]}
+    or {"A": ..., "B": ...}.
 
     In the last form null is no option: columnar files give all rows the options of the row that has the most.
     """
@@ -110,6 +111,8 @@ def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"options is {type_name(value)}, not a list")
     found = [text(option, "options", max_chars) for option in value]
+    if value and all(isinstance(option, Mapping) and "label" in option for option in value):
+        labels = [str(option["label"]) for option in value]
     if not 2 <= len(found) <= 26:
         raise RowError("bad_option", f"{len(found)} options; 2 to 26 are expected")
     return found, labels

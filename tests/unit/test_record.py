@@ -120,6 +120,7 @@ def test_missing_id_is_made_of_the_content() -> None:
         (["x", "right"], "1"),
         ({"text": ["x", "right"], "label": ["1", "2"]}, "2"),
         ({"text": ["x", "right"], "label": [1, 2]}, 2),
+        ([{"text": "x", "label": "1"}, {"text": "right", "label": "2"}], "2"),
         ({"A": "x", "B": "right"}, "B"),
         ({"1": "x", "2": "right"}, 2),
         ({"A": "x", "B": "right", "C": None}, "B"),
