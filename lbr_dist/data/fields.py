@@ -121,12 +121,23 @@ class Converter:
         if has["question"] and has["text"]:
             return "query-document"
         if has["text"]:
+            self._refuse_unasked(row)
             return "corpus"
         raise RowError(
             "missing_field",
             f"cannot tell question, answer or text among the fields {listed(row)}: name them, for example "
             "--field question=prompt" + self._cells * " (the first line of a CSV file has to hold their names)",
         )
+
+    def _refuse_unasked(self, row: Mapping[str, Any]) -> None:
+        """See that no answer would be left out with the question that is not recognised."""
+        [name, *_] = self._finder.find(row, "answer") or [""]
+        if name and name.lower() not in NAMES["text"] and "text" not in self._finder.fields:
+            raise RowError(
+                "missing_field",
+                f"an answer ({name}) and no question among the fields {listed(row)}: name the question, for "
+                "example --field question=text; or, for the texts alone, --kind corpus",
+            )
 
     def _unfolded(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row with a conversation as question and answer, unless the user named their fields."""

@@ -316,6 +316,16 @@ def test_a_kind_that_an_earlier_row_told_is_named() -> None:
         converter({"question": "q", "answer": "a"})
 
 
+@pytest.mark.parametrize("row", [{"text": "a clause", "answer": "Yes"}, {"Title": "t", "Body": "q?", "Answers": ["a"]}])
+def test_an_answer_without_a_question_is_not_left_out(row: dict) -> None:
+    with pytest.raises(RowError, match=r"an answer \([aA]nswers?\) and no question .*--field question=text"):
+        convert(row)
+    text = list(row)[-2]
+    assert convert(row, "corpus").text == convert(row, fields={"text": text}).text == row[text]
+    assert convert(row, fields={"question": text}).question == row[text]
+    assert convert({"document": "d", "text": "t"}).text == "t"
+
+
 def test_entity() -> None:
     record = Record("chem:CHEBI:1:0", text="t")
     assert Entity.parse("id~(.*):").of({}, record) == "chem:CHEBI:1"
