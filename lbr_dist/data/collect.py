@@ -58,6 +58,11 @@ class BadRows:
         """Bad rows of all reasons."""
         return sum(self.counts.values())
 
+    @property
+    def misread(self) -> int:
+        """Bad rows but for those that were understood: their label calls the answer wrong."""
+        return self.total - self.counts.get("wrong_answer", 0)
+
     def report(self) -> dict[str, Any]:
         """JSON-able counts."""
         reasons = {

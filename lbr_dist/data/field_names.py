@@ -33,12 +33,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "source": ("source",),
     "negatives": ("negatives", "negative", "hard_negatives", "neg", "negative_passages"),
     "positives": ("positives",),
+    "label": ("label", "is_duplicate", "is_correct"),
 }
 """Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
 fields of one role."""
 
 RECOGNISED = frozenset(part.lower() for names in NAMES.values() for name in names for part in name.split(","))
-MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "negatives", "positives")
+MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "negatives", "positives", "label")
 """Roles that a field mapping may name."""
 
 NUMBERED = re.compile(r"negatives?_?\d+", re.IGNORECASE)

@@ -71,6 +71,7 @@ class Converter:
         else:
             question = self._text(self._get(row, "question"), "question")
             answer, more = self._answer(row)
+            self._refuse_wrong(row)
         negatives = self._texts(self._get(row, "negatives", optional=True), "negatives")
         positives = more + self._texts(self._get(row, "positives", optional=True), "positives")
         return Record(
@@ -170,6 +171,17 @@ class Converter:
             first, *more = dict.fromkeys(self._texts(value, "answer") or (self._text("", "answer"),))
             return first, tuple(more)
         return self._text(value, "answer"), ()
+
+    def _refuse_wrong(self, row: Mapping[str, Any]) -> None:
+        """See that the row's label, where data sets hold right and wrong answers, does not call the answer wrong."""
+        value = self._get(row, "label", optional=True)
+        if str(value).strip().lower() in ("0", "0.0", "false"):
+            name = ",".join(self._finder.find(row, "label") or ())
+            raise RowError(
+                "wrong_answer",
+                f"{name} is {value}, so this is no answer: leave such rows out (--max-bad-share 1), or, if that is not "
+                "what the field means, leave it aside (--field label=)",
+            )
 
     def _multiple_choice(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """Stem and options, one per line with a letter, as the question; the right option as the answer."""

@@ -169,7 +169,7 @@ class DigestRows:
                     negatives += [(owner, normalised_hash(text)) for text in record.negatives]
                 sizes.extend(spool.write(record.to_json()) for record in batch)
         bad.met = sorted(convert.met)
-        if block.number == 0 and bad.total == bad.rows == HOPELESS:
+        if block.number == 0 and bad.misread == bad.rows == HOPELESS:
             return BlockSummary(block.part, 0, 0, bad, hopeless=True)
         arrays: dict[str, Any] = {
             "bad": np.frombuffer(bad.to_json(), np.uint8),
@@ -197,7 +197,7 @@ class DigestRows:
                 question = convert.question_alone(row) if block.external and not isinstance(row, RowError) else None
                 if question is None:
                     bad.add(error.reason, f"{block.name} {place}", error.detail)
-                    if block.number == 0 and bad.total == bad.rows == HOPELESS:
+                    if block.number == 0 and bad.misread == bad.rows == HOPELESS:
                         return
                     continue
                 record = question

@@ -153,7 +153,7 @@ class Pipeline:
         """
         numbers = self.read.numbers
         pairs = (alive & ~numbers.external & ~numbers.is_text).any()  # a plain text has no role of these but an id
-        roles = ("id", "domain", "source", "negatives", "positives") if pairs else ("id",)
+        roles = ("id", "domain", "source", "negatives", "positives", "label") if pairs else ("id",)
         for part in parts:
             for role, name in part.source.fields.items():
                 if name and role in roles and role not in self.read.bad.met:

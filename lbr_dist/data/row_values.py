@@ -22,6 +22,7 @@ REASONS = {
     "invalid_utf8": "the text is not valid UTF-8",
     "invalid_json": "the line is not valid JSON",
     "too_long": "a field is too long",
+    "wrong_answer": "the label says that the answer is wrong",
     "bad_option": "the right option is none of the options",
     "duplicate_id": "the id occurs twice with different content",
 }

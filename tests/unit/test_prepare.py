@@ -259,6 +259,17 @@ def test_hopeless_source_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyP
         run([str(path)], tmp_path / "out")
 
 
+def test_wrong_answers_are_left_out_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbr_dist.data.first_pass.HOPELESS", 10)
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "label": int(i >= 30)} for i in range(60)]
+    path = write(tmp_path / "qa.jsonl", rows)
+    with pytest.raises(UserError, match="30 of 60 rows are bad, .* label is 0, .*--max-bad-share 1"):
+        run([str(path)], tmp_path / "out")
+    report = run([str(path)], tmp_path / "out", max_bad_share=1).data
+    assert report["rows"]["bad"]["by_reason"]["wrong_answer"]["count"] == 30
+    assert sum(side["records"] for side in report["records"].values()) == 30
+
+
 def test_empty_sources(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"a.jsonl: no records: the sources are empty"):
@@ -285,7 +296,7 @@ def test_only_bad_rows(tmp_path: Path) -> None:
         run([str(path)], tmp_path / "out", max_bad_share=1)
 
 
-@pytest.mark.parametrize("role", ["id", "domain", "source", "negatives", "positives"])
+@pytest.mark.parametrize("role", ["id", "domain", "source", "negatives", "positives", "label"])
 def test_a_field_that_no_row_has(tmp_path: Path, role: str) -> None:
     texts = write(tmp_path / "texts.jsonl", [{"text": f"t {i}"} for i in range(20)])
     path = write(tmp_path / "qa.jsonl", [{"question": f"q {i}", "answer": f"a {i}", "kez": "x"} for i in range(20)])

@@ -280,6 +280,8 @@ def test_several_fields_make_one_text() -> None:
         ({"question": "\ufeff \u200b", "answer": "a"}, "empty", "question is empty"),
         ({"question": "q", "answer": []}, "empty", "answer is empty"),
         ({"question": "q", "answer": "a\ud800"}, "invalid_utf8", "answer, character 1"),
+        ({"question": "q", "answer": "a", "label": 0}, "wrong_answer", "label is 0, so this is no answer"),
+        ({"question": "q", "answer": "a", "Is_correct": False}, "wrong_answer", "Is_correct is False"),
         ({"question": "q", "answer": "a" * 101}, "too_long", "answer has 101 characters, more than --max-chars 100"),
         ({"question": "q", "answer": "a", "id": True}, "wrong_type", "id is true or false"),
         ({"question": "q", "answer": "a", "negatives": {"x": 1}}, "wrong_type", "negatives is an object"),
@@ -290,6 +292,16 @@ def test_bad_rows_are_named(row: dict, reason: str, detail: str) -> None:
         convert(row, "question-answer")
     assert caught.value.reason == reason
     assert detail in caught.value.detail
+
+
+def test_labels_of_right_and_wrong_answers() -> None:
+    row = {"question": "q", "answer": "a", "label": "0"}
+    for label in ("1", 1, True, 0.5, None, "topic"):
+        assert convert({**row, "label": label}).answer == "a"
+    assert convert(row, fields={"label": ""}).answer == "a"
+    pair = {"question1": "q", "question2": "a", "same": 0}
+    with pytest.raises(RowError, match="same is 0"):
+        convert(pair, fields={"question": "question1", "answer": "question2", "label": "same"})
 
 
 @pytest.mark.parametrize("right", ["C", 2, -1, "other", 1.5])
