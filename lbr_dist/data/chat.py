@@ -3,10 +3,11 @@
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}    OpenAI, TRL
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}        ShareGPT
     {"instruction": ..., "input": ..., "output": ...}                                          Alpaca
+    {"instruction": ..., "context": ..., "response": ...}                                      Dolly
 
 What was said before the last reply, by whomever, becomes the question, a line per turn. System prompts are left out:
 they are the same for all rows, and rows that share a question would all come to one side. An instruction keeps its
-input, on a line of its own.
+input or context, on a line of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from lbr_dist.data.row_values import parsed
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
+INPUTS = ("input", "context")
+"""Fields with what an instruction is about."""
 REPLY = ("assistant", "gpt", "model", "bot", "chatgpt")
 SYSTEM = ("system", "developer")
 CALLS = ("tool_calls", "function_call")
@@ -33,10 +36,11 @@ def unfold(row: Mapping[str, Any]) -> Mapping[str, Any]:
         if name in row and "question" not in row:
             question, answer = _pair(name, row[name])
             return {**{key: value for key, value in row.items() if key != name}, "question": question, "answer": answer}
-    more = row.get("input")
-    if isinstance(more, str) and more and isinstance(row.get("instruction"), str):
-        return {**{key: value for key, value in row.items() if key != "input"},
-                "instruction": f"{row['instruction']}\n{more}"}  # fmt: skip
+    for name in INPUTS:
+        more = row.get(name)
+        if isinstance(more, str) and more and isinstance(row.get("instruction"), str):
+            return {**{key: value for key, value in row.items() if key != name},
+                    "instruction": f"{row['instruction']}\n{more}"}  # fmt: skip
     return row
 
 

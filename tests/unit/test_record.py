@@ -147,6 +147,9 @@ def test_conversations() -> None:
     for row in (openai, sharegpt, {**openai, "messages": json.dumps(openai["messages"])}):
         record = convert(row)
         assert (record.question, record.answer) == ("fever?\nsince when?\ntoday", "rest")
+    dolly = {"instruction": "When?", "context": "In 2000.", "response": "2000", "category": "closed_qa"}
+    assert convert(dolly).question == "When?\nIn 2000."
+    assert convert({**dolly, "context": ""}).question == "When?"
     alpaca = {"instruction": "Answer the patient.", "input": "fever?", "output": "rest"}
     assert convert(alpaca).question == "Answer the patient.\nfever?"
     assert convert({**alpaca, "input": ""}).question == "Answer the patient."
