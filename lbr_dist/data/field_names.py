@@ -14,8 +14,8 @@ KINDS = ("question-answer", "query-document", "multiple-choice", "corpus")
 
 NAMES: dict[str, tuple[str, ...]] = {
     "question": (
-        *("question", "questions", "query", "prompt", "instruction", "stem", "problem", "anchor", "input"),
-        *("docstring", "func_documentation_string"),
+        *("question", "questions", "query", "prompt", "instruction", "stem", "question_stem", "problem", "anchor"),
+        *("input", "docstring", "func_documentation_string"),
     ),
     "answer": (
         *("answer", "answers", "response", "output", "completion", "correct_answer", "long_answer", "ideal_answer"),

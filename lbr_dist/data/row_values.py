@@ -136,7 +136,8 @@ def choose(value: Any, options: list[str], labels: list[str]) -> int:
     else:
         raise RowError("wrong_type", f"the right option is {type_name(value)}, not a text or a whole number")
     if not 0 <= number < len(options):
-        raise RowError("bad_option", f"{str(value)[:40]!r} is none of the {len(options)} options")
+        hint = "; a number counts from 0, unless the options have labels" * str(value).strip().isdecimal()
+        raise RowError("bad_option", f"{str(value)[:40]!r} is none of the {len(options)} options{hint}")
     return number
 
 

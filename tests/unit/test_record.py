@@ -190,7 +190,7 @@ def test_names_in_capitals_and_options_in_fields_of_their_own() -> None:
     assert convert({"ID": "7", "Question": "q", "Answer": "a", "answer_note": "x"}).id == "7"
     row = {"question": "q", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2, "exp": "why"}
     assert convert(row).answer == "y"
-    with pytest.raises(RowError, match="is none of the 4 options"):  # counted from 1
+    with pytest.raises(RowError, match="'4' is none of the 4 options; a number counts from 0, unless"):
         convert({**row, "cop": 4})
 
 
@@ -212,6 +212,8 @@ def test_forms_of_well_known_sets() -> None:
     assert (code.question, code.answer) == ("adds", "def add(): ...")
     assert convert({"input": "q", "output": "a"}).question == "q"
     assert convert({"question": "q", "choices": ["x", "y"], "correct_answer": "y"}).answer == "y"
+    openbook = {"id": "7", "question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+    assert convert(openbook).answer == "y"
 
 
 def test_bioasq() -> None:
