@@ -1,7 +1,9 @@
 """Rows of a CSV or TSV file, where one wrong quote costs one row and never those behind it.
 
 A quote that is opened and not closed makes a reader take all that follows for one cell. Here a row that does not end as
-it must, or runs over very many lines, is bad, and reading goes on with the line after the one on which it began.
+it must, or runs over very many lines, or over several with another number of cells than the header, is bad, and reading
+goes on with the line after the one on which it began. A line without any text in its cells, as spreadsheets write them,
+is a blank one.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class _Lines:
 
 
 def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
-    """Rows by the names in the header, each with the number of its first line (from 1); a short row has fewer fields.
+    """Rows by the names in the header, each with the number of its first line (from 1); a short line has fewer fields.
 
     Args:
         file: buffered, at its beginning.
@@ -81,7 +83,11 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
             continue
         if cells is None:
             return
-        if len(cells) > len(names):
+        if len(cells) != len(names) and len(lines.taken) > 1:
+            lines.back()
+            problem = f"{len(cells)} cells over several lines, the header has {len(names)}"
+            yield first, RowError("wrong_type", f"not a CSV row: is a quote missing or not doubled? ({problem})")
+        elif len(cells) > len(names):
             yield first, RowError("wrong_type", f"the line has {len(cells)} cells, more than the header: {len(names)}")
-        elif cells:
+        elif any(cells):
             yield first, dict(zip(names, cells, strict=False))

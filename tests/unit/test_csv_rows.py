@@ -46,6 +46,18 @@ def test_a_stray_quote_costs_its_row_alone(line: str, behind: str) -> None:
     assert lost == 1 or (behind != "plain" and lost <= 3)  # a quote behind may close it, and what follows is misread
 
 
+@pytest.mark.parametrize("ends", ['4,5"', '4,5",x,y'])
+def test_a_quote_that_a_later_line_closes_costs_its_row_alone(ends: str) -> None:
+    found = read(f'q,a\n1,x\n"2,is open\n3,y\n{ends}\n5,z\n')
+    assert {2: "x", 4: "y", 6: "z"}.items() <= good(found).items()
+    problems = {number: row for number, row in found if isinstance(row, str)}
+    assert "is a quote missing or not doubled?" in problems[3]
+
+
+def test_lines_of_empty_cells_are_blank() -> None:
+    assert read("q,a,,\n1,x,,\n,,,\n,,,\n2,,,\n") == [(2, {"q": "1", "a": "x", "": ""}), (5, {"q": "2", "a": "", "": ""})]
+
+
 def test_an_open_quote_at_the_end_of_the_file() -> None:
     assert good(read('q,a\n1,x\n2,"y\n3,z')) == {2: "x", 4: "z"}
 
