@@ -29,8 +29,12 @@ FOREIGN = {
     b"\xfe\xff": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\x1f\x8b": "is compressed with gzip: let its name end in .gz",
     b"\x28\xb5": "is compressed with zstd: let its name end in .zst",
+    b"BZh91AY&SY": "is compressed with bzip2: let its name end in .bz2",
+    b"\xfd7zXZ": "is compressed with xz: let its name end in .xz",
 }
 """First bytes of a text file that is none."""
+POINTER = b"version https://git-lfs"
+"""First bytes of what a clone without Git LFS holds instead of a file."""
 
 DAMAGE: tuple[type[Exception], ...] = (
     *compressed.DAMAGE,
@@ -54,6 +58,7 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
     if part.format == "text" and part.source.kind not in (None, "corpus"):
         raise UserError(f"{part.name}: plain text has no fields, so it cannot be of kind {part.source.kind}")
     try:
+        _refuse_pointer(part)
         if part.dataset is not None:
             yield from _columns(part.dataset.with_format("arrow").iter(BATCH))  # nothing hidden, no image decoded
         elif part.format == "parquet":
@@ -62,8 +67,9 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
             yield from _tar(part)
         else:
             with part.open() as file:
-                if (start := file.peek(2)[:2]) in FOREIGN:  # type: ignore[attr-defined]
-                    raise UserError(f"{part.name}: the content {FOREIGN[start]}")
+                start = file.peek(32)  # type: ignore[attr-defined]
+                if foreign := next((what for magic, what in FOREIGN.items() if start.startswith(magic)), None):
+                    raise UserError(f"{part.name}: the content {foreign}")
                 if part.format == "jsonl":
                     yield from json_lines(file)
                 elif part.format == "json":
@@ -74,6 +80,13 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
                     yield from csv_rows(file, "\t" if part.format == "tsv" else ",")
     except DAMAGE as error:
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
+
+
+def _refuse_pointer(part: Part) -> None:
+    if part.dataset is None:
+        with part.path.open("rb") as raw:
+            if raw.read(len(POINTER)) == POINTER:
+                raise UserError(f"{part.name}: is a pointer to a file in Git LFS: fetch the file (git lfs pull)")
 
 
 def _decoded(data: bytes) -> Row:

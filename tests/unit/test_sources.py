@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
@@ -251,6 +252,11 @@ def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
     [
         ("a.csv", "question,answer\n".encode("utf-16"), "UTF-16"),
         ("a.jsonl", gzip.compress(b"{}", mtime=0), r"gzip: let its name end in \.gz"),
+        ("a.jsonl", bz2.compress(b"{}"), r"bzip2: let its name end in \.bz2"),
+        ("a.csv", lzma.compress(b"{}"), r"xz: let its name end in \.xz"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        ("a.txt.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
     ],
 )
 def test_content_of_another_kind(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
