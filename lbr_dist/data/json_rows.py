@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lbr_dist.data.chat import CONVERSATIONS
 from lbr_dist.data.field_names import NAMES, RECOGNISED
-from lbr_dist.data.row_values import RowError
+from lbr_dist.data.row_values import CONVERT, RowError
 from lbr_dist.data.sources import Part
 
 ARRAYS = ("data", "rows", "examples", "records", "items", "questions")
@@ -69,7 +69,7 @@ def json_object(data: bytes) -> Row:
     try:
         row = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return RowError("invalid_utf8", f"byte {error.start}")
+        return RowError("invalid_utf8", f"byte {error.start}{CONVERT}")
     except json.JSONDecodeError as error:
         return RowError("invalid_json", f"{error.msg}, at character {error.pos}: one whole object is expected")
     except (ValueError, RecursionError) as error:

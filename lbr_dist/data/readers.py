@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 from lbr_dist.data import compressed
 from lbr_dist.data.csv_rows import csv_rows
 from lbr_dist.data.json_rows import Numbered, Row, json_lines, json_object, json_rows
-from lbr_dist.data.row_values import RowError
+from lbr_dist.data.row_values import CONVERT, RowError
 from lbr_dist.data.sources import Part
 from lbr_dist.errors import UserError
 
@@ -93,7 +93,7 @@ def _decoded(data: bytes) -> Row:
     try:
         return {"text": data.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
-        return RowError("invalid_utf8", f"byte {error.start}")
+        return RowError("invalid_utf8", f"byte {error.start}{CONVERT}")
 
 
 def _lines(file: IO[bytes]) -> Numbered:

@@ -27,6 +27,7 @@ REASONS = {
     "duplicate_id": "the id occurs twice with different content",
 }
 """Why a row is bad."""
+CONVERT = ": convert a file in another encoding, as with iconv -f WINDOWS-1252 -t UTF-8"
 PYTHON_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
 """What str() makes of a list of texts, where it is not JSON too."""
 
@@ -65,7 +66,8 @@ def text(value: Any, role: str, max_chars: int) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise RowError("invalid_utf8", f"{role}, character {error.start}") from None
+            hint = CONVERT * ("\udc80" <= value[error.start] <= "\udcff")  # a byte that csv_rows handed on
+            raise RowError("invalid_utf8", f"{role}, character {error.start}{hint}") from None
     return value
 
 

@@ -37,6 +37,8 @@ UNITS = {"jsonl": "line", "json": "item", "csv": "line", "tsv": "line", "text": 
 ENDING = re.compile(
     rf"({'|'.join(map(re.escape, FORMATS))})({'|'.join(map(re.escape, ENDINGS))})?(?=$|[\s'\"?#|])", re.IGNORECASE
 )
+MOST_LISTED = 10
+"""Endings of files in a message."""
 HUB = "hub:"
 DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -135,7 +137,16 @@ def expand(source: Source, downloads: Path, passed_over: Counter[str] | None = N
     if local.is_dir():
         if _is_set(local):
             raise UserError(f"{path}: is a prepared set, not a source: give its tars, for example {path}/eval/*.tar")
-        files = list(_walk(local, Counter() if passed_over is None else passed_over))
+        others = Counter[str]()
+        files = list(_walk(local, others))
+        if not files:
+            listed = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(MOST_LISTED))
+            raise UserError(
+                f"{path}: a folder without source files ({', '.join(FORMATS)}; .json only if named or globbed); it has "
+                f"{listed or 'no files'}"
+            )
+        if passed_over is not None:
+            passed_over.update(others)
     elif local.is_file():
         files = [local]
     else:
@@ -170,7 +181,8 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
         folder = Path(place)
         identity = os.path.realpath(folder)
         if identity in seen or _is_set(folder):
-            passed_over["prepared set"] += identity not in seen
+            if identity not in seen:
+                passed_over["prepared set"] += 1
             folders.clear()
             continue
         seen.add(identity)
@@ -222,8 +234,9 @@ def _dataset_part(source: Source, path: str, folder: Path | None) -> Part:
         raise UserError(f"{path}: datasets cannot load it ({reason})") from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
+            named = path.removesuffix(f"@{split}")
             raise UserError(
-                f"{path}: has the splits {', '.join(data)}: name one, for example {path}@{next(iter(data))}"
+                f"{path}: has the splits {', '.join(data)}: name one, for example {named}@{next(iter(data))}"
             )
         data = data[split]
     return Part(path, "datasets", folder or Path(), source, dataset=data)

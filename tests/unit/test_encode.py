@@ -349,7 +349,7 @@ def compressed(data, name):
 
 def test_other_bad_files_are_named(tmp_path):
     for name, data, message in (
-        ("a.jsonl", b'{"text": "\xff"}', r"line 1: the text is not valid UTF-8 \(byte 10\)"),
+        ("a.jsonl", b'{"text": "\xff"}', r"line 1: the text is not valid UTF-8 \(byte 10: convert .* iconv"),
         ("b.jsonl", b"\xff\xfe{\0", "is UTF-16"),
         ("a.jsonl.gz", b"no gzip", "damaged"),
         ("a.parquet", b"no parquet", "damaged or not a parquet file"),

@@ -18,7 +18,7 @@ import pytest
 import zstandard
 
 from lbr_dist.data.readers import rows
-from lbr_dist.data.row_values import RowError
+from lbr_dist.data.row_values import RowError, text
 from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 
@@ -88,6 +88,8 @@ def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
     assert [row for _, row in read(f"{tmp_path}/two@test", tmp_path)] == ROWS[:1]
     with pytest.raises(UserError, match=r"has the splits train, test: name one, for example .*two@train"):
         read(tmp_path / "two", tmp_path)
+    with pytest.raises(UserError, match=r"two@dev: has the splits .*, for example [^@]*two@train"):
+        read(f"{tmp_path}/two@dev", tmp_path)
     part = expand(Source(str(tmp_path / "one")), tmp_path / "downloads")[0]
     assert part.fingerprint()["xxh128"]
 
@@ -162,6 +164,12 @@ def test_undecodable_rows_are_handed_on_with_their_number(tmp_path: Path) -> Non
     path.write_bytes(b'{"text": "ok"}\n\n{"text": "\xff"}\n{"text": \n[1]\n{"text": "ok"}\n')
     found = [(n, row.reason if isinstance(row, RowError) else row["text"]) for n, row in read(path, tmp_path)]
     assert found == [(1, "ok"), (3, "invalid_utf8"), (4, "invalid_json"), (5, "wrong_type"), (6, "ok")]
+    foreign = tmp_path / "a.csv"
+    foreign.write_bytes("question;answer\nGröße;über\n".encode("cp1252"))
+    [(_, cells)] = read(foreign, tmp_path)
+    with pytest.raises(RowError, match="answer, character 0: .* iconv -f WINDOWS-1252 -t UTF-8"):
+        text(cells["answer"], "answer", 9)
+    assert "byte 10: convert" in read(path, tmp_path)[1][1].detail
     path.write_text(json.dumps(ROWS[0], indent=1))
     (_, first), *_ = read(path, tmp_path)
     assert re.fullmatch(
@@ -302,6 +310,14 @@ def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
     assert [part.name.removeprefix(f"{folder}/") for part in parts] == ["A.TXT", "deep/b.Txt", "linked/h.txt"]
     assert [row["text"] for part in parts for _, row in rows(part)] == ["A.TXT", "deep/b.Txt", "h.txt"]  # type: ignore[call-overload]
     assert passed_over == {".json": 2, ".JSON": 1, ".pdf": 1, "README": 1, "prepared set": 1}
+    (folder / "deep" / "circle").symlink_to(folder / "deep")
+    alone: Counter[str] = Counter()
+    expand(Source(str(folder / "deep")), tmp_path, alone)
+    assert list(alone) == [".json"]
+    (folder / "only").mkdir()
+    (folder / "only/squad.json").write_text("[]")
+    with pytest.raises(UserError, match=r"only: a folder without source files .*; it has 1 \.json"):
+        expand(Source(str(folder / "only")), tmp_path)
     (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"gone.jsonl: is a link to a file that does not exist"):
         expand(Source(str(folder)), tmp_path)
