@@ -27,7 +27,7 @@ from lbr_dist.rows import read_texts
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Side
 
-VERSION = 2
+VERSION = 3
 """Raised when the same input and settings give other blocks, ids or texts: parts of two versions are not joined."""
 
 
@@ -61,7 +61,7 @@ def encode_file(
         out: Parquet file to make, with the columns `id` (the row's own, or its number) and `embedding` (float32 list of
             fixed size, unit length), in the order of the input.
         side: query or passage: which instruction the texts get.
-        field: field that holds the text; default: by side the first of question, query, text, or of answer, text,
+        field: field that holds the text, named as in `read_texts`; default: by side the first of question, query, text, or of answer, text,
             passage, document that the first row has.
         device: default: CUDA where there is one.
         block: texts in a part.

@@ -13,9 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.data.field_names import listed
+from lbr_dist.data.field_names import Finder, listed, reach, value
 from lbr_dist.data.readers import rows
-from lbr_dist.data.row_values import REASONS, RowError, identifier, text, type_name
+from lbr_dist.data.row_values import REASONS, RowError, blank, identifier, text, type_name
 from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 
@@ -27,7 +27,10 @@ FIELDS = {
 
 
 def read_texts(source: Path, side: str, field: str | None = None) -> Iterator[tuple[str, str]]:
-    """(id, text) of every row; the id is the row's `id`, else its number from 0.
+    """(id, text) of every row; the id is the row's own, under a name that `lbr prepare` knows, else its number from 0.
+
+    Args:
+        field: field of the text, named as for `lbr prepare --field`: dots lead into objects, commas join several.
 
     The first row is read at once, so that a missing file or field is known before anything else is done.
 
@@ -64,28 +67,39 @@ def _problem(error: RowError) -> str:
     return error.detail if error.reason == "wrong_type" else f"{REASONS[error.reason]} ({error.detail})"
 
 
-def _texts(found: Iterator[tuple[str, Mapping[str, Any]]], field: str) -> Iterator[tuple[str, str]]:
+def _texts(found: Iterator[tuple[str, Mapping[str, Any]]], finder: Finder) -> Iterator[tuple[str, str]]:
     for number, (place, row) in enumerate(found):
         try:
-            item = identifier(row.get("id")) or str(number), _text(row, field)
+            names = finder.find(row, "id")
+            item = (identifier(value(row, names)) if names else None) or str(number), _text(row, finder)
         except RowError as error:
             raise UserError(f"{place}: {_problem(error)}; repair the row, or name another --field") from None
         yield item
 
 
-def _text(row: Mapping[str, Any], field: str) -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        what = "missing" if field not in row else "null" if value is None else f"{type_name(value)}, not a text"
-        raise RowError("wrong_type", f"field {field!r} is {what}")
-    return text(value, field, sys.maxsize) if value.strip() else value
+def _text(row: Mapping[str, Any], finder: Finder) -> str:
+    names = finder.find(row, "text")
+    if names is None:
+        raise RowError("wrong_type", f"field {finder.fields['text']!r} is missing")
+    parts = [_part(reach(row, name), name) for name in names if len(names) == 1 or not blank(reach(row, name))]
+    return "\n".join(parts)
 
 
-def _choose(row: Mapping[str, Any], side: str, field: str | None, source: Path) -> str:
+def _part(found: Any, name: str) -> str:
+    if not isinstance(found, str):
+        what = "null" if found is None else f"{type_name(found)}, not a text"
+        raise RowError("wrong_type", f"field {name!r} is {what}")
+    return found if blank(found) else text(found, name, sys.maxsize)
+
+
+def _choose(row: Mapping[str, Any], side: str, field: str | None, source: Path) -> Finder:
+    """A finder of the field that holds the text."""
     tried = (field,) if field is not None else FIELDS[side]
+    lower = {str(name).lower(): str(name) for name in reversed(list(row))}
     for name in tried:
-        if name in row:
-            return name
+        finder = Finder({"text": name if field is not None else lower.get(name, name)})
+        if finder.find(row, "text"):
+            return finder
     raise UserError(
         f"{source}: no field {' or '.join(repr(name) for name in tried)} in its first row, which has "
         f"{listed(row)}; name one with --field"

@@ -313,6 +313,18 @@ def test_a_row_without_an_id_gets_its_number(tmp_path):
     assert list(read_texts(source, "passage")) == [("0", "a"), ("1", "b"), ("7", "c"), ("3", "")]
 
 
+def test_ids_and_fields_are_found_as_sources_have_them(tmp_path):
+    rows = [{"_id": "d7", "title": "Pain", "Text": "relief"}, {"_id": "d9", "title": "", "Text": "fever"}]
+    source = write_jsonl(tmp_path / "corpus.jsonl", rows)
+    assert list(read_texts(source, "passage")) == [("d7", "relief"), ("d9", "fever")]
+    assert list(read_texts(source, "passage", "title,Text")) == [("d7", "Pain\nrelief"), ("d9", "fever")]
+    with pytest.raises(UserError, match="no field 'title,body' in its first row"):
+        read_texts(source, "passage", "title,body")
+    source = write_jsonl(tmp_path / "trivia.jsonl", [{"answer": {"value": "Paris"}}, {"answer": {}}])
+    with pytest.raises(UserError, match=r"line 2: field 'answer\.value' is missing"):
+        list(read_texts(source, "passage", "answer.value"))
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "A.JSONL.GZ", "a.Jsonl.zst", "a.jsonl.bz2", "a.txt", "a.csv", "a.json"])
 def test_files_are_read_as_sources_are(tmp_path, name):
     """With a byte order mark, under any ending, in capitals or not."""
