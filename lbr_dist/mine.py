@@ -35,7 +35,7 @@ from lbr_dist.mining.report import example_queries, markdown
 from lbr_dist.mining.vectors import embed, texts
 from lbr_dist.mining.write import write_mined
 
-VERSION = 1
+VERSION = 2
 """Raised when the same input and settings give other output."""
 QUERIES = 2048
 """Queries whose negatives are committed together,"""

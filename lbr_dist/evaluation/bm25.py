@@ -1,23 +1,28 @@
 """BM25 (Robertson & Zaragoza 2009) through bm25s: the lexical yardstick beside every learned model.
 
-Words are runs of letters and digits, lower-cased, without stemming and without a stop-word list, so that the yardstick
-is the same for every domain and language; scripts that write no spaces (Chinese, Japanese, Thai ...) go by character.
+Words are runs of letters, their marks and digits in the normal form of data/record.py, without stemming and without a
+stop-word list, so that the yardstick is the same for every domain and language; scripts that write no spaces (Chinese,
+Japanese, Thai ...) go by character.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
+from lbr_dist.data.record import normalise
+
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_MARKS = "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:[^\W{_UNSPACED}]|[{_MARKS}])+")  # to Python a mark (Hindi's vowels) is no letter
 
 
 def words(text: str) -> list[str]:
     """Terms of a text."""
-    return _WORD.findall(text.lower())
+    return _WORD.findall(normalise(text))
 
 
 class BM25:

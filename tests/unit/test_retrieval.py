@@ -101,6 +101,9 @@ def test_bm25_through_mteb_agrees_with_the_formula():
 def test_bm25_words():
     assert words("Alpha-Beta 2b, ÉCOLE") == ["alpha", "beta", "2b", "école"]
     assert words("糖尿病 type 2") == ["糖", "尿", "病", "type", "2"]
+    assert words("हिन्दी में दवा") == ["हिन्दी", "में", "दवा"]
+    assert words("cafe\u0301") == words("café")
+    assert words("acetyl\u00adsalicylic Ｆｕｌｌ") == ["acetylsalicylic", "full"]
 
 
 def test_bm25_without_a_known_word():
