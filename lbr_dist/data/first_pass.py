@@ -28,6 +28,7 @@ from lbr_dist.data.record import Record, batches, normalised_hash
 from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import Part
 from lbr_dist.data.spool import Spool
+from lbr_dist.errors import UserError
 
 BLOCK_ROWS = 8192
 """Rows in a block at most,"""
@@ -246,7 +247,10 @@ def first_pass(
     read = partial(row_blocks, paragraphs=paragraphs, folder=folder, most=BLOCK_ROWS)
     for summary in executor.stream(jobs, read, work):
         if summary.hopeless:
-            summary.bad.check(0)
+            raise UserError(
+                f"the first {HOPELESS} rows of {jobs[summary.part].part.name} are bad, so it is not read further: "
+                f"{summary.bad}"
+            )
         summaries.append(summary)
         advance(summary.records)
     summaries.sort(key=lambda summary: (summary.part, summary.number))
