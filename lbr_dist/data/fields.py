@@ -63,7 +63,7 @@ class Converter:
         if self.kind is None:
             self.kind = self._kind_of(row)
         if self.kind == "corpus":
-            text = self._text(self._get(row, "text"), "text")
+            text = self._joined(self._get(row, "text"), "text")
             return Record(id=self._id(row, text), text=text)
         if self.kind == "multiple-choice":
             question, answer = self._multiple_choice(row)
@@ -154,7 +154,9 @@ class Converter:
         if names is not None:
             value = field_names.value(row, names)
             if role in ("question", "answer", "document", "text") and len(names) > 1:
-                return "\n".join(self._text(part, role) for part in value if not row_values.blank(part))
+                return "\n".join(
+                    self._joined(part, role) for part in value if part != [] and not row_values.blank(part)
+                )
             return value
         if optional:
             return None
@@ -193,6 +195,12 @@ class Converter:
     def _with_options(self, stem: str, options: list[str]) -> str:
         lines = [f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(options)]
         return self._text("\n".join([stem, *lines]), "question")
+
+    def _joined(self, value: Any, role: str) -> str:
+        """The text of a field; where it is a plain text, a list is its parts."""
+        if role == "text" and isinstance(value, list):
+            value = "\n".join(self._texts(value, role))
+        return self._text(value, role)
 
     def _text(self, value: Any, role: str) -> str:
         return row_values.text(value, role, self.max_chars)

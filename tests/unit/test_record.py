@@ -216,6 +216,17 @@ def test_forms_of_well_known_sets() -> None:
     assert convert(openbook).answer == "y"
 
 
+def test_a_text_in_parts() -> None:
+    assert convert({"doc_id": 1, "title": "t", "abstract": ["One.", "", "Two."]}).text == "One.\nTwo."  # SciFact
+    parts = {"text": "title,abstract"}
+    assert convert({"title": "t", "abstract": ["One.", "Two."]}, fields=parts).text == "t\nOne.\nTwo."
+    assert convert({"title": "t", "abstract": []}, fields=parts).text == "t"
+    assert convert({"paper_id": "p", "abstract": [{"text": "One.", "section": "Abstract"}]}).text == "One."  # S2ORC
+    for abstract, problem in (([], "text is empty"), ([1], "text is a number"), (["x" * 60, "y" * 60], "more than")):
+        with pytest.raises(RowError, match=problem):
+            convert({"abstract": abstract})
+
+
 def test_bioasq() -> None:
     row = {"id": "5a", "type": "summary", "body": "q?", "ideal_answer": ["a", "b"], "snippets": [{"text": "s"}]}
     found = convert(row)
