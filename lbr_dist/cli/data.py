@@ -63,7 +63,12 @@ def prepare(
     """Turn raw files into isolated GL / CL / eval shards."""
     from lbr_dist.data.prepare import prepare as run
 
-    fields = dict(_pair(item, "--field") for item in field or [])
+    fields = dict[str, str]()
+    for role, named in (_pair(item, "--field") for item in field or []):
+        if role in fields:
+            both = f"{fields[role]},{named}"
+            raise UserError(f"--field {role} is given twice: several fields of one role are --field {role}={both}")
+        fields[role] = named
     sizes = {side: size for side, size in (("gl", gl), ("cl", cl), ("eval", eval_)) if size is not None}
     report = run(
         sources, out, tokenizer=tokenizer, kind=kind, fields=fields, sizes=sizes or None, entity=entity,

@@ -160,9 +160,11 @@ class Converter:
             return value
         if optional:
             return None
-        wanted = self._finder.fields.get(role) or ", ".join(NAMES[role])
+        named = "answer" if role in ("right", "document") else role
+        wanted = self._finder.fields.get(named) or ", ".join(NAMES[role])
         kind = "" if self._told else f"; an earlier row told that these are of kind {self.kind}: see --kind"
-        raise RowError("missing_field", f"no {role}: looked for {wanted}; the row has {listed(row)}{kind}")
+        what = "right option (--field answer=NAME)" if role == "right" else role
+        raise RowError("missing_field", f"no {what}: looked for {wanted}; the row has {listed(row)}{kind}")
 
     def _answer(self, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The answer and, where the field holds a list, the further answers."""

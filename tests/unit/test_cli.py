@@ -78,6 +78,10 @@ def test_help_answers_within_a_second() -> None:
         (["audit", "nowhere"], ["nowhere", "audit"]),
         (["report", "nowhere"], ["nowhere"]),
         (["prepare", "a.jsonl", "--out", "o", "--tokenizer", "nowhere", "--field", "question"], ["--field question"]),
+        (
+            ["prepare", "a.jsonl", "--out", "o", "--tokenizer", "t", "--field", "text=title", "--field", "text=text"],
+            ["--field text is given twice", "--field text=title,text"],
+        ),
         (["prepare", "a.jsonl", "--out", "o", "--tokenizer", "nowhere"], ["nowhere"]),
         (["eval", "nowhere", "--data", "missing"], ["missing"]),
         (["search", "nowhere", "missing.txt", "q"], ["missing.txt"]),

@@ -327,6 +327,13 @@ def test_right_option_must_exist(right: object) -> None:
     assert caught.value.reason in ("bad_option", "wrong_type")
 
 
+def test_a_right_option_that_is_not_found_says_how_to_name_it() -> None:
+    with pytest.raises(RowError, match=r"no right option \(--field answer=NAME\): looked for answer_idx"):
+        convert({"question": "q", "options": ["a", "b"], "gold": 1})
+    with pytest.raises(RowError, match="looked for glod; the row has"):
+        convert({"question": "q", "options": ["a", "b"], "gold": 1}, fields={"answer": "glod"})
+
+
 def test_unrecognised_fields_are_listed_with_the_remedy() -> None:
     with pytest.raises(RowError, match=r"among the fields foo, bar: .*--field question=prompt"):
         convert({"foo": "q", "bar": "a"})
