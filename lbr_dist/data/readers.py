@@ -67,7 +67,7 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
             yield from _tar(part)
         else:
             with part.open() as file:
-                start = file.peek(32)  # type: ignore[attr-defined]
+                start = file.peek(32)[:32]  # type: ignore[attr-defined]
                 if foreign := next((what for magic, what in FOREIGN.items() if start.startswith(magic)), None):
                     raise UserError(f"{part.name}: the content {foreign}")
                 if part.format == "jsonl":
