@@ -100,7 +100,9 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts that records are compared by: questions, answers, further positives, plain texts. Arrays [texts]."""
+    """The texts that records are compared by: questions, answers, further positives, plain texts. Arrays [texts], those of
+    a record beside each other, as `compared_texts` has them.
+    """
 
     record: np.ndarray
     """int64: number of the record it belongs to."""
@@ -113,6 +115,15 @@ class Texts:
         """Those texts whose record is kept; `keep` is a mask over records."""
         mask = keep[self.record]
         return Texts(self.record[mask], self.hash[mask], self.sketch[mask])
+
+    @property
+    def first(self) -> np.ndarray:
+        """bool: a record's question, or its plain text."""
+        return np.diff(self.record, prepend=-1) != 0
+
+    def linking(self, common: np.ndarray) -> np.ndarray:
+        """bool: all but the answers with one of these hashes (uint64)."""
+        return self.first | ~np.isin(self.hash, common)
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,10 @@ def crossings(
     Args:
         side: int8 [records].
         texts: texts of these records; those of unused records are left aside.
-        common: uint64 hashes of the common texts, which sides may share.
+        common: uint64 hashes of the common answers, which sides may share.
     """
     texts = texts.of(side != UNUSED)
-    linking = ~np.isin(texts.hash, common)
+    linking = texts.linking(common)
     texts = Texts(texts.record[linking], texts.hash[linking], texts.sketch[linking])
     if not len(texts.hash):
         return Crossings()

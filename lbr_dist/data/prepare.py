@@ -24,7 +24,7 @@ from lbr_dist.data.first_pass import BLOCK_CHARACTERS, BLOCK_ROWS
 from lbr_dist.data.pipeline import Pipeline, Settings
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
-from lbr_dist.data.sources import Part, Source, expand
+from lbr_dist.data.sources import Part, Source, expand, printable
 from lbr_dist.data.split import SIDES, parse_sizes
 from lbr_dist.errors import UserError
 
@@ -64,6 +64,9 @@ class PrepareReport:
             yield f"passed over in folders: {listed} (a file is read if it is named, or a quoted glob matches it)"
         if empty := self.data["empty_sources"]:
             yield f"sources without a row: {len(empty)} (first: {empty[0]})"
+        if common := self.data["isolation"]["shared_common_texts"]:
+            first = f"{printable(common[0]['text'])!r}, in {common[0]['records']} records"
+            yield f"short answers too common to link records, so perhaps on two sides: {len(common)} (first: {first})"
         if alone := self.data["components"]["without_entity"]:
             yield f"{alone} question-answer records have no --entity and stand alone"
         if questions := self.data["decontaminate"]["by_question_alone"]:

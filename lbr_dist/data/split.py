@@ -5,9 +5,10 @@ near-duplicates, or when they belong to the same named group (entity). A compone
 nothing: they all serve the first stage, and one that is too close to an evaluation record is dropped instead (see
 isolation.py); otherwise a large corpus would chain unrelated records together.
 
-One exception keeps the components from collapsing into one: a *common text*, such as the answer "yes", of at most
+One exception keeps the components from collapsing into one: a *common text*, an answer such as "yes", of at most
 `COMMON_WORDS` words and shared by very many records, says nothing about two records belonging together and does not
-link. The report names every such text.
+link. The report names every such text. A question always links: a query with very many right documents, as in TREC
+collections, would be asked on every side.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ FLUSH = 1 << 20
 
 @dataclass(frozen=True)
 class CommonText:
-    """A text that links nothing."""
+    """An answer that links nothing."""
 
     text: str
     hash: int
@@ -79,13 +80,14 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
 
 
 def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonText]:
-    """Texts that are too common to link records, the most common first."""
+    """Answers that are too common to link records, the most common first."""
     texts = texts.of(~numbers.is_text & ~numbers.external)
+    answers = np.flatnonzero(~texts.first)
     limit = max(COMMON_RECORDS, COMMON_SHARE * int((~numbers.is_text & ~numbers.external).sum()))
-    hashes, first, counts = np.unique(texts.hash, return_index=True, return_counts=True)
+    hashes, first, counts = np.unique(texts.hash[answers], return_index=True, return_counts=True)
     found = []
     for position in np.flatnonzero(counts > limit):
-        record = spool[int(texts.record[first[position]])]
+        record = spool[int(texts.record[answers[first[position]]])]
         signed = int(hashes[position].astype(np.int64))
         text = next(text for text in compared_texts(record) if normalised_hash(text) == signed)
         if len(word_hashes([normalise(text)])[0]) <= COMMON_WORDS:
@@ -102,14 +104,14 @@ def components(
         texts: texts of the records that are alive.
         alive: bool [records]: the others are repetitions.
         similarity: estimated Jaccard similarity from which two texts are near-duplicates.
-        common: uint64 hashes of texts that do not link.
+        common: uint64 hashes of answers that do not link.
 
     Returns:
         labels int64 [records]: the smallest record number of the component (plain texts: their own).
     """
     labels = np.arange(len(numbers.is_text))
     texts = texts.of(~numbers.is_text)
-    linking = ~np.isin(texts.hash, common)
+    linking = texts.linking(common)
     labels = _link_equal(labels, texts.record[linking], texts.hash[linking])
     named = np.flatnonzero((numbers.entity != NO_ENTITY) & ~numbers.is_text & alive)
     labels = _link_equal(labels, named, numbers.entity[named])

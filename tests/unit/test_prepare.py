@@ -434,6 +434,9 @@ def test_kinds_in_one_set_and_plain_corpus_alone(tmp_path: Path) -> None:
     data = run([str(qa), str(choice)], tmp_path / "out", fields=fields).data
     assert sum(info["records"] for info in data["records"].values()) == 80
     assert data["isolation"]["shared_common_texts"] == []  # 20 rows share "yes": not more than the limit
+    more = [{"question": f"more {i}", "answer": "yes"} for i in range(40)]
+    report = run([str(write(tmp_path / "more.jsonl", more))], tmp_path / "more")
+    assert "on two sides: 1 (first: 'yes', in 40 records)" in "\n".join(report.lines)
     (tmp_path / "t.txt").write_text("one\n\ntwo\nthree\n")
     data = run([str(tmp_path / "t.txt")], tmp_path / "text", paragraphs=True).data
     assert data["records"]["gl"] == {"records": 2, "texts": 2, "shards": 1}

@@ -294,6 +294,23 @@ def test_common_short_answers_do_not_glue_everything(tmp_path: Path) -> None:
     assert shared.equal["gl - eval"] == 2  # what the exemption lets through, and nothing else
 
 
+def test_a_short_question_with_very_many_answers_links_them(tmp_path: Path) -> None:
+    """Of a TREC collection's topics each has hundreds of right documents."""
+    records = [qa(f"topic {i // 30}", ["yes", f"document {i}"][i % 2]) for i in range(300)]
+    texts, sketches = table(tmp_path, records)
+    common = common_texts(texts, numbers(records), Listed(records))  # type: ignore[arg-type]
+    assert [(text.text, text.records) for text in common] == [("yes", 150)]
+    exempt = np.array([text.hash for text in common], np.uint64)
+    labels = components(
+        texts, numbers(records), sketches, alive=np.ones(300, bool), similarity=0.7, common=exempt
+    ).reshape(10, 30)
+    assert np.array_equal(labels, np.arange(0, 300, 30)[:, None].repeat(30, 1))
+    side = np.where(np.arange(300) == 7, EVAL, GL).astype(np.int8)
+    found = crossings(side, texts, sketches, similarity=0.7, common=exempt)
+    assert found.equal["gl - eval"] == 1
+    assert found.losers.tolist() == [i for i in range(30) if i != 7]
+
+
 def test_words_of_common_texts_are_counted_in_scripts_without_spaces(tmp_path: Path) -> None:
     records = [qa(f"question {i}", ["是的", "怀孕期间不建议使用,请先咨询医生"][i % 2]) for i in range(60)]
     texts, _ = table(tmp_path, records)
