@@ -61,8 +61,8 @@ def encode_file(
         out: Parquet file to make, with the columns `id` (the row's own, or its number) and `embedding` (float32 list of
             fixed size, unit length), in the order of the input.
         side: query or passage: which instruction the texts get.
-        field: field that holds the text, named as in `read_texts`; default: by side the first of question, query, text, or of answer, text,
-            passage, document that the first row has.
+        field: field that holds the text, named as in `read_texts`; default: by side the first of question, query,
+            text, or of answer, text, passage, document that the first row has.
         device: default: CUDA where there is one.
         block: texts in a part.
         progress: a bar on a terminal.

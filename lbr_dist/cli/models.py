@@ -61,7 +61,9 @@ def encode(
     source: Annotated[Path, typer.Argument(help="File of texts: JSONL, CSV, Parquet, text ..., as lbr prepare reads.")],
     out: Annotated[Path, typer.Argument(help="Parquet file to make: id and embedding.")],
     side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
-    field: Annotated[str | None, typer.Option(help="Field that holds the text, or title,text for several; default: by side.")] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field that holds the text, or title,text for several; default: by side.")
+    ] = None,
     dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first DIM numbers of each embedding (Matryoshka runs).")
     ] = None,
@@ -85,7 +87,9 @@ def search(
     corpus: Annotated[Path, typer.Argument(help="Prepared set, or a file of texts.")],
     queries: Annotated[list[str], typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,
-    field: Annotated[str | None, typer.Option(help="Field of the file that holds the text, or title,text for several.")] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of the file that holds the text, or title,text for several.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Look at a model's results by eye."""

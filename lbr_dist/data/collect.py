@@ -100,8 +100,9 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts that records are compared by: questions, answers, further positives, plain texts. Arrays [texts], those of
-    a record beside each other, as `compared_texts` has them.
+    """The texts that records are compared by: questions, answers, further positives, plain texts.
+
+    Arrays [texts], those of a record beside each other, as `compared_texts` has them.
     """
 
     record: np.ndarray

@@ -55,7 +55,10 @@ def test_a_quote_that_a_later_line_closes_costs_its_row_alone(ends: str) -> None
 
 
 def test_lines_of_empty_cells_are_blank() -> None:
-    assert read("q,a,,\n1,x,,\n,,,\n,,,\n2,,,\n") == [(2, {"q": "1", "a": "x", "": ""}), (5, {"q": "2", "a": "", "": ""})]
+    assert read("q,a,,\n1,x,,\n,,,\n,,,\n2,,,\n") == [
+        (2, {"q": "1", "a": "x", "": ""}),
+        (5, {"q": "2", "a": "", "": ""}),
+    ]
 
 
 def test_an_open_quote_at_the_end_of_the_file() -> None:

@@ -255,7 +255,9 @@ def test_bad_rows_are_counted_by_reason_and_the_first_is_named(tmp_path: Path) -
 def test_hopeless_source_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lbr_dist.data.first_pass.HOPELESS", 20)
     path = write(tmp_path / "a.jsonl", [{"frage": "q", "antwort": "a"}] * 500)
-    with pytest.raises(UserError, match=r"first 20 rows of .*a.jsonl are bad.*line 1: cannot tell .* fields frage, antwort"):
+    with pytest.raises(
+        UserError, match=r"first 20 rows of .*a.jsonl are bad.*line 1: cannot tell .* fields frage, antwort"
+    ):
         run([str(path)], tmp_path / "out", max_bad_share=1)
 
 
@@ -263,7 +265,7 @@ def test_wrong_answers_are_left_out_where_that_is_asked_for(tmp_path: Path, monk
     monkeypatch.setattr("lbr_dist.data.first_pass.HOPELESS", 10)
     rows = [{"question": f"q {i}", "answer": f"a {i}", "label": int(i >= 30)} for i in range(60)]
     path = write(tmp_path / "qa.jsonl", rows)
-    with pytest.raises(UserError, match="30 of 60 rows are bad, .* label is 0, .*--max-bad-share 1"):
+    with pytest.raises(UserError, match=r"30 of 60 rows are bad, .* label is 0, .*--max-bad-share 1"):
         run([str(path)], tmp_path / "out")
     report = run([str(path)], tmp_path / "out", max_bad_share=1).data
     assert report["rows"]["bad"]["by_reason"]["wrong_answer"]["count"] == 30

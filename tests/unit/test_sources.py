@@ -167,7 +167,7 @@ def test_undecodable_rows_are_handed_on_with_their_number(tmp_path: Path) -> Non
     foreign = tmp_path / "a.csv"
     foreign.write_bytes("question;answer\nGröße;über\n".encode("cp1252"))
     [(_, cells)] = read(foreign, tmp_path)
-    with pytest.raises(RowError, match="answer, character 0: .* iconv -f WINDOWS-1252 -t UTF-8"):
+    with pytest.raises(RowError, match=r"answer, character 0: .* iconv -f WINDOWS-1252 -t UTF-8"):
         text(cells["answer"], "answer", 9)
     assert "byte 10: convert" in read(path, tmp_path)[1][1].detail
     path.write_text(json.dumps(ROWS[0], indent=1))
