@@ -22,7 +22,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         *("document", "passage", "positive", "pos", "positive_passages", "code", "func_code_string"),
     ),
     "document": ("document", "passage", "positive", "pos", "positive_passages", "text", "answer", "response", "code"),
-    "options": ("options", "choices", "opa,opb,opc,opd"),
+    "options": (
+        *("options", "choices", "opa,opb,opc,opd", "option_a,option_b,option_c,option_d"),
+        *("A,B,C,D,E", "A,B,C,D"),
+    ),
     "right": (
         *("answer_idx", "answer_index", "answerKey", "answer_key", "correct", "correct_option", "cop"),
         *("correct_answer", "label", "answer"),
@@ -38,7 +41,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
 fields of one role."""
 
-RECOGNISED = frozenset(part.lower() for names in NAMES.values() for name in names for part in name.split(","))
+RECOGNISED = {part.lower() for names in NAMES.values() for name in names for part in name.split(",") if len(part) > 1}
 MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "negatives", "positives", "label")
 """Roles that a field mapping may name."""
 

@@ -190,6 +190,10 @@ def test_names_in_capitals_and_options_in_fields_of_their_own() -> None:
     assert convert({"ID": "7", "Question": "q", "Answer": "a", "answer_note": "x"}).id == "7"
     row = {"question": "q", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2, "exp": "why"}
     assert convert(row).answer == "y"
+    ceval = {"id": 0, "question": "q", "A": "w", "B": "x", "C": "y", "D": "z", "answer": "C", "explanation": ""}
+    assert convert(ceval).answer == "y"
+    assert (convert(ceval).question or "").endswith("\nC. y\nD. z")
+    assert convert({**ceval, "E": "v", "answer": "E"}).answer == "v"
     with pytest.raises(RowError, match="'4' is none of the 4 options; a number counts from 0, unless"):
         convert({**row, "cop": 4})
 
