@@ -41,7 +41,9 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
 fields of one role."""
 
-RECOGNISED = {part.lower() for names in NAMES.values() for name in names for part in name.split(",") if len(part) > 1}
+RECOGNISED = frozenset(
+    part.lower() for names in NAMES.values() for name in names for part in name.split(",") if len(part) > 1
+)
 MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "negatives", "positives", "label")
 """Roles that a field mapping may name."""
 
