@@ -31,6 +31,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder(name: str) -> Path:
+    """The folder `lbr_dist/name` in the user's cache folder; for a user without a home (a container's user may have no
+    entry in passwd), in the folder of temporary files, under the user's number."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        cache = Path(base) if base else Path.home() / ".cache"
+    except RuntimeError:
+        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return cache / "lbr_dist" / name
+
+
 def is_mount(place: Path) -> bool:
     """Whether something is mounted at a folder; os.path.ismount does not see what containers bind there."""
     if os.path.ismount(place):

@@ -16,6 +16,7 @@ import xxhash
 
 from lbr_dist.data.row_values import REASONS, RowError, text
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
+from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts
 
@@ -58,7 +59,7 @@ def search(
         k: results per query; fewer where the corpus has fewer.
         field: of a file: field that holds the text.
         device: default: CUDA where there is one.
-        cache_dir: where vectors of corpora are kept; default: `lbr/search` in the user's cache folder.
+        cache_dir: where vectors of corpora are kept; default: `lbr_dist/search` in the user's cache folder.
         progress: bars on a terminal.
 
     Returns:
@@ -83,7 +84,7 @@ def search(
 
         model = pinned(model)
         encoder = load_encoder(model, device)
-        folder = Path(cache_dir) if cache_dir is not None else default_cache()
+        folder = Path(cache_dir) if cache_dir is not None else cache_folder("search")
         passages_PD = _embedded(encoder, model_fingerprint(model), texts, folder, progress)
         queries_QD = encoder.encode(list(queries), "query")
         check_finite(queries_QD, queries, model)
@@ -152,11 +153,6 @@ def print_hits(queries: Sequence[str], results: Sequence[Sequence[Hit]]) -> None
             table.add_row(f"{hit.score:.3f}", Text(hit.id), Text(" ".join(hit.text.split())[:500]))
         console.print(table)
         console.print()
-
-
-def default_cache() -> Path:
-    """`lbr/search` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lbr" / "search"
 
 
 def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, progress: bool) -> np.ndarray:

@@ -64,12 +64,6 @@ def join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
-def default_cache() -> Path:
-    """Folder of cached shards: `lbr_dist/shards` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "lbr_dist" / "shards"
-
-
 class UnreachableError(UserError):
     """A remote file could not be read: a wrong address or, where others were read before, a server that is away."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbr_dist.data import remote
 from lbr_dist.data.split_index import record_digest
+from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ShardReader:
         self._open: OrderedDict[int, int] = OrderedDict()
         self.opened, self.split = opened, split
         self.index = opened.index(split)
-        self.cache = remote.ShardCache(Path(cache_dir) if cache_dir else remote.default_cache(), cache_gib)
+        self.cache = remote.ShardCache(Path(cache_dir) if cache_dir else cache_folder("shards"), cache_gib)
         self._shards = opened.splits[split].shards
 
     def read(self, rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from lbr_dist.data.shard_writer import (
     write_set,
 )
 from lbr_dist.data.split_index import SplitIndex, read_table
+from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError
 
 __all__ = [
@@ -99,7 +100,7 @@ class PreparedSet:
     def _index_path(self, shard: ShardInfo) -> Path:
         if not self.is_remote:
             return Path(self.address(shard.index))
-        folder = remote.default_cache().parent / "indexes"
+        folder = cache_folder("indexes")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{shard.index_xxh128}.parquet"
         if not path.is_file() or file_xxh128(path) != shard.index_xxh128:

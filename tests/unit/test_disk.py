@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
 from lbr_dist import disk as module
-from lbr_dist.disk import locked, new_folder, room, usable_folder
+from lbr_dist.disk import cache_folder, locked, new_folder, room, usable_folder
 from lbr_dist.errors import UserError
 
 
@@ -105,3 +106,18 @@ def test_a_file_system_without_locks_is_said(
     with caplog.at_level(logging.WARNING), locked(tmp_path, "encode"):
         pass
     assert "no lock to be had" in caplog.text
+
+
+def test_one_cache_also_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder("shards") == tmp_path / "xdg/lbr_dist/shards"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # as if it were not set
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder("search") == tmp_path / "home/.cache/lbr_dist/search"
+
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder("search").is_absolute()
+    assert str(os.getuid()) in str(cache_folder("search"))
