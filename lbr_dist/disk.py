@@ -32,14 +32,19 @@ def sync(path: Path) -> None:
 
 
 def cache_folder(name: str) -> Path:
-    """The folder `lbr_dist/name` in the user's cache folder; for a user without a home (a container's user may have no
-    entry in passwd), in the folder of temporary files, under the user's number."""
+    """The folder `lbr_dist/name` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else home() / ".cache") / "lbr_dist" / name
+
+
+def home() -> Path:
+    """The user's home folder; a container's user may have none (no HOME, no entry in passwd): then, for the rest of the
+    process, it is a folder among the temporary files, which other libraries find too."""
     try:
-        cache = Path(base) if base else Path.home() / ".cache"
+        return Path.home()
     except RuntimeError:
-        cache = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
-    return cache / "lbr_dist" / name
+        os.environ["HOME"] = str(Path(tempfile.gettempdir()) / f"home-{os.getuid()}")
+        return Path.home()
 
 
 def is_mount(place: Path) -> bool:

@@ -7,11 +7,16 @@ carries its data, and named tasks come from the local datasets cache when HF_HUB
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lbr_dist.disk import home
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25
 from lbr_dist.evaluation.encoder import Encoder, Side, check_finite
@@ -22,6 +27,19 @@ if TYPE_CHECKING:
 
 K_VALUES = (1, 3, 5, 10, 20, 100)
 """Cut-offs of the held-out task; the last is how many passages mteb ranks per query."""
+
+
+def import_mteb() -> ModuleType:
+    """mteb, which makes the folder of a cache, that we do not use, when it is first imported: a home folder that is
+    full, read-only or absent must not end an evaluation."""
+    if "MTEB_CACHE" not in os.environ:
+        try:
+            (home() / ".cache" / "mteb").mkdir(parents=True, exist_ok=True)
+        except OSError:
+            os.environ["MTEB_CACHE"] = str(Path(tempfile.gettempdir()) / f"mteb-{os.getuid()}")
+    import mteb
+
+    return mteb
 
 
 def retrieval_scores(model: MtebEncoder | BM25Search, task: AbsTask) -> dict[str, float]:
@@ -35,12 +53,12 @@ def retrieval_scores(model: MtebEncoder | BM25Search, task: AbsTask) -> dict[str
         UserError: the task's data cannot be had (offline, not in the cache), or the model cannot run this kind of task.
     """
     import datasets
-    import mteb
 
+    mteb = import_mteb()
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()  # over a step of milliseconds
     try:
-        result = mteb.evaluate(model, task, co2_tracker=False, cache=None, show_progress_bar=False)  # type: ignore[arg-type]
+        result = mteb.evaluate(model, task, co2_tracker=False, cache=None, show_progress_bar=False)
     except (OSError, TypeError) as error:
         raise _cannot_run(task, error) from error
     finally:
@@ -58,10 +76,8 @@ def named_task(name: str) -> AbsTask:
     Raises:
         UserError: mteb knows none of that name.
     """
-    import mteb
-
     try:
-        return mteb.get_task(name)
+        return import_mteb().get_task(name)
     except KeyError as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())[:200]
         raise UserError(f"--task {name}: mteb has no such task ({reason})") from None
@@ -90,6 +106,7 @@ def _cannot_run(task: AbsTask, error: Exception) -> UserError:
 
 def held_out_task(data: HeldOut) -> AbsTask:
     """The held-out split as an mteb retrieval task, data included."""
+    import_mteb()
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,10 @@ def test_one_cache_also_without_a_home(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder("search") == tmp_path / "home/.cache/lbr_dist/search"
 
-    def nobody() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+    def nobody(user: int) -> None:
+        raise KeyError(user)
 
-    monkeypatch.setattr(Path, "home", nobody)
-    assert cache_folder("search").is_absolute()
-    assert str(os.getuid()) in str(cache_folder("search"))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 71234)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert cache_folder("search").parts[-4:] == ("home-71234", ".cache", "lbr_dist", "search")

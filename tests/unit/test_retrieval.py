@@ -1,4 +1,8 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,3 +204,15 @@ def test_a_set_without_questions_is_refused(prepared):
     prepared["eval"][:] = prepared["eval"][-1:]
     with pytest.raises(UserError, match="no questions"):
         load_held_out("anywhere")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_mteb_needs_no_home_folder(tmp_path: Path, named: bool) -> None:
+    code = "from lbr_dist.evaluation.retrieval import import_mteb; print(import_mteb().__name__)"
+    environ = {name: value for name, value in os.environ.items() if name not in ("HOME", "MTEB_CACHE")}
+    environ |= {"TMPDIR": str(tmp_path)} | ({"HOME": "/proc/none"} if named else {})
+    nobody = "import pwd; pwd.getpwuid = {}.__getitem__; "
+    done = subprocess.run(
+        [sys.executable, "-c", nobody + code], env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["mteb"], done.stderr
