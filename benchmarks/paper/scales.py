@@ -34,6 +34,8 @@ class Scale:
     """Settings of the run that makes the base language model; None: the backbone is one already."""
     generative_rates: tuple[float, ...]
     contrastive_rates: tuple[float, ...]
+    judging_rate: float
+    """The contrastive rate, one of those, with which the rates of stage 1 are judged."""
     threads: int | None = 1
     """Threads of each command; None: as the machine has."""
     generate: int = 100
@@ -60,6 +62,7 @@ SCALES = {
         language_model=("optim.lr=2e-3", "duration.steps=600"),
         generative_rates=(1e-3, 2e-3, 4e-3),
         contrastive_rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        judging_rate=1e-3,
     ),
     "few-steps": Scale(
         "few-steps: SmolLM2-135M, full fine-tuning in float32, two CPU cores, a tenth of the tokens of `gpu`",
@@ -70,7 +73,8 @@ SCALES = {
         joint=("joint.bins=4", "batch.global_batch=64", "duration.steps=20"),
         language_model=None,
         generative_rates=(2e-4, 6e-4),
-        contrastive_rates=(2e-4, 6e-4),
+        contrastive_rates=(2e-4, 6e-4, 18e-4),
+        judging_rate=2e-4,
         threads=None,
     ),
     "gpu": Scale(
@@ -103,6 +107,7 @@ SCALES = {
         language_model=None,
         generative_rates=(5e-5, 1e-4, 2e-4),
         contrastive_rates=(5e-5, 1e-4, 2e-4),
+        judging_rate=1e-4,
         threads=None,
     ),
     "toy": Scale(
@@ -115,6 +120,7 @@ SCALES = {
         language_model=("duration.steps=2",),
         generative_rates=(1e-3,),
         contrastive_rates=(1e-3,),
+        judging_rate=1e-3,
         generate=2,
     ),
 }

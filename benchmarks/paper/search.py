@@ -1,6 +1,6 @@
 """The search for learning rates: the same effort for every arm, on questions that no table uses.
 
-Stage 1's rate is chosen by what it is for: the dev score after a stage 2 with the middle rate. Then each stage 2 arm
+Stage 1's rate is chosen by what it is for: the dev score after a stage 2 of one rate. Then each stage 2 arm
 gets its own rate from the same grid; a joint stage, from that of stage 1. Seed 0, whose chosen runs the tables then
 take as they are; everything tried is written down.
 """
@@ -21,8 +21,8 @@ def search(place: Workplace) -> dict[str, Any]:
     trials: list[dict[str, Any]] = []
     rates: dict[str, float] = {}
     scale = place.scale
-    place.train(["base"] if scale.language_model else [], SEED, {})
-    middle = scale.contrastive_rates[(len(scale.contrastive_rates) - 1) // 2]
+    place.train(["base"], SEED, {})
+    judging = scale.judging_rate
 
     def score(arm: str, rate: float, start: str | None, label: str) -> float:
         return place.dev_score(place.train_arm(arm, SEED, rate, start=start, label=f"search/{label}"))
@@ -31,8 +31,8 @@ def search(place: Workplace) -> dict[str, Any]:
         found = {}
         for rate in scale.generative_rates:
             run = place.train_arm(learn, SEED, rate, label=f"search/{learn}-{rate:g}")
-            found[rate] = score(align, middle, run, f"{learn}-{rate:g}-{align}-{middle:g}")
-            trials.append({"arm": learn, "rate": rate, "judged_by": f"{align} at {middle:g}", "dev": found[rate]})
+            found[rate] = score(align, judging, run, f"{learn}-{rate:g}-{align}-{judging:g}")
+            trials.append({"arm": learn, "rate": rate, "judged_by": f"{align} at {judging:g}", "dev": found[rate]})
         rates[learn] = max(found, key=lambda rate: found[rate])
         place.adopt(learn, SEED, rates[learn], f"search/{learn}-{rates[learn]:g}")
     for arm, first in (("cl", None), *((align, learn) for learn, align in LEARN.items())):
@@ -47,7 +47,7 @@ def search(place: Workplace) -> dict[str, Any]:
 
 def search_joint(place: Workplace, found: dict[str, Any]) -> dict[str, Any]:
     """What `search` found, and the joint stage's rate."""
-    place.train(["base"] if place.scale.language_model else [], SEED, {})
+    place.train(["base"], SEED, {})
     scores = {
         rate: place.dev_score(place.train_arm("joint", SEED, rate, label=f"search/joint-{rate:g}"))
         for rate in place.scale.generative_rates

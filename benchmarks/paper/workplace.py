@@ -45,12 +45,14 @@ class Workplace:
         """Train arms and what they start from, as many at a time as there are jobs.
 
         Args:
-            names: of arms.
+            names: of arms; `base`, where the backbone is a language model already, takes no training.
             seed: of the weights of a random backbone and of the order of the data.
             rates: learning rate by arm.
         """
         self._backbone(seed)
         todo = list(dict.fromkeys(step for name in names for step in self._chain(name)))
+        if not self.scale.language_model:
+            todo = [name for name in todo if name != "base"]
         while todo:
             ready = [name for name in todo if self._start(name) not in todo]
             with ThreadPoolExecutor(self.jobs) as pool:

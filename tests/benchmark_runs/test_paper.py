@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import jsonl
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import adaptive, prediction, tables
+from benchmarks.paper import adaptive, backbone, prediction, tables
 from benchmarks.paper.__main__ import curves
 from benchmarks.paper.arms import ARMS, SHARES, rate_name
 from benchmarks.paper.domains import ENTITY, entity, hold_out
@@ -113,6 +113,20 @@ def test_a_search_and_an_experiment_at_toy_size(tmp_path, monkeypatch):
     assert "toy: only shows that everything runs" in text
     assert "| LLM + IB-GL + CL (LBR) |" in text
     assert (tmp_path / "out" / "toy" / "table4-medicine.png").stat().st_size > 1000
+
+
+@pytest.mark.timeout(600)
+def test_a_backbone_that_is_a_language_model_is_evaluated_as_it_is(tmp_path, monkeypatch):
+    """As at the scales of SmolLM2-135M: `LLM` is the backbone, and no base is trained."""
+    texts = tmp_path / "work" / "toy" / "medicine" / "qa.jsonl"
+    monkeypatch.setattr(backbone, "smollm2", lambda out: backbone.random_llama(out, [texts], 0))
+    monkeypatch.setitem(SCALES, "toy", replace(SCALES["toy"], language_model=None))
+    toy(tmp_path, monkeypatch, "table3", ("base", "cl"))()
+    runs = texts.parent / "seed-0" / "runs"
+    assert {file.name for file in runs.glob("*.finished.json")} == {"cl.finished.json"}
+    text = (tmp_path / "out" / "toy" / "table3-medicine.md").read_text()
+    assert "| LLM |" in text
+    assert "| LLM + CL |" in text
 
 
 @pytest.mark.timeout(600)
