@@ -8,8 +8,10 @@ import fcntl
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +81,9 @@ def usable_folder(folder: Path, what: str) -> None:
 def new_folder(out: Path, what: str) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` at the end and is removed if anything fails.
 
+    Modes are those that new files and folders have there (umask, a folder's group), also of what a library wrote for
+    its owner alone, as safetensors does.
+
     Raises:
         UserError: `out` is a file, holds something, or cannot be made; or the disk is full. `what` names it.
     """
@@ -91,14 +96,15 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
         if is_mount(place) or Path.cwd().is_relative_to(place):
             raise UserError(f"{what}: it is the current folder, holds it, or is a mount; name a folder to make in it")
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+        temporary = place.with_name(f".{place.name}-{secrets.token_hex(4)}")
+        temporary.mkdir()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{what}: cannot be made ({reason}); choose another folder") from None
     try:
         with room(what, "nothing was left behind; free space, or choose a folder on another disk"):
-            temporary.chmod(0o755)
             yield temporary
+            _as_new_files(temporary)
             try:
                 temporary.rename(place)
             except OSError as error:
@@ -107,6 +113,17 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
                 raise UserError(f"{what}: something else was written there meanwhile; choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _as_new_files(folder: Path) -> None:
+    """Give files in `folder` that only their owner may read the mode of a new file there."""
+    new = folder / f".mode-{secrets.token_hex(4)}"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(mode)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,21 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
+def test_modes_are_those_of_new_files_whatever_wrote_them(tmp_path: Path) -> None:
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group").chmod(0o2775)
+    before = os.umask(0o002)
+    try:
+        with new_folder(tmp_path / "group" / "out", "make out") as folder:
+            (folder / "weights").touch(0o600)
+            (folder / "tool").touch(0o700)
+    finally:
+        os.umask(before)
+    out = tmp_path / "group" / "out"
+    modes = [oct(path.stat().st_mode & 0o7777) for path in (out, out / "weights", out / "tool")]
+    assert modes == ["0o2775", "0o664", "0o700"]
+
+
 def test_what_was_written_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="make out: something else was written there"), new_folder(out, "make out"):
