@@ -102,9 +102,9 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
     """An encoder from its specification.
 
     Args:
-        spec: a run, a checkpoint, an export or other sentence-transformers folder, a hub name that is in the local
-            cache, or `hf:PATH?pooling=mean|last[&max_tokens=N]` for any causal language model; each with `?dim=N`
-            (after hf: options `&dim=N`) for the first N dimensions of its embeddings.
+        spec: a run, a checkpoint, an export or other sentence-transformers folder, a hub name, or
+            `hf:PATH?pooling=mean|last[&max_tokens=N]` for any causal language model; each with `?dim=N` (after
+            hf: options `&dim=N`) for the first N dimensions of its embeddings.
         device: default: CUDA where there is one.
 
     Raises:
@@ -183,8 +183,8 @@ def split_dim(spec: str) -> tuple[str, int | None]:
 def model_fingerprint(spec: str) -> str:
     """Hash that changes when the model behind `spec` does.
 
-    Of a checkpoint's manifest, of the file times of a folder, or of a hub name's commit (the newest; offline, or where
-    the hub does not answer, the one in the local cache).
+    Of a checkpoint's manifest, of the file times of a folder, or of a hub name's commit (the one in the local cache,
+    else the hub's newest).
     """
     path, dim = split_dim(spec)
     if is_run(path):
@@ -207,6 +207,11 @@ def _commit(name: str) -> str:
     """Commit of a hub model as it would be loaded now; empty where there is none of that name."""
     from huggingface_hub import hf_hub_download
 
+    from lbr_dist.model.hub import snapshot
+
+    cached = snapshot(name)
+    if cached is not None:
+        return cached.name
     repository = name if "/" in name else f"sentence-transformers/{name}"
     for file in ("modules.json", "config.json"):
         with contextlib.suppress(OSError, ValueError):  # the hub's errors, and names that cannot be

@@ -28,7 +28,7 @@ class Model(Section):
     """The backbone: a causal language model of the Llama, Qwen2 or Qwen3 family."""
 
     path: str
-    """Model folder (or hub name, if it is in the local cache) in Hugging Face format, with its tokenizer."""
+    """Model folder in Hugging Face format, with its tokenizer, or a hub name (its cache first, without network)."""
     start_from: str | None = None
     """A finished run or a checkpoint whose weights (Z included) this run starts from; `path` is then its base model."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -178,18 +178,19 @@ class SentenceTransformerEncoder:
     """Any sentence-transformers model, our own exports included."""
 
     def __init__(self, path: str, device: str) -> None:
-        """Load a folder, or a hub name that is in the local cache.
+        """Load a folder, or by a hub name.
 
         Raises:
             UserError: it cannot be loaded, or lacks weights.
         """
         from sentence_transformers import SentenceTransformer
 
+        from lbr_dist.model.hub import cached_first
         from lbr_dist.model.plain import whole_models
 
         try:
             with whole_models(f"model {path}"):
-                self.model = SentenceTransformer(path, device=device)
+                self.model = cached_first(SentenceTransformer, path, needs="modules.json", device=device)
         except UserError:
             raise
         except Exception as error:

@@ -18,6 +18,7 @@ from lbr_dist import config
 from lbr_dist.errors import UserError
 from lbr_dist.model import attention
 from lbr_dist.model.head import LossHead
+from lbr_dist.model.hub import cached_first
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +51,8 @@ def load_backbone(
     attention.register()
     settings = load_config(model.path, longest)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = cached_first(
+            AutoModelForCausalLM.from_pretrained,
             model.path,
             config=settings,
             dtype=DTYPES[model.dtype],
@@ -89,10 +91,10 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
     from transformers import AutoConfig
 
     try:
-        settings = AutoConfig.from_pretrained(path)
+        settings = cached_first(AutoConfig.from_pretrained, path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model {path}: not a model folder, nor a hub name in the local cache ({_line(error)}); "
+            f"model {path}: neither a model folder nor a hub name in its cache or on the hub ({_line(error)}); "
             "give a folder with config.json and weights"
         ) from None
     if settings.model_type not in FAMILIES:

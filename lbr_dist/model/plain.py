@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from lbr_dist.errors import UserError
+from lbr_dist.model.hub import cached_first
 
 POOLER = "pooler."
 """Weights of BERT's family that our poolings do not use, and that many checkpoints lack."""
@@ -20,7 +21,7 @@ def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> A
     """Load a model of `kind` (`transformers.AutoModel` or one for a task).
 
     Args:
-        path: model folder, or hub name in the local cache.
+        path: model folder or hub name.
         device: where to.
         what: names the model in messages.
 
@@ -28,7 +29,7 @@ def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> A
         UserError: it cannot be loaded, or weights are missing, which transformers would make up at random.
     """
     try:
-        model, info = kind.from_pretrained(path, dtype="float32", output_loading_info=True)
+        model, info = cached_first(kind.from_pretrained, path, dtype="float32", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what}: cannot be loaded ({reason})") from None

@@ -18,6 +18,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from lbr_dist.errors import UserError
+from lbr_dist.model.hub import cached_first
 
 _Z_PREFIX, _Z_SUFFIX = "<|lbr_z_", "|>"
 _DECORATION = ("post_processor", "padding", "truncation")
@@ -48,7 +49,7 @@ class Tokenization:
 
     @classmethod
     def load(cls, path: str) -> Tokenization:
-        """Load the tokenizer of a model folder (or of a hub name in the local cache).
+        """Load the tokenizer of a model folder (or by a hub name).
 
         Raises:
             UserError: there is no tokenizer, or only a slow one.
@@ -56,7 +57,7 @@ class Tokenization:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = cached_first(AutoTokenizer.from_pretrained, path)
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

@@ -20,11 +20,18 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serve(repositories: dict[str, Path]) -> Iterator[str]:
-    """Serve folders as `datasets/OWNER/NAME` or `models/OWNER/NAME`, every revision the same; gives the address."""
+def serve(repositories: dict[str, Path], requests: list[str] | None = None) -> Iterator[str]:
+    """Serve folders as `datasets/OWNER/NAME` or `models/OWNER/NAME`, every revision the same; gives the address.
+
+    `requests` is given a line for each.
+    """
 
     class Handler(_Handler):
         folders = repositories
+
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            if requests is not None:
+                requests.append(f"{self.command} {self.path} {code}")
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -104,9 +111,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 def _entry(folder: Path, path: Path) -> dict[str, object]:
