@@ -12,6 +12,7 @@ with the plan.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -24,6 +25,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.logs import is_torn, iterate_rows
 
 if TYPE_CHECKING:
+    from lbr_dist.config import Recipe
     from lbr_dist.data.assemble import LocalBatch
 
 FOLDER = "audit"
@@ -101,11 +103,14 @@ class _Attempt:
 def audit(run_dir: str | Path) -> Audit:
     """Read the logs of a run and compare its history with its plan.
 
-    The plan is made again from `recipe.yaml` and the prepared sets, which must still be there.
+    The plan is made again from `recipe.yaml` and the prepared sets, which must still be there (by relative paths from
+    where the run was started).
 
     Raises:
         UserError: not a run with an audit log, or the plan cannot be made.
     """
+    from lbr_dist.training.run_folder import load_run_recipe, started_in
+
     run_dir = Path(run_dir)
     found, result = _attempts(run_dir), Audit()
     if not found:
@@ -126,20 +131,23 @@ def audit(run_dir: str | Path) -> Audit:
         if step != expected_next:
             result.problems.append(f"step {expected_next} to {step - 1}: no record")
         expected_next = step + 1
-    _compare(run_dir, history, found[-1].plan, result)
+    recipe = load_run_recipe(run_dir)
+    with contextlib.chdir(started_in(run_dir, recipe)):
+        if not _compare(recipe, history, found[-1].plan, result):
+            raise UserError(
+                f"{run_dir}: the prepared sets or the recipe changed since the run; audit with the old ones"
+            )
     return result
 
 
-def _compare(run_dir: Path, history: dict[int, list[str]], fingerprint: str, result: Audit) -> None:
-    """Compare each step's samples, and each epoch's, with the plan."""
+def _compare(recipe: Recipe, history: dict[int, list[str]], fingerprint: str, result: Audit) -> bool:
+    """Compare each step's samples, and each epoch's, with the plan; False where that is another than it was."""
     from lbr_dist.data.plan import open_data
     from lbr_dist.model.tokenizer import Tokenization
-    from lbr_dist.training.run_folder import load_run_recipe
 
-    recipe = load_run_recipe(run_dir)
     plan, readers = open_data(recipe, Tokenization.load(recipe.model.path))
     if plan.fingerprint != fingerprint:
-        raise UserError(f"{run_dir}: the prepared sets or the recipe changed since the run; audit with the old ones")
+        return False
     ids = [reader.index.ids for reader in readers]
     used: dict[int, Counter[tuple[int, int]]] = {}
     for step in sorted(history):
@@ -158,6 +166,7 @@ def _compare(run_dir: Path, history: dict[int, list[str]], fingerprint: str, res
             twice = [row for (set_, row), count in counts.items() if set_ == number and count > most]
             if twice:
                 result.problems.append(f"epoch {epoch}: {len(twice)} samples of {source.name} more than {most:g} times")
+    return True
 
 
 def _attempts(run_dir: Path) -> list[_Attempt]:

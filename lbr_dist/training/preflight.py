@@ -6,8 +6,10 @@ Runs on every rank alike and reads only small files (indexes, the model's config
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,9 @@ NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_versio
 
 OWN = ("output", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib", "tracking", *FOLDERS)
 """Recipe fields that a rank may have for itself. What lies in the folders is compared by content."""
+
+COMPILED_MIN = 10
+"""What is being compiled for longer is not: an operator takes a minute or two."""
 
 
 @dataclass(frozen=True)
@@ -206,12 +211,32 @@ def _check_async_io(regime: Regime) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.accelerator import get_accelerator
 
-    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+    builder = get_accelerator().create_op_builder("AsyncIOBuilder")
+    if not builder.is_compatible(verbose=False):
         raise UserError(
             f"deepspeed {regime.name}: offload to nvme needs libaio with its header and a C++ compiler (Debian: apt "
             "install libaio-dev g++; elsewhere, name the places in CFLAGS, LDFLAGS, CPATH and LIBRARY_PATH), or "
             "offload to cpu"
         )
+    _check_build_folder(builder.name)
+
+
+def _check_build_folder(operator: str) -> None:
+    """Check the folder in which torch compiles an operator: it waits for ever for a lock that a killed start left."""
+    from torch.utils import cpp_extension
+
+    try:
+        lock = Path(cpp_extension._get_build_directory(operator, False)) / "lock"
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: DeepSpeed cannot compile {operator} there ({error.strerror}); set TORCH_EXTENSIONS_DIR"
+        ) from None
+    with contextlib.suppress(FileNotFoundError):
+        if (minutes := (time.time() - lock.stat().st_mtime) / 60) > COMPILED_MIN:
+            raise UserError(
+                f"{lock}: is {minutes:.0f} minutes old, left behind by a process that was killed while it compiled "
+                f"DeepSpeed's {operator}; remove it"
+            )
 
 
 def same_everywhere(job: Job) -> dict[str, str]:

@@ -18,6 +18,7 @@ have been (logging, checkpointing, loader processes, memory layout), or the user
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import time
@@ -172,6 +173,14 @@ def load_run_recipe(folder: Path) -> Recipe:
         raise UserError(
             f"{error}" + (f" (the run's checkpoints hold a copy: {copies[-1]})" if copies else "")
         ) from None
+
+
+def started_in(folder: Path, recipe: Recipe) -> Path:
+    """The folder that relative paths of a run's recipe start from: the run's own says it; else the present one."""
+    path, output = Path(os.path.normpath(Path.cwd() / folder)), Path(os.path.normpath(recipe.output))
+    if not output.is_absolute() and path.parts[-len(output.parts) :] == output.parts:
+        return path.parents[len(output.parts) - 1]
+    return Path.cwd()
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,23 @@ def test_a_disk_that_is_not_there_and_a_missing_library_are_named(
     if not os.access("/local_nvme", os.W_OK):
         with pytest.raises(UserError, match=r"offload_optimizer\.nvme_path is /local_nvme, which is not a folder"):
             check_it()
+
+
+def test_a_lock_that_a_killed_compiler_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would wait for it for ever."""
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", lambda *_, **__: True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
+    parsed = parse_recipe(recipe(tmp_path / "unused", tmp_path, tmp_path, deepspeed=nvme(tmp_path)), "test")
+    regime = load_regime(parsed, world=1, cuda=False)
+    lock = tmp_path / "built" / "async_io" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    check_nvme(parsed, regime)  # another start may be compiling
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(UserError, match=f"{lock}: is 60 minutes old, .* remove it"):
+        check_nvme(parsed, regime)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/proc/none")
+    with pytest.raises(
+        UserError, match=r"/proc/none.*: DeepSpeed cannot compile async_io there .*TORCH_EXTENSIONS_DIR"
+    ):
+        check_nvme(parsed, regime)

@@ -103,6 +103,19 @@ def test_a_step_that_one_rank_did_not_finish_is_no_step(planned: tuple[Path, Pla
     assert found.steps == 4
 
 
+def test_relative_paths_are_those_of_where_the_run_was_started(
+    planned: tuple[Path, Plan, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt(planned, 1, range(0, 3), 1)
+    file = planned[0] / "recipe.yaml"
+    file.write_text(file.read_text().replace(f"{tmp_path}/run", "./run").replace(f"{tmp_path}/set", "set"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = audit("../run")
+    assert (found.steps, found.problems) == (3, [])
+    assert Path.cwd() == tmp_path / "elsewhere"
+
+
 def test_no_log_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no audit log"):
         audit(tmp_path)
