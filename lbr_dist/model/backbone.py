@@ -8,6 +8,7 @@ model's configuration is checked before any weight is read.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,9 +94,9 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
     try:
         settings = cached_first(AutoConfig.from_pretrained, path)
     except (OSError, ValueError, KeyError) as error:
+        elsewhere = "" if Path(path).exists() else ", nor a hub name in its cache or on the hub"
         raise UserError(
-            f"model {path}: neither a model folder nor a hub name in its cache or on the hub ({_line(error)}); "
-            "give a folder with config.json and weights"
+            f"model {path}: not a model folder{elsewhere} ({_line(error)}); give a folder with config.json and weights"
         ) from None
     if settings.model_type not in FAMILIES:
         raise UserError(
