@@ -3,12 +3,13 @@
     python -m benchmarks.paper search  --domain medicine --scale small
     python -m benchmarks.paper table3  --domain medicine --scale small --seeds 3
     python -m benchmarks.paper separation --scale small
+    python -m benchmarks.paper overview --scale small
 
 `search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's), then,
 for `joint` alone, `search-joint`. The experiments are table1 to table6, table5-long, figure3, pooling, directions,
 adaptive and joint; runs are shared between them, kept in --work, and not repeated. Results go to
 benchmarks/results/paper/SCALE/.
-`separation` reads what table3 wrote for each domain.
+`separation` and `overview` (a picture) read what table3 wrote for each domain.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ DOMAINS = ("chemistry", "medicine", "code")
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "search-joint", *EXPERIMENTS, "separation"])
+    parser.add_argument("what", choices=["search", "search-joint", *EXPERIMENTS, "separation", "overview"])
     parser.add_argument("--domain", choices=DOMAINS, default="medicine")
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
     parser.add_argument("--seeds", type=int, default=3)
@@ -50,6 +51,10 @@ def main() -> None:
         text, data = prediction.correlate([out / f"table3-{domain}.json" for domain in DOMAINS])
         tables.write(out, "separation", text, data)
         print(text)
+        return
+    if arguments.what == "overview":
+        tables.domains(stage_by_stage(out), out / "overview.png")
+        print(out / "overview.png")
         return
     place = Workplace(arguments.work, arguments.scale, arguments.domain, arguments.data, arguments.jobs)
     if arguments.what.startswith("search"):
@@ -131,6 +136,25 @@ def curves(results: list[list[dict[str, Any]]], arms: tuple[str, ...]) -> dict[s
         for arm, model in zip(arms, models, strict=False):
             _, kind, share = arm.split("_")[:3]
             found[titles[kind]][int(share)].append(model["retrieval"]["ndcg_at_10"])
+    return found
+
+
+def stage_by_stage(out: Path) -> dict[str, dict[str, list[float]]]:
+    """nDCG@10 of table 3: by domain (of those that were run), by model, over seeds.
+
+    Raises:
+        SystemExit: none was run at this scale.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for domain in DOMAINS:
+        if (file := out / f"table3-{domain}.json").exists():
+            seeds = json.loads(file.read_text(encoding="utf-8"))["seeds"]
+            found[domain] = {
+                model["name"]: [models[place]["retrieval"]["ndcg_at_10"] for models in seeds]
+                for place, model in enumerate(seeds[0])
+            }
+    if not found:
+        raise SystemExit(f"{out}: no table3; run `python -m benchmarks.paper table3 --scale {out.name}` first")
     return found
 
 

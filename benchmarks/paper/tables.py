@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ SECONDS = Metric("training [s]", ("training", "seconds"), 0, higher=False)
 SHOWN = (
     "nDCG@10", "Recall@10", "SR", "BLEU-4 (Z)", "ROUGE-L (Z)", "BLEU-4 (X, Z)", "ROUGE-L (X, Z)", "training [s]",
 )  # fmt: skip
+OURS = ("LLM + IB-GL", "LLM + IB-GL + CL (LBR)")
+"""The paper's method, in another colour where models stand side by side."""
 
 
 def summary(seeds: Sequence[list[dict[str, Any]]], costs: bool) -> tuple[list[Metric], list[list[list[float]]]]:
@@ -87,6 +89,32 @@ def shares(curves: dict[str, dict[int, list[float]]], title: str, file: Path) ->
     axes.set_title(title, loc="left", fontsize=10)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    chart.savefig(file, dpi=150)
+    pyplot.close(chart)
+
+
+def domains(found: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> None:
+    """nDCG@10 of the same models in every domain, a panel each; domain -> model -> a value per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(next(iter(found.values())))
+    chart, panels = pyplot.subplots(
+        1, len(found), figsize=(9, 0.36 * len(names) + 1), sharey=True, squeeze=False, layout="constrained"
+    )
+    places = range(len(names))
+    for axes, (domain, models) in zip(panels[0], found.items(), strict=True):
+        means = [statistics.fmean(models[name]) for name in names]
+        axes.barh(places, means, color=[COLOURS[name in OURS] for name in names], alpha=0.75)
+        for place, name in zip(places, names, strict=True):
+            axes.plot(models[name], [place] * len(models[name]), "o", color="black", markersize=3)
+        axes.set_title(domain, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_yticks(places, names)
+    panels[0][0].invert_yaxis()
+    chart.supxlabel("nDCG@10 on held-out questions; dots: seeds", fontsize=10)
     chart.savefig(file, dpi=150)
     pyplot.close(chart)
 

@@ -182,6 +182,21 @@ def test_figure_3_reads_kind_and_share_from_the_arm():
     assert found["IB-GL"][100] == [0.2]
 
 
+def test_overview_draws_the_domains_that_were_run(tmp_path):
+    with pytest.raises(SystemExit, match="table3 --scale"):
+        paper.stage_by_stage(tmp_path)
+    for domain, value in (("code", 0.3), ("medicine", 0.5)):
+        seeds = [[scores("LLM", value), scores("BM25", 0.4)], [scores("LLM", value + 0.1), scores("BM25", 0.4)]]
+        (tmp_path / f"table3-{domain}.json").write_text(json.dumps({"seeds": seeds}))
+    found = paper.stage_by_stage(tmp_path)
+    assert found == {
+        "medicine": {"LLM": [0.5, 0.6], "BM25": [0.4, 0.4]},
+        "code": {"LLM": [0.3, 0.4], "BM25": [0.4, 0.4]},
+    }
+    tables.domains(found, tmp_path / "overview.png")
+    assert (tmp_path / "overview.png").stat().st_size > 1000
+
+
 def test_prediction_ranks_domains(tmp_path):
     files = []
     for domain, sr, gain in (("code", 0.1, 0.3), ("medicine", 0.5, 0.2), ("chemistry", 0.9, 0.1)):
