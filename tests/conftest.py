@@ -76,7 +76,7 @@ def make_model(
         "eos_token_id": 0,
         "pad_token_id": 1,
     }
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config))
@@ -88,7 +88,7 @@ def make_model(
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Factory: `tiny_model_dir("llama" | "qwen2" | "qwen3", tied=True)` gives a folder, made once per session."""
+    """Factory: `tiny_model_dir("llama" | "mistral" | "qwen2" | "qwen3", tied=True)` gives a folder, made once per session."""
     made: dict[tuple[str, bool], Path] = {}
 
     def factory(family: str = "llama", tied: bool = True) -> Path:

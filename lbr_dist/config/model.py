@@ -25,7 +25,7 @@ class Lora(Section):
 
 
 class Model(Section):
-    """The backbone: a causal language model of the Llama, Qwen2 or Qwen3 family."""
+    """The backbone: a causal language model of the Llama, Mistral, Qwen2 or Qwen3 family."""
 
     path: str
     """Model folder in Hugging Face format, with its tokenizer, or a hub name (its cache first, without network)."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -111,7 +111,8 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
     if window is not None and longest > window:
         raise UserError(
             f"model {path}: its layers see {window} tokens back (sliding window), but a sequence may take {longest}; "
-            "lower data.max_x_tokens or data.max_y_tokens, or set use_sliding_window to false in its config.json"
+            "lower data.max_x_tokens or data.max_y_tokens, or set sliding_window to null in its config.json (Qwen: "
+            "use_sliding_window to false)"
         )
     rope: dict[str, Any] = settings.to_dict().get("rope_parameters") or {}
     short = rope.get("original_max_position_embeddings", 0)
@@ -125,7 +126,9 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
 
 
 def _window(settings: PretrainedConfig) -> int | None:
-    """Tokens that a sliding-window layer sees, None without such layers."""
+    """Tokens that a sliding-window layer sees, None without such layers (of Mistral, all layers or none have it)."""
+    if settings.model_type == "mistral":
+        return settings.sliding_window
     layers: list[str] = settings.to_dict().get("layer_types") or []
     return settings.sliding_window if "sliding_attention" in layers else None
 

@@ -77,7 +77,7 @@ def gradients_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "agreement"), [(torch.float32, 1 - 1e-6), (torch.bfloat16, 0.99)])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_a_stage_1_step(tiny_lbr, family: str, dtype: torch.dtype, agreement: float) -> None:
     """SDPA in float32, variable-length flash in bfloat16: loss, and direction and length of the gradient."""
     samples = random_samples(random.Random(4), 12, longest=60, vectors=2)

@@ -54,7 +54,7 @@ def test_not_a_model_folder(tmp_path):
 
 def test_unsupported_family(folder):
     edit(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
-    refused(folder, "family gpt2 is not supported; use a model of llama, qwen2, qwen3")
+    refused(folder, "family gpt2 is not supported; use a model of llama, mistral, qwen2, qwen3")
 
 
 def test_too_few_positions(folder):
@@ -67,6 +67,15 @@ def test_sliding_window_shorter_than_a_sequence(folder):
         folder, use_sliding_window=True, sliding_window=128, max_window_layers=0, layer_types=["sliding_attention"] * 2
     )
     refused(folder, "see 128 tokens back")
+
+
+def test_mistral_has_a_sliding_window_in_all_layers_or_in_none(tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir("mistral", False), tmp_path / "model")
+    edit(folder, sliding_window=302)
+    LbrModel.build(recipe(folder))
+    refused(folder, "see 302 tokens back.*set sliding_window to null", x=201)
+    edit(folder, sliding_window=None)
+    LbrModel.build(recipe(folder, x=201))
 
 
 def test_longrope_beyond_its_original_length(folder):

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from lbr_dist.model import attention
 from lbr_dist.model.layout import Sample, pack
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 every_model = pytest.mark.parametrize(("family", "tied"), [(f, t) for f in FAMILIES for t in (True, False)])
 
 

@@ -40,7 +40,7 @@ def make(**sections: Any) -> Any:
     return parse_recipe(raw, "test")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_counts_are_those_of_the_model(tiny_lbr: Callable[..., Any], family: str, lora: dict[str, Any] | None) -> None:
     model = tiny_lbr(family, tied=False, model={"lora": lora})

@@ -101,6 +101,7 @@ INSTRUCTIONS = {"query_instruction": "Find the answer:\n", "passage_instruction"
 
 CASES = [
     ("llama", True, {"contrastive": INSTRUCTIONS}),
+    ("mistral", False, {}),
     ("qwen2", False, {"contrastive": {"passage_instruction": "A passage:\n"}}),
     # 20 bottleneck tokens do not fit into the 16 spare rows of the tiny vocabulary: the matrix must grow
     ("qwen3", True, {"bottleneck": {"tokens": 20}, "model": {"lora": {"r": 4}}, "contrastive": INSTRUCTIONS}),
