@@ -27,6 +27,7 @@ MICROS = [
 JOBS = [
     {"family": "llama", "tied": True, "task": "generate"},
     {"family": "llama", "tied": True, "task": "embed"},
+    {"family": "mistral", "tied": False, "task": "generate"},
     {"family": "qwen3", "tied": False, "task": "generate"},
     {"family": "qwen2", "tied": False, "task": "embed"},
     {"family": "qwen2", "tied": True, "task": "generate", "model": {"activation_checkpointing": True}},
