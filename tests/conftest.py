@@ -88,7 +88,7 @@ def make_model(
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Factory: `tiny_model_dir("llama" | "mistral" | "qwen2" | "qwen3", tied=True)` gives a folder, made once per session."""
+    """Factory: `tiny_model_dir("qwen3", tied=True)`, or another family, gives a folder, made once per session."""
     made: dict[tuple[str, bool], Path] = {}
 
     def factory(family: str = "llama", tied: bool = True) -> Path:

@@ -5,10 +5,10 @@
     python -m benchmarks.paper separation --scale small
     python -m benchmarks.paper overview --scale small
 
-`search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's), then,
-for `joint` alone, `search-joint`. The experiments are table1 to table6, table5-long, figure3, pooling, directions,
-adaptive and joint; runs are shared between them, kept in --work, and not repeated. Results go to
-benchmarks/results/paper/SCALE/.
+`search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's; the
+scale few-steps has none), then, for `joint` alone, `search-joint`. The experiments are table1 to table6, table5-long,
+figure3, pooling, directions, adaptive and joint; runs are shared between them, kept in --work, and not repeated.
+Results go to benchmarks/results/paper/SCALE/.
 `separation` and `overview` (a picture) read what table3 wrote for each domain.
 """
 
@@ -59,7 +59,7 @@ def main() -> None:
     place = Workplace(arguments.work, arguments.scale, arguments.domain, arguments.data, arguments.jobs)
     if arguments.what.startswith("search"):
         joint = arguments.what == "search-joint"
-        found = search.search_joint(place, rates(out, place.domain)) if joint else search.search(place)
+        found = search.search_joint(place, searched(out, place.domain)) if joint else search.search(place)
         text = heading(place, "Learning rates, chosen on dev questions with seed 0") + search.markdown(found)
         tables.write(out, f"search-{arguments.domain}", text, found)
         print(text)
@@ -69,13 +69,13 @@ def main() -> None:
 
 def run(place: Workplace, name: str, experiment: Experiment, seeds: int, out: Path) -> None:
     """Train, evaluate and write one experiment."""
-    chosen = rates(out, place.domain)
+    chosen, source = rates(out, place)
     others = ["bm25"] * experiment.bm25
     results = []
     for seed in range(seeds):
-        place.train(experiment.arms, seed, chosen["rates"])
+        place.train(experiment.arms, seed, chosen)
         results.append(place.evaluate([*experiment.arms, *others], seed, generate=experiment.generate))
-    notes = [f"Learning rates as searched on {chosen['domain']}: {chosen['rates']}."]
+    notes = [f"Learning rates {source}: {chosen}."]
     if experiment.peers:
         notes += add_peers(place, results)
     title = f"{experiment.title} ({place.domain})"
@@ -158,8 +158,21 @@ def stage_by_stage(out: Path) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def rates(out: Path, domain: str) -> dict[str, Any]:
-    """The searched learning rates of a domain, or medicine's.
+def rates(out: Path, place: Workplace) -> tuple[dict[str, float], str]:
+    """Learning rates by arm, and where they come from: a search, or a scale that leaves none.
+
+    Raises:
+        SystemExit: see `searched`.
+    """
+    given = search.given(place.scale)
+    if given is not None:
+        return given, "not searched, the same for every arm of a stage"
+    found = searched(out, place.domain)
+    return found["rates"], f"as searched on {found['domain']}"
+
+
+def searched(out: Path, domain: str) -> dict[str, Any]:
+    """What the search of a domain found, or medicine's.
 
     Raises:
         SystemExit: nothing was searched at this scale.

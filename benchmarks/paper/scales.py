@@ -2,7 +2,8 @@
 
 They differ in backbone and sizes and in nothing else. `small` is labelled so wherever its numbers stand: its
 "LLM" is a language model of a million weights, made on the spot by next-token prediction on the domain's raw text.
-`few-steps` has the backbone of `gpu` and the two cores of `small`, and so a fraction of the steps of either.
+`few-steps` has the backbone of `gpu` and the two cores of `small`, and so a fraction of the steps of either, one
+learning rate for every arm, and hours for a table.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Scale:
     language_model: tuple[str, ...] | None
     """Settings of the run that makes the base language model; None: the backbone is one already."""
     generative_rates: tuple[float, ...]
+    """What is searched, for stage 1 and (below) stage 2; one of each: nothing is, and every arm takes them."""
     contrastive_rates: tuple[float, ...]
     judging_rate: float
     """The contrastive rate, one of those, with which the rates of stage 1 are judged."""
@@ -72,8 +74,8 @@ SCALES = {
         contrastive=("batch.global_batch=64", "duration.steps=20"),
         joint=("joint.bins=4", "batch.global_batch=64", "duration.steps=20"),
         language_model=None,
-        generative_rates=(2e-4, 6e-4),
-        contrastive_rates=(2e-4, 6e-4, 18e-4),
+        generative_rates=(2e-4,),
+        contrastive_rates=(2e-4,),
         judging_rate=2e-4,
         threads=None,
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.paper.scales import Scale
 from benchmarks.paper.workplace import Workplace
 
 SEED = 0
@@ -43,6 +44,14 @@ def search(place: Workplace) -> dict[str, Any]:
         rates[arm] = max(found, key=lambda rate: found[rate])
         place.adopt(arm, SEED, rates[arm], f"search/{prefix}{arm}-{rates[arm]:g}")
     return {"domain": place.domain, "rates": rates, "trials": trials}
+
+
+def given(scale: Scale) -> dict[str, float] | None:
+    """Rates by arm of a scale that has one of each kind, which leaves nothing to search; else None."""
+    if len(scale.generative_rates) > 1 or len(scale.contrastive_rates) > 1:
+        return None
+    learn, align = scale.generative_rates[0], scale.contrastive_rates[0]
+    return dict.fromkeys([*LEARN, "joint"], learn) | dict.fromkeys(["cl", *LEARN.values()], align)
 
 
 def search_joint(place: Workplace, found: dict[str, Any]) -> dict[str, Any]:

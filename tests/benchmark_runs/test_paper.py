@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,18 @@ def test_arms_start_from_arms_and_use_searched_rates():
         assert rate_name(name) in searched
     for experiment in EXPERIMENTS.values():
         assert {*experiment.arms} <= {"base", *ARMS}
+
+
+def test_rates_are_searched_unless_a_scale_leaves_nothing_to_search(tmp_path):
+    few = SimpleNamespace(scale=SCALES["few-steps"], domain="code")
+    rates, source = paper.rates(tmp_path, few)
+    assert set(rates) == {*LEARN, *LEARN.values(), "cl", "joint"}
+    assert "not searched" in source
+    small = SimpleNamespace(scale=SCALES["small"], domain="code")
+    with pytest.raises(SystemExit, match="no learning rates"):
+        paper.rates(tmp_path, small)
+    tables.write(tmp_path, "search-medicine", "", {"domain": "medicine", "rates": {"cl": 2e-3}, "trials": []})
+    assert paper.rates(tmp_path, small) == ({"cl": 2e-3}, "as searched on medicine")
 
 
 def test_shares_of_figure_3_add_up():
