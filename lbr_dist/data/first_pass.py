@@ -27,7 +27,7 @@ from lbr_dist.data.readers import Row, rows
 from lbr_dist.data.record import Record, batches, normalised_hash
 from lbr_dist.data.row_values import RowError
 from lbr_dist.data.sources import Part
-from lbr_dist.data.spool import Spool
+from lbr_dist.data.spool import Spool, commit, is_committed, records_file
 from lbr_dist.errors import UserError
 
 BLOCK_ROWS = 8192
@@ -119,7 +119,7 @@ def row_blocks(job: PartJob, *, paragraphs: bool, folder: Path, most: int) -> It
 
     def block() -> RowBlock:
         name = f"{part.name} {part.unit}"
-        kept = [] if numbers_file(folder, job.number, number).exists() else held
+        kept = [] if is_committed(numbers_file(folder, job.number, number)) else held
         return RowBlock(
             job.number, number, name, known, part.source.fields, part.base, part.format in ("csv", "tsv"),
             job.external, kept,
@@ -163,7 +163,7 @@ class DigestRows:
         )  # fmt: skip
         bad, columns = BadRows(), {name: list[int]() for name in COLUMNS}
         sizes, digests, negatives = array("q"), list[TextDigest](), list[tuple[int, int]]()
-        with target.with_suffix(".records").open("wb", buffering=1 << 20) as spool:
+        with records_file(target).open("wb", buffering=1 << 20) as spool:
             for batch in batches(self._records(block, convert, bad, columns)):
                 digests.append(TextDigest.of(batch, first=len(sizes)))
                 for owner, record in enumerate(batch, len(sizes)):
@@ -179,9 +179,7 @@ class DigestRows:
             **{name: np.array(values, COLUMNS[name]) for name, values in columns.items()},
             **TextDigest.join(digests).arrays(),
         }
-        temporary = target.with_suffix(".tmp.npz")
-        np.savez(temporary, **arrays)
-        temporary.replace(target)
+        commit(target, arrays)
         return BlockSummary(block.part, block.number, len(sizes), bad)
 
     def _records(
@@ -276,7 +274,7 @@ def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sket
             table.append(first, TextDigest.from_arrays(arrays))
         columns["external"].append(np.full(summary.records, job.external))
         columns["part"].append(np.full(summary.records, summary.part))
-        files.append(file.with_suffix(".records"))
+        files.append(records_file(file))
         first += summary.records
     types = {**COLUMNS, "external": np.bool_, "part": np.int64}
     joined: dict[str, Any] = {

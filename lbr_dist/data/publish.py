@@ -131,12 +131,12 @@ def resumable(work: Path, job: Any) -> Path:
         job: everything that decides the blocks; JSON-able.
     """
     folder = work / RESUME
-    description, wanted = folder / "job.json", json.dumps(job, sort_keys=True)
-    if not (description.is_file() and description.read_text(encoding="utf-8") == wanted):
+    description, wanted = folder / "job.json", json.dumps(job, sort_keys=True).encode()
+    if not (description.is_file() and description.read_bytes() == wanted):
         _remove(folder)
         folder.mkdir()
         temporary = folder / "job.tmp"
-        temporary.write_text(wanted, encoding="utf-8")
+        temporary.write_bytes(wanted)
         temporary.replace(description)
     return folder
 

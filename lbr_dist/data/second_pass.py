@@ -20,6 +20,7 @@ import numpy as np
 from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.record import Record, batches, normalised_hash
 from lbr_dist.data.shard_writer import ShardInfo, ShardWriter, SplitInfo, shard_starts
+from lbr_dist.data.shards import file_xxh128
 from lbr_dist.data.spool import Spool, SpoolSlice
 from lbr_dist.data.token_counter import TokenCounter, Tokens
 
@@ -59,9 +60,8 @@ class WriteShard:
     def __call__(self, task: ShardTask) -> WrittenShard:
         """Write one shard, unless it has been committed."""
         mark = self._marks / f"{task.split}-{task.number:06d}.json"
-        if mark.exists():
-            known = json.loads(mark.read_text(encoding="utf-8"))
-            return WrittenShard(task.split, task.number, known["texts"], ShardInfo(**known["info"]))
+        if (known := self._committed(task, mark)) is not None:
+            return known
         if self._counter is None:
             self._counter = TokenCounter(self._tokens)
         writer = ShardWriter(
@@ -79,6 +79,17 @@ class WriteShard:
         temporary.write_text(json.dumps({"texts": written.texts, "info": asdict(written.info)}), encoding="utf-8")
         temporary.replace(mark)
         return written
+
+    def _committed(self, task: ShardTask, mark: Path) -> WrittenShard | None:
+        """A shard that an earlier run committed; None where it has not, or its files are not as they were."""
+        try:
+            known = json.loads(mark.read_bytes())
+            written = WrittenShard(task.split, task.number, known["texts"], ShardInfo(**known["info"]))
+            checked = ((written.info.name, written.info.xxh128), (written.info.index, written.info.index_xxh128))
+            whole = all(file_xxh128(self._root / name) == xxh128 for name, xxh128 in checked)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return written if whole else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_counter": None}

@@ -1,20 +1,53 @@
-"""The checked records between the two passes of a preparation: in files, one for each block, read again by number."""
+"""The checked records between the two passes of a preparation: in files, one for each block, read again by number.
+
+A block is two files, the records and the numbers of them, which come last and commit it. Committing does not wait for
+the disk; instead, what an earlier run committed is compared with its checksums before it is used.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lbr_dist.data.record import Record
+from lbr_dist.data.shards import file_xxh128
 
 OPEN_FILES = 256
 """Files that are kept open at a time."""
+
+
+def records_file(numbers: Path) -> Path:
+    """The file of a block's records, beside that of its numbers."""
+    return numbers.with_suffix(".records")
+
+
+def commit(numbers: Path, arrays: dict[str, Any]) -> None:
+    """Write the numbers of a block whose records are written; it counts from now on."""
+    temporary = numbers.with_suffix(".tmp.npz")
+    np.savez(temporary, **arrays, checksum=_checksum(numbers))
+    temporary.replace(numbers)
+
+
+def is_committed(numbers: Path) -> bool:
+    """Whether a block is there as it was committed: of a machine that lost its power, less may have stayed."""
+    try:
+        with np.load(numbers) as arrays:
+            known = {name: arrays[name] for name in arrays.files}  # to the end of each, where its own checksum is
+        return np.array_equal(known["checksum"], _checksum(numbers))
+    except (OSError, EOFError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile):
+        return False
+
+
+def _checksum(numbers: Path) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(file_xxh128(records_file(numbers))), np.uint8)
 
 
 class Spool:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,28 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert 0 < len(written) < sum(shards)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / ".out.preparing").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_what_a_lost_disk_cache_left_of_an_interrupted_run_is_made_again(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
+) -> None:
+    """Of a machine that lost its power, files may be empty or hold other bytes although others commit them."""
+    monkeypatch.setattr(first_pass, "BLOCK_ROWS", 50)
+    settings: dict[str, Any] = {"shard_records": 30, "name": "same"}
+    run(sources, tmp_path / "whole", **settings)
+    kinds = ("resume/job.json", "resume/blocks/*.npz", "resume/blocks/*.records", "resume/shards/*.json",
+             "resume/set/gl/*.tar", "resume/set/gl/*.parquet")  # fmt: skip
+    for kind in kinds:
+        with monkeypatch.context() as patch:
+            fail_in_writing(patch, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run(sources, tmp_path / "out", **settings)
+        first = min((tmp_path / ".out.preparing").glob(kind))
+        first.write_bytes(damage(first.read_bytes()))
+        run(sources, tmp_path / "out", **settings)
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole"), kind
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_what_was_committed_for_other_input_is_not_used(
