@@ -28,6 +28,7 @@ REASONS = {
 }
 """Why a row is bad."""
 CONVERT = ": convert a file in another encoding, as with iconv -f WINDOWS-1252 -t UTF-8"
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 PYTHON_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
 """What str() makes of a list of texts, where it is not JSON too."""
 
@@ -87,8 +88,9 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
 
 
 def blank(value: Any) -> bool:
-    """Whether a value is null or a text of nothing but spaces."""
-    return value is None or (isinstance(value, str) and not value.strip())
+    """Whether a value is null, also as pandas writes it, or a text of nothing but spaces."""
+    nothing = value is None or (isinstance(value, float) and math.isnan(value))
+    return nothing or (isinstance(value, str) and not value.strip())
 
 
 def holds_list(value: Any) -> bool:
@@ -100,19 +102,23 @@ def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
     """Option texts and their labels: a list of texts or of {"text": ..., "label": ...}, {"text": [...], "label": [...]}
     or {"A": ..., "B": ...}.
 
-    In the last form null is no option: columnar files give all rows the options of the row that has the most.
+    In the last form one that is null or blank is no option: columnar files give all rows the options of the row that
+    has the most. In the others this holds for those at the end, which no letter or index of another depends on.
     """
     labels: list[str] = []
     value = parsed(value)
     if isinstance(value, Mapping):
         if holds_list(value):
-            labels = [str(label) for label in value.get("label", ())]
+            given = value.get("label")
+            labels = [str(label) for label in given] if isinstance(given, list | tuple) else []
             value = value["text"]
         else:
-            value = {str(label): option for label, option in value.items() if option is not None}
+            value = {str(label): option for label, option in value.items() if not blank(option)}
             labels, value = list(value), list(value.values())
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"options is {type_name(value)}, not a list")
+    while value and blank(value[-1]):
+        value = value[:-1]
     found = [text(option, "options", max_chars) for option in value]
     if value and all(isinstance(option, Mapping) and "label" in option for option in value):
         labels = [str(option["label"]) for option in value]
@@ -122,21 +128,24 @@ def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
 
 
 def choose(value: Any, options: list[str], labels: list[str]) -> int:
-    """Number of the right option, from its label, its text, its letter or its index (from 0)."""
-    number = -1
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = labels.index(str(value)) if str(value) in labels else value
-    elif isinstance(value, str):
-        if value in labels:
-            number = labels.index(value)
-        elif value in options:
-            number = options.index(value)
-        elif len(value.strip()) == 1 and value.strip().upper() in "ABCDEFGHIJKLMNOPQRSTUVWXYZ":
-            number = ord(value.strip().upper()) - ord("A")
-        elif value.strip().isdecimal():
-            number = int(value)
-    else:
+    """Number of the right option, from its label, its text, its letter or its index (from 0).
+
+    Where the labels are letters, a letter is one of them and says nothing about the place; likewise a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
         raise RowError("wrong_type", f"the right option is {type_name(value)}, not a text or a whole number")
+    name, number = str(value).strip().upper(), -1
+    known = [label.strip().upper() for label in labels]
+    if str(value) in labels:
+        number = labels.index(str(value))
+    elif value in options:
+        number = options.index(str(value))
+    elif name in known:
+        number = known.index(name)
+    elif name in LETTERS and not any(label in LETTERS for label in known):
+        number = LETTERS.index(name)
+    elif name.isdecimal() and len(name) < 3 and not any(label.isdecimal() for label in known):
+        number = int(name)
     if not 0 <= number < len(options):
         hint = "; a number counts from 0, unless the options have labels" * str(value).strip().isdecimal()
         raise RowError("bad_option", f"{str(value)[:40]!r} is none of the {len(options)} options{hint}")
@@ -148,7 +157,7 @@ def parsed(value: Any) -> Any:
     if isinstance(value, str) and value[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 

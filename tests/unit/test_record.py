@@ -124,6 +124,10 @@ def test_missing_id_is_made_of_the_content() -> None:
         ({"A": "x", "B": "right"}, "B"),
         ({"1": "x", "2": "right"}, 2),
         ({"A": "x", "B": "right", "C": None}, "B"),
+        ({"A": "x", "B": "right", "C": float("nan"), "D": " "}, "B"),
+        ({"C": "x", "D": "right"}, "d "),
+        ({"text": ["x", "right", None, ""], "label": ["A", "B", "C", "D"]}, "B"),
+        ({"text": ["x", "right"], "label": None}, 1),
         ('["x", "right"]', "1"),
     ],
 )
@@ -196,6 +200,23 @@ def test_names_in_capitals_and_options_in_fields_of_their_own() -> None:
     assert convert({**ceval, "E": "v", "answer": "E"}).answer == "v"
     with pytest.raises(RowError, match="'4' is none of the 4 options; a number counts from 0, unless"):
         convert({**row, "cop": 4})
+
+
+def test_options_in_columns_end_where_the_rest_is_blank() -> None:
+    stem = {"question": "q", "A": "x", "B": "y"}
+    for row in ({**stem, "C": None, "D": "", "answer": "B"}, {**stem, "C": "z", "D": "w", "E": "", "answer": "B"}):
+        assert convert(row).answer == "y"
+    with pytest.raises(RowError, match="options is empty"):
+        convert({**stem, "C": "", "D": "w", "answer": "D"})
+
+
+@pytest.mark.parametrize("field", ["options", "negatives", "questions"])
+def test_what_is_nested_without_end_is_a_text(field: str) -> None:
+    row = {"question": "q", "answer": "a", "options": ["a", "b"], field: "[" * 100_000}
+    converter = Converter("multiple-choice" if field == "options" else "question-answer", {}, max_chars=9)
+    for one in converter.questions(row):
+        with pytest.raises(RowError, match=r"has 100000 characters|options is a text, not a list"):
+            converter({key: value for key, value in one.items() if key != "question" or field != "questions"})
 
 
 def test_forms_of_well_known_sets() -> None:
@@ -329,6 +350,21 @@ def test_right_option_must_exist(right: object) -> None:
     with pytest.raises(RowError) as caught:
         convert({"question": "q", "options": ["a", "b"], "answer": right})
     assert caught.value.reason in ("bad_option", "wrong_type")
+
+
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        ({"A": "x", "B": None, "C": "y"}, "B"),
+        ({"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "0"),
+        ({"text": ["x", "y", "z"], "label": [1, 2, 3]}, 0),
+        (["x", "y", ""], "C"),
+        (["x", "y"], "9" * 5000),
+    ],
+)
+def test_a_letter_or_number_beside_the_labels_is_no_place(options: object, right: object) -> None:
+    with pytest.raises(RowError, match="is none of the"):
+        convert({"question": "q", "options": options, "answer": right})
 
 
 def test_a_right_option_that_is_not_found_says_how_to_name_it() -> None:
