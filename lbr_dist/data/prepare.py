@@ -142,8 +142,8 @@ def prepare(
         Entity.parse(entity)
     place = check_target(Path(out))
     settings = Settings(
-        parse_sizes(sizes or {}), entity, paragraphs, similarity, max_chars, max_bad_share, domain,
-        name or place.name, seed, shard_records, shard_mib,
+        parse_sizes(sizes or {}), entity, paragraphs, similarity, max_chars, max_bad_share, printable(domain),
+        printable(name or place.name), seed, shard_records, shard_mib,
     )  # fmt: skip
     tokens = Tokenization.load(tokenizer) if isinstance(tokenizer, str) else tokenizer
     with workspace(place) as work, Progress() as progress:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.shards import open_set
+from lbr_dist.data.sources import printable
 from lbr_dist.disk import is_mount, sync
 from lbr_dist.errors import UserError
 
@@ -34,6 +35,8 @@ def check_target(out: Path) -> Path:
     """
     try:
         place = out.resolve()
+        if printable(str(place)) != str(place):  # pyarrow takes no other path
+            raise UserError(f"--out {printable(str(place))}: its name is not UTF-8: choose another folder")
         if place.is_dir():
             if any(place.iterdir()) and not (place / "manifest.json").is_file():
                 raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")

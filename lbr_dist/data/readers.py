@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BATCH = 1000
 """Rows decoded at once from columnar formats."""
 FOREIGN = {
+    b"\xff\xfe\0\0": "is UTF-32: convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)",
     b"\xff\xfe": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\x1f\x8b": "is compressed with gzip: let its name end in .gz",
@@ -33,6 +34,8 @@ FOREIGN = {
     b"\xfd7zXZ": "is compressed with xz: let its name end in .xz",
 }
 """First bytes of a text file that is none."""
+WIDE = ((0, 1, "UTF-16BE"), (1, 0, "UTF-16LE"))
+"""Of two bytes of a text without a byte order mark: the one that is null, the one that is not, and the encoding."""
 POINTER = b"version https://git-lfs"
 """First bytes of what a clone without Git LFS holds instead of a file."""
 
@@ -68,7 +71,7 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
         else:
             with part.open() as file:
                 start = file.peek(32)[:32]  # type: ignore[attr-defined]
-                if foreign := next((what for magic, what in FOREIGN.items() if start.startswith(magic)), None):
+                if foreign := _foreign(start):
                     raise UserError(f"{part.name}: the content {foreign}")
                 if part.format == "jsonl":
                     yield from json_lines(file)
@@ -80,6 +83,16 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
                     yield from csv_rows(file, "\t" if part.format == "tsv" else ",")
     except DAMAGE as error:
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
+
+
+def _foreign(start: bytes) -> str | None:
+    """What a text file is instead of UTF-8, by its first bytes."""
+    if found := next((what for magic, what in FOREIGN.items() if start.startswith(magic)), None):
+        return found
+    for null, other, name in WIDE:  # as Windows writes it without a mark, each byte and null would be a character
+        if len(start) > 3 and not any(start[null::2]) and all(start[other::2]):
+            return f"is {name}: convert it to UTF-8 (iconv -f {name} -t UTF-8)"
+    return None
 
 
 def _refuse_pointer(part: Part) -> None:

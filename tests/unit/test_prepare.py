@@ -433,6 +433,11 @@ def test_names_that_no_file_can_hold(tmp_path: Path) -> None:
     assert "wei\\udcdf.jsonl line 8" in first
     assert "\\ud800" in first
     assert {row["source"] for row in everything(tmp_path / "out")["gl"]} == {"wei\\udcdf.jsonl"}
+    run([str(path)], tmp_path / "named", name="wei\udcdf", domain="wei\udcdf")
+    assert open_set(tmp_path / "named").name == "wei\\udcdf"
+    assert {row["domain"] for row in everything(tmp_path / "named")["gl"]} == {"wei\\udcdf"}
+    with pytest.raises(UserError, match=r"--out .*/wei\\udcdf: its name is not UTF-8"):
+        run([str(path)], tmp_path / "wei\udcdf")
     "\n".join(report.lines).encode()
 
 

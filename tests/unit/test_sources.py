@@ -259,6 +259,9 @@ def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
     ("name", "content", "problem"),
     [
         ("a.csv", "question,answer\n".encode("utf-16"), "UTF-16"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-le"), "UTF-16LE"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-be"), "UTF-16BE"),
+        ("a.jsonl", "{}\n".encode("utf-32"), "UTF-32"),
         ("a.jsonl", gzip.compress(b"{}", mtime=0), r"gzip: let its name end in \.gz"),
         ("a.jsonl", bz2.compress(b"{}"), r"bzip2: let its name end in \.bz2"),
         ("a.csv", lzma.compress(b"{}"), r"xz: let its name end in \.xz"),
