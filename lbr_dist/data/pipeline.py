@@ -90,8 +90,10 @@ class Pipeline:
             self._check_fields(alive, parts)
             self._check_entity(alive, parts)
             self.common = common_texts(texts.of(alive), numbers, spool)
+            self.common_hashes = np.array([text.hash for text in self.common], np.uint64)
             side, labels = self._sides(texts.of(alive))
-            manifest = self._write(side, texts.of((side == EVAL) | (side == EXTERNAL)).hash.astype(np.int64))
+            held = texts.of((side == EVAL) | (side == EXTERNAL))
+            manifest = self._write(side, held.hash[held.linking(self.common_hashes)].astype(np.int64))
             with self.progress.phase("proving isolation"):
                 isolation = prove(
                     self.folder / "set",
@@ -178,7 +180,7 @@ class Pipeline:
         numbers, sketches, similarity = self.read.numbers, self.read.sketches, self.settings.similarity
         alive = np.zeros(len(numbers.is_text), bool)
         alive[texts.record] = True
-        common = np.array([text.hash for text in self.common], np.uint64)
+        common = self.common_hashes
         with self.progress.phase("linking records"):
             labels = components(texts, numbers, sketches, alive=alive, similarity=similarity, common=common)
         usable = alive & ~numbers.is_text & ~numbers.external
@@ -216,7 +218,7 @@ class Pipeline:
         self.dropped["text_contains_evaluation"] = len(members)
 
     def _write(self, side: np.ndarray, evaluation: np.ndarray) -> dict[str, Any]:
-        """Second pass: each side's records in their shuffled order; `evaluation` are hashes of evaluation texts."""
+        """Second pass: each side's records in shuffled order; `evaluation` are hashes that no negative may have."""
         settings, order = self.settings, self.read.numbers.order
         owner, hashes = self.read.negative_owner, self.read.negative_hash
         leak = np.isin(hashes, evaluation) & np.isin(side[owner], (GL, CL))

@@ -441,6 +441,21 @@ def test_names_that_no_file_can_hold(tmp_path: Path) -> None:
     "\n".join(report.lines).encode()
 
 
+def test_negatives_that_are_common_answers_stay(tmp_path: Path) -> None:
+    """Names of classes are on every side; the other classes' are the hard negatives of each."""
+    classes = ["card arrival", "lost or stolen card", "exchange rate"]
+    rows = [
+        {"id": i, "question": f"q {i}", "answer": classes[i % 3], "negatives": [classes[(i + 1) % 3], "Q 8?"]}
+        for i in range(90)
+    ]
+    report = run([str(write(tmp_path / "qa.jsonl", rows))], tmp_path / "out", sizes={"cl": "rest", "eval": 0.9})
+    assert report.data["records"]["eval"]["records"] == 81
+    assert "q 8" in {row["question"] for row in everything(tmp_path / "out")["eval"]}
+    assert report.data["dropped"]["negative_that_is_evaluation"] == 9
+    for row in everything(tmp_path / "out")["cl"]:
+        assert row["negatives"] == [classes[(int(row["question"][2:]) + 1) % 3]]
+
+
 def test_negatives_that_are_evaluation_answers_are_removed(tmp_path: Path) -> None:
     rows = [
         {"id": str(i), "question": f"q {i}", "answer": f"a {i}", "negatives": ["x", f"A {i - 1}."]} for i in range(60)
