@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import xxhash
 
+from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 
 ATTEMPTS = 5
@@ -94,7 +95,11 @@ def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None
                 raise UserError(f"{url}: webdataset has no opener for this address ({error})") from error
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise UserError(f"{target.parent}: the disk is full: no room for {url}") from error
+                    raise UserError(
+                        f"{target.parent}: the disk is full: no room for {url}: free space there, or choose another "
+                        "place (a cache of shards: data.cache_dir, or a lower data.cache_gib; of indexes: "
+                        "XDG_CACHE_HOME)"
+                    ) from error
                 problem = str(error)
                 continue
             if size is not None and got != size:
@@ -118,12 +123,18 @@ class ShardCache:
     """
 
     def __init__(self, folder: Path, gib: float) -> None:
-        self.folder = folder
+        self.folder, self._usable = folder, False
         self.limit = int(gib * (1 << 30))
 
     def open(self, url: str, *, size: int, xxh128: str) -> int:
-        """File descriptor (read only) of the cached copy of `url`, fetched first if needed; the caller closes it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """File descriptor (read only) of the cached copy of `url`, fetched first if needed; the caller closes it.
+
+        Raises:
+            UserError: the folder cannot be written, or it could not be fetched.
+        """
+        if not self._usable:
+            usable_folder(self.folder, f"data.cache_dir {self.folder}")
+            self._usable = True
         path = self.folder / xxh128
         with _locked(self.folder / f"{xxh128}.lock"):
             if not path.is_file() or path.stat().st_size != size:

@@ -29,7 +29,7 @@ from lbr_dist.data.shard_writer import (
     write_set,
 )
 from lbr_dist.data.split_index import SplitIndex, read_table
-from lbr_dist.disk import cache_folder
+from lbr_dist.disk import cache_folder, usable_folder
 from lbr_dist.errors import UserError
 
 __all__ = [
@@ -101,7 +101,7 @@ class PreparedSet:
         if not self.is_remote:
             return Path(self.address(shard.index))
         folder = cache_folder("indexes")
-        folder.mkdir(parents=True, exist_ok=True)
+        usable_folder(folder, f"cache of indexes {folder} (XDG_CACHE_HOME)")
         path = folder / f"{shard.index_xxh128}.parquet"
         if not path.is_file() or file_xxh128(path) != shard.index_xxh128:
             remote.fetch(self.address(shard.index), path, size=shard.index_bytes, xxh128=shard.index_xxh128)

@@ -394,6 +394,19 @@ def test_cache_is_bounded_and_drops_the_least_recently_used(prepared: Path, tmp_
         os.close(descriptor)
 
 
+def test_a_cache_that_cannot_be_written_is_a_mistake_with_a_remedy(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    opened = open_set(f"pipe:cat {prepared}/{{}}")
+    with pytest.raises(UserError, match=r"data\.cache_dir .*/file/sub: cannot be written .*; give another folder"):
+        ShardReader(opened, "gl", tmp_path / "file/sub").read([0])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cache of indexes .*/file/.* \(XDG_CACHE_HOME\): cannot be written"):
+        opened.index("gl")
+
+
 def test_missing_program_and_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"the program that reads it is missing \(curl"):
@@ -401,5 +414,5 @@ def test_missing_program_and_full_disk(tmp_path: Path, monkeypatch: pytest.Monke
     if os.path.exists("/dev/full"):  # noqa: PTH110
         full = io.FileIO("/dev/full", "w")
         monkeypatch.setattr(Path, "open", lambda *args, **kwargs: full)
-        with pytest.raises(UserError, match="the disk is full"):
+        with pytest.raises(UserError, match=r"the disk is full.*a lower data\.cache_gib"):
             remote.fetch(f"file://{__file__}", tmp_path / "y")
