@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from lbr_dist.config import Duration
+from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lbr_dist.data.information import Information
@@ -179,6 +180,25 @@ class Plan(ABC):
         self.notes: list[str] = []
         """What else the log should say about the data."""
         self._ends: list[int] = []  # global step at which each known epoch ends
+
+    def _check_weights(self, samples: int, usable: Sequence[int]) -> None:
+        """Note the sets of which the first epoch has no sample.
+
+        Args:
+            samples: of the first epoch.
+            usable: samples of each set.
+
+        Raises:
+            UserError: it has none of any.
+        """
+        few = [
+            f"{source.name}: of {count} usable samples, weight {source.weight:g} takes none in the first epoch"
+            for source, count in zip(self.sources, usable, strict=True)
+            if source.weight * count < 1 or not samples
+        ]
+        if not samples:
+            raise UserError(f"{'; '.join(few)}: raise data.sets.N.weight")
+        self.notes += few
 
     @property
     def fingerprint(self) -> str:

@@ -101,7 +101,8 @@ class ContrastivePlan(Plan):
             passage_extra: tokens put before every passage and hard negative.
 
         Raises:
-            UserError: a set without questions and answers, or without a usable one; a text that no micro-batch holds.
+            UserError: a set without questions and answers, or without a usable one; a text that no micro-batch holds;
+                weights that leave no pair.
         """
         super().__init__(sources)
         self._recipe, self._seed, self._global_batch = recipe, recipe.seed, recipe.batch.global_batch
@@ -129,6 +130,8 @@ class ContrastivePlan(Plan):
             rows.append(rows_N)
         self._check_negatives()
         self._groups = make_groups(recipe, self.sources, rows)
+        usable = [len(s.index) if row_N is None else len(row_N) for s, row_N in zip(self.sources, rows, strict=True)]
+        self._check_weights(self._groups.size(0), usable)
         if len(self._groups) > 1:
             self.notes.append(
                 f"batches of one {recipe.contrastive.homogeneous}: {len(self._groups)} groups, "

@@ -109,7 +109,8 @@ class GenerativePlan(Plan):
             eos: tokens put after every Y.
 
         Raises:
-            UserError: a set does not suit its target, a sample does not fit a bin, or a set has no usable sample.
+            UserError: a set does not suit its target, a sample does not fit a bin, or a set has no usable sample,
+                or the weights leave none.
         """
         super().__init__(sources)
         data = recipe.data
@@ -129,6 +130,7 @@ class GenerativePlan(Plan):
             self.too_long += too_long
             streams.append(make_stream(recipe, source, number, rows_N))
         self._mixture = Mixture(streams, [source.weight for source in self.sources])
+        self._check_weights(self._mixture.size(0), [stream.count for stream in streams])
         self.identity = make_identity(recipe, self.sources) | {
             "data.bin_tokens": data.bin_tokens,
             "data.max_y_tokens": data.max_y_tokens,

@@ -300,6 +300,16 @@ def test_unusable_settings_name_the_set_and_the_setting(
     assert all(word in str(error.value) for word in words)
 
 
+@pytest.mark.parametrize("stage", ["generative", "contrastive"])
+def test_weights_too_small_for_a_sample_are_refused_and_noted(stage: str) -> None:
+    """Such a run had no step, or looked for its first one through as many epochs as it took."""
+    indexes = [make_index(3), make_index(40)]
+    with pytest.raises(UserError, match=r"set0: of 3 usable samples, weight 1e-09 takes none .*data\.sets\.N\.weight"):
+        make_plan(make_recipe(stage), indexes[:1], [1e-9])
+    plan = make_plan(make_recipe(stage, sets=2), indexes, [0.1, 0.5])
+    assert plan.notes == ["set0: of 3 usable samples, weight 0.1 takes none in the first epoch"]
+
+
 def test_hard_negatives() -> None:
     index = make_index(100)
     recipe = make_recipe("contrastive", 10, contrastive={"hard_negatives": 2})
