@@ -60,13 +60,14 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
         ValueError: the header cannot be read, or names a field twice.
     """
     csv.field_size_limit(1 << 30)
-    header = file.peek(1 << 16).split(b"\n", 1)[0].decode("utf-8", "replace")  # type: ignore[attr-defined]
+    start = file.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")  # type: ignore[attr-defined]
+    header = start.split(b"\n", 1)[0].decode("utf-8", "replace")
     if delimiter not in header:
         delimiter = next((other for other in SEPARATORS if other in header), delimiter)
     lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
-        names = [name.strip() for name in next(reader, [])]
+        names = [name.strip() for name in next(filter(any, reader), [])]
     except csv.Error as error:
         raise ValueError(f"its header: {error}") from None
     twice = [name for name, count in Counter(names).items() if name and count > 1]

@@ -31,6 +31,11 @@ def test_rows_are_named_by_their_first_line() -> None:
     ]
 
 
+@pytest.mark.parametrize("before", ["\n\r\n", "\ufeff\n", ";;\n"])
+def test_blank_lines_before_the_header(before: str) -> None:
+    assert [row for _, row in read(before + "q;a\n1;x, y\n")] == [{"q": "1", "a": "x, y"}]
+
+
 @pytest.mark.parametrize("line", ['5,"never closed', '5,"said "so" and went', '"5,x', '5,"x" y'])
 @pytest.mark.parametrize("behind", ["plain", '"quoted"', '"over\ntwo"'])
 def test_a_stray_quote_costs_its_row_alone(line: str, behind: str) -> None:
