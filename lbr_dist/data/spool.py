@@ -20,7 +20,7 @@ import numpy as np
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import file_xxh128
 
-OPEN_FILES = 256
+OPEN_FILES = 64
 """Files that are kept open at a time."""
 
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import resource
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -226,6 +227,19 @@ def test_what_was_committed_for_other_input_is_not_used(
     run(sources, tmp_path / "out", name="same")
     run(sources, tmp_path / "whole", name="same")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(160):
+        write(tmp_path / f"in/{i:03}.jsonl", [{"question": f"q {i}", "answer": f"a {i}"}])
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        report = run([str(tmp_path / "in")], tmp_path / "out", sizes={"gl": 1.0, "cl": 0, "eval": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert report.data["rows"]["read"] == 160
 
 
 def test_blocks_do_not_change_the_output(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
