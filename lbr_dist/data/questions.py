@@ -19,12 +19,13 @@ def each_question(row: Mapping[str, Any], finder: Finder) -> Sequence[Mapping[st
     names = finder.find(row, "question")
     if names is None or len(names) > 1 or names[0].lower() != FIELD:
         return [row]
-    asked = list(dict.fromkeys(_texts(parsed(row[names[0]]))))
+    asked = list(_texts(parsed(row[names[0]])))
+    if not asked or not all(isinstance(question, str) for question in asked):
+        return [row]
+    asked = list(dict.fromkeys(asked))
     if len(asked) > 1 and (count := _answers(row, finder)) > 1:
         detail = f"{len(asked)} questions and {count} answers: give each question a row of its own"
         return [RowError("wrong_type", detail)]
-    if not asked or not all(isinstance(question, str) for question in asked):
-        return [row]
     return [{**row, names[0]: question, **_numbered(row, finder, at)} for at, question in enumerate(asked, 1)]
 
 

@@ -210,6 +210,15 @@ def test_options_in_columns_end_where_the_rest_is_blank() -> None:
         convert({**stem, "C": "", "D": "w", "answer": "D"})
 
 
+@pytest.mark.parametrize("questions", [[{"input_text": "q", "turn_id": 1}], {"a": "q"}, [["q"], [7]]])
+def test_questions_that_are_no_texts(questions: object) -> None:
+    """CoQA, as it is published, has objects."""
+    [row] = Converter(None, {}, max_chars=9).questions({"questions": questions, "answer": "a"})
+    assert not isinstance(row, RowError)
+    with pytest.raises(RowError, match=r"question is .*, not a text"):
+        convert(dict(row))
+
+
 @pytest.mark.parametrize("field", ["options", "negatives", "questions"])
 def test_what_is_nested_without_end_is_a_text(field: str) -> None:
     row = {"question": "q", "answer": "a", "options": ["a", "b"], field: "[" * 100_000}
