@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ class Pipeline:
             self.common = common_texts(texts.of(alive), numbers, spool)
             self.common_hashes = np.array([text.hash for text in self.common], np.uint64)
             side, labels = self._sides(texts.of(alive))
+            shutil.rmtree(self.folder / "sketches")  # room for those of the proof
             held = texts.of((side == EVAL) | (side == EXTERNAL))
             manifest = self._write(side, held.hash[held.linking(self.common_hashes)].astype(np.int64))
             with self.progress.phase("proving isolation"):

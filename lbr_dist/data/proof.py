@@ -112,6 +112,7 @@ def prove(
     for block in blocks:
         with np.load(block.file) as arrays:
             table.append(first, TextDigest.from_arrays(arrays))
+        block.file.unlink()
         first += len(block.sides)
     sides = np.concatenate([block.sides for block in blocks])
     containing = sum(block.containing for block in blocks)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prepared import WORDS, domain, everything, questions_and_texts, run, write
 
-from lbr_dist.data import first_pass, shard_writer
+from lbr_dist.data import first_pass, pipeline, shard_writer
 from lbr_dist.data import record as record_module
 from lbr_dist.data.isolation import Crossings
 from lbr_dist.data.prepare import prepare
@@ -240,6 +240,23 @@ def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert report.data["rows"]["read"] == 160
+
+
+def test_sketches_are_on_disk_twice_at_most(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the blocks and joined, or in the blocks and in the proof: of short texts they are the most by far."""
+    found, real = list[list[str]](), pipeline.prove
+
+    def prove(root: Path, folder: Path, *rest: Any, **more: Any) -> Any:
+        found.append([path.name for path in root.parent.glob("sketches/*")])
+        isolation = real(root, folder, *rest, **more)
+        found.append([path.name for path in folder.glob("*.npz")])
+        return isolation
+
+    monkeypatch.setattr(pipeline, "prove", prove)
+    run(sources, tmp_path / "out")
+    assert found == [[], []]
 
 
 def test_blocks_do_not_change_the_output(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
