@@ -136,6 +136,7 @@ def _window(settings: PretrainedConfig) -> int | None:
 def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora, seed: int) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
+    _check_modules(backbone, model.path, lora)
     tied = {"embed_tokens", "lm_head"} & set(lora.train_modules)
     if tied and backbone.config.tie_word_embeddings:
         raise UserError(
@@ -159,6 +160,27 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
                 f"model.lora: does not fit model {model.path} ({_line(error)}); "
                 "set model.lora.target_modules to names of its linear layers, or to all-linear"
             ) from None
+
+
+def _check_modules(backbone: PreTrainedModel, path: str, lora: config.Lora) -> None:
+    """peft leaves out a name that no module has, unless it is the only one."""
+    modules = dict(backbone.named_modules())
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    wanted = [("target_modules", one, f".{one}") for one in targets]  # as peft matches them
+    wanted += [("train_modules", one, one) for one in lora.train_modules]
+    for setting, one, end in wanted:
+        if not any(f".{name}".endswith(end) for name in modules):
+            own = {name.rpartition(".")[2] for name, module in modules.items() if module._parameters}
+            raise UserError(
+                f"model.lora: does not fit model {path} ({setting}: no module is called {one}); those with weights are "
+                f"called {', '.join(sorted(own))}"
+            )
+    ends = [one for one in targets if one.split(".")[-1] in ("embed_tokens", "lm_head")]
+    if ends:
+        raise UserError(
+            f"model.lora.target_modules: {ends[0]} cannot have an adapter, only the linear layers of model {path} "
+            "between embedding and head can; leave it out, or train it whole (model.lora.train_modules)"
+        )
 
 
 def causal_lm(backbone: nn.Module) -> Any:

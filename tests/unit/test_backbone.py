@@ -119,6 +119,16 @@ def test_lora_on_layers_that_do_not_exist(folder):
     refused(folder, "model.lora: does not fit", lora={"r": 2, "target_modules": ["no_such_layer"]})
 
 
+@pytest.mark.parametrize("setting", ["target_modules", "train_modules"])
+def test_a_name_in_lora_that_no_module_has_is_not_left_out_in_silence(folder, setting):
+    refused(folder, rf"{setting}: no module is called nrm.*q_proj", lora={"r": 2, setting: ["q_proj", "nrm"]})
+
+
+@pytest.mark.parametrize("end", ["embed_tokens", "model.embed_tokens", "lm_head"])
+def test_lora_adapts_neither_embedding_nor_head(folder, end):
+    refused(folder, f"{end} cannot have an adapter", lora={"r": 2, "target_modules": ["q_proj", end]})
+
+
 def test_lora_cannot_train_one_of_two_tied_weights(tiny_model_dir):
     path = tiny_model_dir("llama", True)
     refused(path, "embed_tokens is tied", lora={"r": 2, "train_modules": ["embed_tokens"]})
