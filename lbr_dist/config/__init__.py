@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lbr_dist.config.base import Positive, PositiveFloat, Section
+from lbr_dist.config.base import Place, Positive, PositiveFloat, Section
 from lbr_dist.config.data import Data, DataSet
 from lbr_dist.config.model import Bottleneck, Lora, Model
 from lbr_dist.config.objectives import Contrastive, Generative, Joint
@@ -40,7 +40,7 @@ class Recipe(Section):
 
     stage: Literal["generative", "contrastive", "joint"]
     """Stage 1 (generative), stage 2 (contrastive), or both losses in every step (joint)."""
-    output: str
+    output: Place
     """Run folder: recipe, metrics and checkpoints."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the data order, of dropout and of newly made parameters."""
@@ -55,7 +55,7 @@ class Recipe(Section):
     duration: Duration
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
-    deepspeed: str = "auto"
+    deepspeed: Place = "auto"
     """A name in ds_configs/ (zero3, zero2, zero3_offload, cpu ...) or the path of a DeepSpeed JSON file. `auto`: zero3
     on several GPUs, cpu (also stage 3) on several CPU processes, and on one of either, where there is nothing to
     partition, zero0 (with bfloat16: zero2)."""

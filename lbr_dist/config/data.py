@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lbr_dist.config.base import Positive, PositiveFloat, Section
+from lbr_dist.config.base import Place, Positive, PositiveFloat, Section
 
 
 class DataSet(Section):
     """One prepared set (the output of `lbr prepare`) in the mixture."""
 
-    path: str
+    path: Place
     """Folder, or URL prefix that webdataset can open, of a prepared set."""
     split: Literal["gl", "cl", "eval"] | None = None
     """Which side to read; default: `gl` for stage 1 and `cl` for stage 2."""
@@ -43,7 +43,7 @@ class Data(Section):
     """Loader processes per rank; they never change the order of the data."""
     prefetch: Positive = 4
     """Micro-batches that each loader process prepares ahead."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Where remote shards are kept; default: a folder in the user's cache."""
     cache_gib: PositiveFloat = 20.0
     """Bound of that cache in GiB; the least recently used shards go first."""

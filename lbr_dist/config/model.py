@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lbr_dist.config.base import Positive, PositiveFloat, Section, Share
+from lbr_dist.config.base import BelowOne, Place, Positive, PositiveFloat, Section
 
 
 class Lora(Section):
@@ -16,7 +16,7 @@ class Lora(Section):
     """Rank of the adapters."""
     alpha: PositiveFloat = 32.0
     """Scale: the update is multiplied by alpha / r."""
-    dropout: Share = 0.0
+    dropout: BelowOne = 0.0
     """Dropout on the adapters' input."""
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an adapter."""
@@ -27,9 +27,9 @@ class Lora(Section):
 class Model(Section):
     """The backbone: a causal language model of the Llama, Mistral, Qwen2 or Qwen3 family."""
 
-    path: str
+    path: Place
     """Model folder in Hugging Face format, with its tokenizer, or a hub name (its cache first, without network)."""
-    start_from: str | None = None
+    start_from: Place | None = None
     """A finished run or a checkpoint whose weights (Z included) this run starts from; `path` is then its base model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type. bfloat16 keeps float32 master weights in the optimizer."""
@@ -44,7 +44,7 @@ class Model(Section):
 class Surprisal(Section):
     """Bottleneck tokens by the information in a text instead of by its length: |Z| = ceil(bits of X / `bits`)."""
 
-    model: str
+    model: Place
     """Causal language model (a folder with the run's tokenizer) whose surprisal counts as information. `lbr surprisal`
     measures the texts of a prepared set by it, and encoding needs it beside the run."""
     bits: PositiveFloat

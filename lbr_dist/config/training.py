@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lbr_dist.config.base import Positive, PositiveFloat, Section, Share
+from lbr_dist.config.base import BelowOne, Positive, PositiveFloat, Section, Share
 
 
 class Batch(Section):
@@ -27,7 +27,7 @@ class Optim(Section):
     """Peak learning rate."""
     z_lr: PositiveFloat | None = None
     """Peak learning rate of the bottleneck vectors; default: `lr`."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """AdamW's moment decay rates."""
     eps: PositiveFloat = 1e-8
     """AdamW's denominator offset."""

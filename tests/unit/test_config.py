@@ -62,6 +62,10 @@ def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
         ({"stage": "joint", "data": {"sets": [{"path": "a"}], "bin_tokens": 100}}, ["data.bin_tokens (100)"]),
         ({"data": {"sets": []}}, ["data.sets"]),
         ({"model": None}, ["model"]),
+        ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "less than 1"]),
+        ({"optim": {"lr": True}}, ["optim.lr", "no true or false", "True"]),
+        ({"contrastive": {"hard_negatives": True}}, ["contrastive.hard_negatives", "no true or false"]),
+        ({"model": {"path": "b", "lora": {"dropout": 1}}}, ["model.lora.dropout", "less than 1"]),
     ],
 )
 def test_refusals_name_the_culprit(change: dict, words: list[str]) -> None:
@@ -81,6 +85,9 @@ def test_bad_files_and_overrides(tmp_path: Path) -> None:
     bad.write_text("a: [1")
     with pytest.raises(UserError, match="not valid YAML"):
         load_recipe(bad)
+    bad.write_text("stage: generative\noutput: {{ run }}\n")
+    with pytest.raises(UserError, match="not valid YAML: line 2: a name was expected"):
+        load_recipe(bad)
     bad.write_text("- 1")
     with pytest.raises(UserError, match="expected a mapping"):
         load_recipe(bad)
@@ -91,6 +98,15 @@ def test_bad_files_and_overrides(tmp_path: Path) -> None:
         load_recipe(good, ["stage.x.y=1"])
     with pytest.raises(UserError, match="not an index"):
         load_recipe(good, ["data.sets.3.weight=1"])
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    raw = {**MINIMAL, "output": "~/a", "model": {"path": "~/m", "start_from": "~/r"}, "deepspeed": "~/ds.json"}
+    recipe = load_recipe(write(tmp_path, raw), ["data.sets.0.path=~/set", "data.cache_dir=~/cache"])
+    found = [recipe.output, recipe.model.path, recipe.model.start_from, recipe.data.sets[0].path, recipe.data.cache_dir]
+    assert found == ["/home/me/a", "/home/me/m", "/home/me/r", "/home/me/set", "/home/me/cache"]
+    assert recipe.deepspeed == "/home/me/ds.json"
 
 
 @pytest.mark.parametrize(("x", "z"), [(0, 1), (1, 1), (500, 1), (501, 2), (1000, 2), (10_000, 8)])
