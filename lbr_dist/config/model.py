@@ -40,6 +40,14 @@ class Model(Section):
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass: less memory, about a third more time."""
 
+    @model_validator(mode="after")
+    def _kernel(self) -> Model:
+        if self.attention == "varlen" and self.dtype == "float32":
+            raise ValueError(
+                "model.attention=varlen has no float32 kernel: set model.dtype=bfloat16, or model.attention=auto"
+            )
+        return self
+
 
 class Surprisal(Section):
     """Bottleneck tokens by the information in a text instead of by its length: |Z| = ceil(bits of X / `bits`)."""

@@ -19,6 +19,8 @@ import torch.distributed as dist
 import lbr_dist
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
+from lbr_dist.model.attention import choose_backend
+from lbr_dist.model.backbone import DTYPES
 from lbr_dist.training import run_folder
 from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
@@ -94,6 +96,7 @@ def start(
     """
     recipe, environment = job.recipe, job.environment
     device = start_distributed(environment, recipe.step_timeout + 600)
+    choose_backend(recipe.model.attention, device, DTYPES[recipe.model.dtype])  # refused before the load
     on_rank_zero(lock.take)
     on_rank_zero(lambda: request_stop(Path(recipe.output), ""))  # what was asked of an earlier start
     on_rank_zero(on_claim or (lambda: None))

@@ -290,6 +290,13 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
     assert not (folder / "x").exists()
 
 
+def test_an_attention_that_the_device_lacks_is_refused_before_the_load(place: tuple[Path, Path, Path]) -> None:
+    folder, *inputs = place
+    (result,) = run(folder, 1, [recipe(folder / "flex", *inputs, model={"attention": "flex"})])
+    assert "model.attention=flex needs a CUDA device" in result["error"]
+    assert "parameters" not in (folder / "flex" / "log.txt").read_text()
+
+
 def test_a_model_or_set_that_changed_under_a_run_is_refused(place: tuple[Path, Path, Path]) -> None:
     """At the same path: another configuration of the model, another set. What differs is named, and can be allowed."""
     folder, model, data = place

@@ -62,6 +62,7 @@ def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
         ({"stage": "joint", "data": {"sets": [{"path": "a"}], "bin_tokens": 100}}, ["data.bin_tokens (100)"]),
         ({"data": {"sets": []}}, ["data.sets"]),
         ({"model": None}, ["model"]),
+        ({"model": {"path": "b", "attention": "varlen"}}, ["model.attention=varlen", "model.dtype=bfloat16"]),
         ({"optim": {"betas": [0.9, 1.5]}}, ["optim.betas.1", "less than 1"]),
         ({"optim": {"lr": True}}, ["optim.lr", "no true or false", "True"]),
         ({"contrastive": {"hard_negatives": True}}, ["contrastive.hard_negatives", "no true or false"]),
