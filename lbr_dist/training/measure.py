@@ -132,8 +132,8 @@ class Meter:
         }
         if skipped:
             row["skipped"] = True
-        self._saving = 0.0
-        tracker.row(row)
+        if tracker.row(row):
+            self._saving = 0.0
 
     def summary(self, done: int) -> None:
         """One line at the end of the run."""

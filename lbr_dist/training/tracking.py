@@ -53,10 +53,15 @@ class Tracker:
         self.wandb_id: str | None = self._wandb.id if self._wandb else None
         self._line = _Terminal(total_steps) if sys.stderr.isatty() else _Plain()
 
-    def row(self, values: dict[str, Any]) -> None:
-        """Log one step; `step` counts finished steps. Values that are not finite are written as null."""
+    def row(self, values: dict[str, Any]) -> bool:
+        """Log one step; `step` counts finished steps. Values that are not finite are written as null.
+
+        Returns:
+            Whether it is one of the steps that have a row.
+        """
         step = values["step"]
-        if step % self._recipe.tracking.every_steps == 0 or step == self._total:
+        written = step % self._recipe.tracking.every_steps == 0 or step == self._total
+        if written:
             clean = {key: _number(value) for key, value in values.items()}
             self._file.write(json.dumps(clean) + "\n")
             if self._wandb:
@@ -64,6 +69,7 @@ class Tracker:
             if self._on_row:
                 self._on_row(clean)
         self._line.show(step, self._describe(values, self._eta(step)), last=step == self._total)
+        return written
 
     def close(self) -> None:
         """Finish the files and the line."""

@@ -290,6 +290,15 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
     assert not (folder / "x").exists()
 
 
+def test_a_stall_between_two_rows_is_in_the_second(place: tuple[Path, Path, Path]) -> None:
+    folder, *inputs = place
+    every = {"tracking": {"every_steps": 3}, "checkpoint": {"every_steps": 4}, "duration": {"epochs": None, "steps": 6}}
+    run(folder, 1, [recipe(folder / "stall", *inputs, **every)])
+    first, second = read_rows(folder / "stall" / "metrics.jsonl")
+    assert (first["step"], first["checkpoint_stall_s"]) == (3, 0)  # saved after step 4, whose next row is that of 6
+    assert second["checkpoint_stall_s"] > 0
+
+
 def test_an_attention_that_the_device_lacks_is_refused_before_the_load(place: tuple[Path, Path, Path]) -> None:
     folder, *inputs = place
     (result,) = run(folder, 1, [recipe(folder / "flex", *inputs, model={"attention": "flex"})])
