@@ -64,6 +64,11 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
 
     cuda = torch.cuda.is_available()
     changed = check_folder(recipe, resume=resume, allow_change=allow_change)
+    if "contrastive" in recipe.tasks and recipe.batch.global_batch == 1 and not recipe.contrastive.hard_negatives:
+        raise UserError(
+            "batch.global_batch is 1: a pair alone has no negatives, and its loss is 0; raise it, or set "
+            "contrastive.hard_negatives"
+        )
     regime = load_regime(recipe, world=environment.world, cuda=cuda)
     check_nvme(recipe, regime)
     tokenization = _check_model(recipe)

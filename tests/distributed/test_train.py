@@ -273,6 +273,7 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
         (recipe(folder / "full", *inputs), ["full", "not empty"]),
         (recipe(folder / "x", *inputs, deepspeed=str(clip)), ["clip.json", "gradient_clipping is 0.5", "optim.clip"]),
         (recipe(folder / "x", *inputs, deepspeed="zero9"), ["zero9", "zero3"]),
+        (recipe(folder / "x", *inputs, "contrastive", batch={"global_batch": 1}), ["no negatives", "hard_negatives"]),
         (
             recipe(
                 folder / "x", *inputs, "contrastive", model={"start_from": done["output"]}, bottleneck={"tokens": 3}
