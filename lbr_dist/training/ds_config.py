@@ -59,7 +59,7 @@ def load_regime(recipe: Recipe, *, world: int, cuda: bool) -> Regime:
         raise UserError(f"deepspeed: {name}: no such file, nor one of {known}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed: {file}: not a readable JSON file: {error}") from None
-    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization", {}), dict):
+    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization"), dict):
         raise UserError(f"deepspeed: {file}: expected an object with a zero_optimization section")
     return Regime(name, resolve(given, recipe, str(file), cuda=cuda), note)
 
@@ -91,7 +91,17 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("steps_per_print", 2**62)
     zero = config.setdefault("zero_optimization", {})
-    if zero.setdefault("stage", 0) == 0 and bf16:
+    if zero.setdefault("stage", 0) not in range(4):
+        raise UserError(f"{origin}: zero_optimization.stage is {json.dumps(zero['stage'])}: expected 0, 1, 2 or 3")
+    for part in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.setdefault(part, {}), dict):
+            raise UserError(
+                f"{origin}: zero_optimization.{part} is {json.dumps(zero[part])}: expected an object, as "
+                '{"device": "cpu"}'
+            )
+        if not zero[part]:
+            del zero[part]
+    if zero["stage"] == 0 and bf16:
         raise UserError(
             f"{origin}: zero_optimization.stage is 0, and with model.dtype = bfloat16 that keeps float32 masters where "
             "no checkpoint can take them: use stage 1 (deepspeed=zero1)"
@@ -148,7 +158,7 @@ def _equal(found: Any, value: Any) -> bool:
 
 
 def _without_auto(node: Any) -> Any:
-    """What is still "auto" falls back to DeepSpeed's default."""
+    """What is still "auto", or null, falls back to DeepSpeed's default."""
     if isinstance(node, dict):
-        return {key: _without_auto(value) for key, value in node.items() if value != "auto"}
+        return {key: _without_auto(value) for key, value in node.items() if value not in ("auto", None)}
     return node

@@ -8,6 +8,7 @@ ties the meaning of a run to the world size, and ours must not depend on it.
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import math
 import os
@@ -91,9 +92,10 @@ def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
     """Build the recipe's model, sharded where the stage is 3, and wrap it. Collective.
 
     Raises:
-        UserError: see `LbrModel.build`.
+        UserError: see `LbrModel.build`; or DeepSpeed does not take its configuration.
     """
     deepspeed = _import_deepspeed()
+    _check(regime)
     sharding = None
     if regime.stage == 3:
         from transformers.integrations import HfDeepSpeedConfig
@@ -108,6 +110,16 @@ def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=regime.config)
     del sharding
     return engine
+
+
+def _check(regime: Regime) -> None:
+    """Let DeepSpeed read its configuration before a model is loaded under it."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(regime.config))
+    except Exception as error:  # of many kinds, and all about what the file says
+        raise UserError(f"deepspeed {regime.name}: {' '.join(str(error).split())[:300]}: correct the file") from None
 
 
 @contextmanager

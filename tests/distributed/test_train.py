@@ -300,6 +300,20 @@ def test_a_stall_between_two_rows_is_in_the_second(place: tuple[Path, Path, Path
     assert second["checkpoint_stall_s"] > 0
 
 
+@pytest.mark.parametrize(
+    ("zero", "words"), [({"stge": 3}, "stge"), ({"stage": 3, "offload_param": {"device": "gpu"}}, "'cpu' or 'nvme'")]
+)
+def test_what_deepspeed_refuses_in_its_file_is_no_fault_of_the_model(
+    place: tuple[Path, Path, Path], tmp_path: Path, zero: dict[str, Any], words: str
+) -> None:
+    _, *inputs = place
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero}))
+    (result,) = run(tmp_path, 1, [recipe(tmp_path / "run", *inputs, deepspeed=str(tmp_path / "mine.json"))])
+    assert "mine.json" in result["error"]
+    assert words in result["error"]
+    assert "download" not in result["error"]
+
+
 def test_an_attention_that_the_device_lacks_is_refused_before_the_load(place: tuple[Path, Path, Path]) -> None:
     folder, *inputs = place
     (result,) = run(folder, 1, [recipe(folder / "flex", *inputs, model={"attention": "flex"})])

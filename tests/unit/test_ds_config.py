@@ -112,6 +112,26 @@ def test_agreement_and_auto_pass() -> None:
     assert config["zero_optimization"] == {"stage": 2}
 
 
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({"stage": 4}, ["zero_optimization.stage is 4", "0, 1, 2 or 3"]),
+        ({"stage": "two"}, ['stage is "two"']),
+        ({"stage": 3, "offload_optimizer": "cpu"}, ['offload_optimizer is "cpu"', '{"device": "cpu"}']),
+    ],
+)
+def test_values_that_no_deepspeed_takes(zero: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        resolve({"zero_optimization": zero}, make(), "mine.json", cuda=False)
+    for word in ["mine.json", *words]:
+        assert word in str(error.value)
+
+
+def test_null_is_as_if_it_were_not_there() -> None:
+    zero = {"stage": 2, "offload_optimizer": None, "offload_param": {}, "reduce_bucket_size": None}
+    assert resolve({"zero_optimization": zero}, make(), "mine.json", cuda=False)["zero_optimization"] == {"stage": 2}
+
+
 def test_no_pinned_memory_without_a_gpu() -> None:
     regime = load_regime(make(deepspeed="zero3_offload"), world=1, cuda=False)
     assert regime.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
@@ -120,6 +140,9 @@ def test_no_pinned_memory_without_a_gpu() -> None:
 def test_files_that_are_not_there_or_broken(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"zero33.*zero3_offload"):
         load_regime(make(deepspeed="zero33"), world=1, cuda=False)
+    (tmp_path / "typo.json").write_text('{"zero_optimisation": {"stage": 3}}')
+    with pytest.raises(UserError, match=r"typo\.json: expected an object with a zero_optimization section"):
+        load_regime(make(deepspeed=str(tmp_path / "typo.json")), world=1, cuda=False)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json: not a readable JSON"):
         load_regime(make(deepspeed=str(tmp_path / "broken.json")), world=1, cuda=False)
