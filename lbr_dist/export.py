@@ -221,14 +221,11 @@ def _reference(loaded: Run, count: int) -> np.ndarray:
 def _check(folder: Path, reference_ND: np.ndarray, least: float) -> float:
     """Lowest cosine between the run's vectors and those of the folder in sentence-transformers."""
     from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging as their_logging
 
-    verbosity = their_logging.get_verbosity()
-    their_logging.set_verbosity_error()  # it reports an untied head, which embeddings do not use, as unexpected
-    try:
+    from lbr_dist.model.plain import without_report
+
+    with without_report():
         model = SentenceTransformer(str(folder), device="cpu")
-    finally:
-        their_logging.set_verbosity(verbosity)
     texts = list(CHECK_TEXTS)
     options: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
     vectors_ND = np.concatenate([model.encode_query(texts, **options), model.encode_document(texts, **options)])

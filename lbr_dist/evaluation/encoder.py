@@ -7,6 +7,7 @@ in float32 the vectors of two calls agree to about 1e-6. What is too long is cut
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -204,7 +205,8 @@ class SentenceTransformerEncoder:
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
         """See `Encoder`; the model's own prompts for queries and documents are applied. Cut texts are not counted."""
-        options: dict[str, Any] = {"show_progress_bar": progress, "convert_to_numpy": True}
+        bar = progress and sys.stderr.isatty()  # as ours; theirs asks nobody
+        options: dict[str, Any] = {"show_progress_bar": bar, "convert_to_numpy": True}
         encode = self.model.encode_query if side == "query" else self.model.encode_document
         return unit(np.asarray(encode(list(texts), **options), dtype=np.float32))
 

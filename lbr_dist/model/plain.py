@@ -29,7 +29,8 @@ def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> A
         UserError: it cannot be loaded, or weights are missing, which transformers would make up at random.
     """
     try:
-        model, info = cached_first(kind.from_pretrained, path, dtype="float32", output_loading_info=True)
+        with without_report():
+            model, info = cached_first(kind.from_pretrained, path, dtype="float32", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what}: cannot be loaded ({reason})") from None
@@ -49,12 +50,26 @@ def whole_models(what: str) -> Iterator[None]:
     load = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
     def load_whole(cls: type, *arguments: Any, output_loading_info: bool = False, **options: Any) -> Any:
-        model, info = load(cls, *arguments, output_loading_info=True, **options)
+        with without_report():
+            model, info = load(cls, *arguments, output_loading_info=True, **options)
         _check_whole(info, what)
         return (model, info) if output_loading_info else model
 
     with patch.object(PreTrainedModel, "from_pretrained", classmethod(load_whole)):
         yield
+
+
+@contextlib.contextmanager
+def without_report() -> Iterator[None]:
+    """Within it transformers does not list what it left unread: to embeddings a language model's own head is that."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_whole(info: dict[str, Any], what: str) -> None:

@@ -229,3 +229,24 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
         seen += [model_fingerprint(spec) for spec in ("hf:clinic/tiny?pooling=last", "clinic/tiny", "tiny")]
     assert len(set(seen)) == 6
     assert model_fingerprint("clinic/tiny") == seen[4]
+
+
+@pytest.mark.parametrize("spec", ["{}", "hf:{}?pooling=last"])
+def test_models_of_others_are_loaded_and_run_without_a_word(run, tmp_path, capsys, spec):
+    """An untied head is no part of an embedder, which transformers reports; bars do not belong into a log file."""
+    import logging
+
+    from transformers.utils import logging as theirs
+
+    from lbr_dist.export import export
+
+    folder = export(run, tmp_path / "export", check=False)
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    theirs.add_handler(handler)
+    try:
+        load_encoder(spec.format(folder), "cpu").encode(texts(3), "query", progress=True)
+    finally:
+        theirs.remove_handler(handler)
+    assert not said
+    assert "Batches" not in capsys.readouterr().err
