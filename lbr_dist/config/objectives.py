@@ -77,7 +77,8 @@ class Contrastive(Section):
     attention: Literal["causal", "bidirectional"] = "causal"
     """Causal is the paper's; bidirectional is its ablation (paper section 5.1)."""
     query_instruction: str = ""
-    """Text put before every query; it must end in a line break, so that it tokenizes the same with any query."""
+    """Text put before every query; it must end in a line break, where most tokenizers begin anew. With one that does
+    not (Llama 2), `lbr plan` and the log say that the run cannot be exported."""
     passage_instruction: str = ""
     """Text put before every passage; likewise."""
     hard_negatives: Annotated[int, Field(ge=0)] = 0

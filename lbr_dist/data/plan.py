@@ -94,4 +94,11 @@ def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Toke
     if recipe.stage == "generative":
         return GenerativePlan(recipe, sources, bos=bos, eos=int(tokenization.eos_id is not None))
     query, passage = tokenization.encode([recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction])
-    return ContrastivePlan(recipe, sources, query_extra=bos + len(query), passage_extra=bos + len(passage))
+    plan = ContrastivePlan(recipe, sources, query_extra=bos + len(query), passage_extra=bos + len(passage))
+    for name in ("query_instruction", "passage_instruction"):
+        if not tokenization.begins_anew_after(getattr(recipe.contrastive, name)):
+            plan.notes.append(
+                f"contrastive.{name}: behind it this tokenizer gives a text other tokens than alone, so `lbr export` "
+                "will refuse the run, while `lbr encode` serves it: leave it out of a run that is to be exported"
+            )
+    return plan

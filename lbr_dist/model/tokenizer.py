@@ -22,6 +22,7 @@ from lbr_dist.model.hub import cached_first
 
 _Z_PREFIX, _Z_SUFFIX = "<|lbr_z_", "|>"
 _DECORATION = ("post_processor", "padding", "truncation")
+_BEGINNINGS = ("What is it?", "Überfunktion", "(a) 1", "def f(x):", "糖尿病")
 
 
 def z_token(index: int) -> str:
@@ -73,6 +74,14 @@ class Tokenization:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens and uncut."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def begins_anew_after(self, prefix: str) -> bool:
+        """Whether texts behind `prefix` have the tokens that they have alone.
+
+        They do where a tokenizer cuts at the prefix's end, and not where it marks a text's first word (Llama 2).
+        """
+        front, *alone = self.encode([prefix, *_BEGINNINGS])
+        return self.encode([prefix + text for text in _BEGINNINGS]) == [front + ids for ids in alone]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are dropped."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbr_dist.data.plan_base import PlannedSample, SampleRef
@@ -141,6 +143,30 @@ def test_what_cannot_work_is_refused(prepared: dict[str, Any]) -> None:
     huge = {**prepared, "batch": {"global_batch": 2, "micro_tokens": 10**9}}
     with pytest.raises(UserError, match=r"does not fit 80 GiB: try .*batch\.micro_tokens"):
         estimate(make(**huge))
+
+
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize("stage", ["contrastive", "joint"])
+def test_an_instruction_that_an_export_cannot_have_is_told_before_training(
+    tmp_path: Path, stage: str, marks: bool
+) -> None:
+    """A tokenizer that marks the first word (with a space here) gives it other tokens behind an instruction."""
+    base = make_model(tmp_path / "base", "llama")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = marks
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    records = [Record(id=f"r{i}", question=f"what is {i}", answer=f"it is {i * i}") for i in range(9)]
+    (tmp_path / "set").mkdir()
+    write_set(tmp_path / "set", {"gl": records, "cl": records}, Tokenization.load(str(base)), name="plan")
+    recipe = make(
+        stage=stage,
+        model={"path": str(base)},
+        data={"sets": [{"path": str(tmp_path / "set")}]},
+        contrastive={"query_instruction": "Find the answer:\n"},
+        joint={"bins": 1},
+    )
+    said = [line for line in estimate(recipe, gpu="cpu").lines if "contrastive.query_instruction: behind it" in line]
+    assert len(said) == marks
 
 
 def test_on_a_cpu_the_copy_counts_while_it_is_written_and_adapters_leave_gaps() -> None:
