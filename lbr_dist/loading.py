@@ -158,12 +158,23 @@ def check_spec(spec: str) -> None:
         resolve(path, deep=False)
         return
     folder = Path(path)
-    if not folder.is_dir() and (folder.is_absolute() or (len(folder.parts) > 1 and folder.parent.is_dir())):
-        problem = "is a file" if folder.exists() else "no such folder"
+    if problem := _no_model(folder):
         raise UserError(f"model {spec}: not a run, an export or a sentence-transformers model ({problem})")
     plain = (folder / "config.json").is_file() and not (folder / "modules.json").is_file()
     if plain and not spec.startswith("hf:"):
         raise UserError(f"model {spec}: a plain model folder has no pooling of its own; say hf:{spec}?pooling=mean")
+
+
+def _no_model(folder: Path) -> str:
+    """Why a path cannot be that of a model; "" where it may be, or is a name of the hub."""
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in ("modules.json", "config.json", "adapter_config.json")):
+            return ""
+        begun = (folder / "recipe.yaml").is_file()
+        return "a run without a checkpoint" if begun else "a folder without modules.json or config.json"
+    if folder.exists():
+        return "is a file"
+    return "no such folder" if folder.is_absolute() or (len(folder.parts) > 1 and folder.parent.is_dir()) else ""
 
 
 def split_dim(spec: str) -> tuple[str, int | None]:

@@ -74,7 +74,7 @@ def test_everything_in_one_table(tmp_path, tiny_model_dir, data):
     assert "| BM25 |" in card
 
 
-def test_names_are_checked_before_any_model_runs(tmp_path, data):
+def test_names_are_checked_before_any_model_runs(tmp_path, data, monkeypatch):
     with pytest.raises(UserError, match="NoSuchTask"):
         evaluate(["never-loaded"], data, tmp_path / "out", tasks=["NoSuchTask"], progress=False)
     with pytest.raises(UserError, match="not a prepared set"):
@@ -93,7 +93,14 @@ def test_names_are_checked_before_any_model_runs(tmp_path, data):
             evaluate(["never-loaded"], data, tmp_path / "out", progress=False, **options)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "config.json").touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "recipe.yaml").touch()
+    monkeypatch.chdir(tmp_path)
     for spec, message in (
+        (str(data), "a folder without modules.json or config.json"),
+        (f"hf:{data}?pooling=last", "a folder without modules.json or config.json"),
+        (str(tmp_path / "begun"), "a run without a checkpoint"),
+        ("file", "is a file"),
         (str(tmp_path / "typo"), "no such folder"),
         (str(tmp_path / "file"), "is a file"),
         (str(tmp_path / "plain"), "has no pooling of its own"),
