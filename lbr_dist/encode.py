@@ -27,6 +27,8 @@ from lbr_dist.rows import read_texts
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Side
 
+OTHER_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".npy", ".npz", ".arrow", ".feather", ".gz", ".zst")
+"""What a reader would not open as Parquet."""
 VERSION = 3
 """Raised when the same input and settings give other blocks, ids or texts: parts of two versions are not joined."""
 
@@ -70,12 +72,15 @@ def encode_file(
 
     Raises:
         UserError: no such file or field, a damaged file, a row without a text (its line is named), an input that is
-            changed while it is read, an `out` that exists or is being written by another process, parts beside it of
-            another input, model or setting, or a full disk (finished parts are kept for the next attempt).
+            changed while it is read, an `out` that has the ending of another format, exists or is being written by
+            another process, parts beside it of another input, model or setting, or a full disk (finished parts are kept
+            for the next attempt).
     """
     from lbr_dist.loading import model_fingerprint, pinned
 
     source, out = Path(source), Path(out)
+    if out.suffix.lower() in OTHER_ENDINGS:
+        raise UserError(f"encode: {out}: what is written is Parquet; name it {out.with_suffix('.parquet').name}")
     _check_absent(out)
     read_texts(source, side, field)
     model = pinned(model)  # a run in training may have another checkpoint by the next block

@@ -85,6 +85,8 @@ def test_help_answers_within_a_second() -> None:
         (["prepare", "a.jsonl", "--out", "o", "--tokenizer", "nowhere"], ["nowhere"]),
         (["eval", "nowhere", "--data", "missing"], ["missing"]),
         (["search", "nowhere", "missing.txt", "q"], ["missing.txt"]),
+        (["encode", "nowhere", "in.jsonl", "out.csv"], ["out.csv", "is Parquet", "out.parquet"]),
+        (["encode", "nowhere", "in.jsonl", "out.NPY"], ["out.NPY", "is Parquet"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
