@@ -63,7 +63,8 @@ def search(
         progress: bars on a terminal.
 
     Returns:
-        For each query its hits, best first; passages with equal texts are one.
+        For each query its hits, best first; passages with equal texts are one. BM25 finds those that share a word with
+        the query.
 
     Raises:
         UserError: the model or the corpus cannot be read, or a query or the corpus is empty.
@@ -90,7 +91,11 @@ def search(
         check_finite(queries_QD, queries, model)
         rows_QK, scores_QK = top_k(queries_QD, passages_PD, k)
     return [
-        [Hit(float(score), ids[row], texts[row]) for row, score in zip(rows_K, scores_K, strict=True)]
+        [
+            Hit(float(score), ids[row], texts[row])
+            for row, score in zip(rows_K, scores_K, strict=True)
+            if model != "bm25" or score > 0
+        ]
         for rows_K, scores_K in zip(rows_QK, scores_QK, strict=True)
     ]
 
@@ -152,7 +157,7 @@ def print_hits(queries: Sequence[str], results: Sequence[Sequence[Hit]]) -> None
         for hit in hits:
             table.add_row(f"{hit.score:.3f}", Text(hit.id), Text(" ".join(hit.text.split())[:500]))
         console.print(table)
-        console.print()
+        console.print("" if hits else "nothing found\n")
 
 
 def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, progress: bool) -> np.ndarray:

@@ -195,14 +195,20 @@ class BM25Search:
         self._bm25 = BM25([f"{title} {text}".strip() for title, text in zip(titles, corpus["text"], strict=True)])
 
     def search(self, queries: Any, *, top_k: int, top_ranked: Any = None, **_: Any) -> dict[str, dict[str, float]]:
-        """Scores of the best passages of each query; of its candidates only, where the task names them."""
+        """Scores of the best passages of each query that share a word with it, or of all that the task names.
+
+        A passage without a word of the query is not found. Filling up with such would credit the first of the corpus,
+        which in a held-out set are the answers.
+        """
         k = len(self._ids) if top_ranked is not None else top_k
         rows_QK, scores_QK = self._bm25.search(list(queries["text"]), k)
         results = {}
         for query, rows_K, scores_K in zip(queries["id"], rows_QK, scores_QK, strict=True):
-            allowed = None if top_ranked is None else set(top_ranked[query])
-            ranked = [(self._ids[row], float(score)) for row, score in zip(rows_K, scores_K, strict=True)]
-            results[query] = {name: score for name, score in ranked if allowed is None or name in allowed}
+            ranked = {self._ids[row]: float(score) for row, score in zip(rows_K, scores_K, strict=True)}
+            if top_ranked is None:
+                results[query] = {name: score for name, score in ranked.items() if score > 0}
+            else:
+                results[query] = {name: ranked[name] for name in top_ranked[query]}
         return results
 
 

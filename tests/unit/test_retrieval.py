@@ -117,6 +117,27 @@ def test_bm25_without_a_known_word():
     assert BM25(["", "!"]).search(["a"], 5)[1].tolist() == [[0, 0]]
 
 
+def test_bm25_is_not_credited_for_what_it_did_not_find():
+    """Answers come first in the corpus: filled up with passages of score 0, every query would find its own."""
+    passages = ["alpha one", "beta two", "gamma three", *(f"other {i}" for i in range(200))]
+    data = HeldOut("lexical", "f", ["alpha", "zeta", "eta"], passages, [[0], [1], [2]])
+    got = retrieval_scores(BM25Search(), held_out_task(data))
+    assert {got[name] for name in ("recall_at_10", "recall_at_100", "ndcg_at_100")} == {0.33333}
+    data = HeldOut("lexical", "f", ["zeta"], passages, [[1]])
+    assert retrieval_scores(BM25Search(), held_out_task(data))["recall_at_100"] == 0
+
+
+def test_bm25_ranks_every_candidate_that_a_task_names():
+    from datasets import Dataset
+
+    search = BM25Search()
+    search.index(Dataset.from_dict({"id": ["a", "b", "c"], "text": ["one two", "two", "three"]}))
+    queries = Dataset.from_dict({"id": ["q"], "text": ["one two"]})
+    found = search.search(queries, top_k=1, top_ranked={"q": ["c", "a"]})
+    assert set(found["q"]) == {"a", "c"}
+    assert found["q"]["a"] > found["q"]["c"] == 0
+
+
 def test_an_unknown_task_names_itself():
     with pytest.raises(UserError, match="--task NoSuchTask: mteb has no such task"):
         named_task("NoSuchTask")

@@ -92,6 +92,15 @@ def test_bm25_searches_too(corpus):
     assert search("bm25", corpus, ["failure of the heart"], k=1)[0][0].id == "r1"
 
 
+def test_bm25_finds_only_what_shares_a_word(corpus, capsys):
+    results = search("bm25", corpus, ["heart", "liver"], k=3)
+    assert [[hit.id for hit in hits] for hits in results] == [["r1"], []]
+    print_hits(["heart", "liver"], results)
+    shown = capsys.readouterr().out
+    assert "heart failure" in shown
+    assert shown.count("nothing found") == 1
+
+
 def test_top_k_over_tiles(monkeypatch):
     rng = np.random.default_rng(0)
     queries, passages = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(101, 5)).astype(np.float32)
