@@ -8,6 +8,7 @@ model's configuration is checked before any weight is read.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,8 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
         modules_to_save=lora.train_modules or None,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by the old name
         torch.manual_seed(seed)
         try:
             return get_peft_model(backbone, adapters, autocast_adapter_dtype=False)  # ZeRO-3 takes one dtype alone

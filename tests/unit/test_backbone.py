@@ -129,6 +129,12 @@ def test_lora_adapts_neither_embedding_nor_head(folder, end):
     refused(folder, f"{end} cannot have an adapter", lora={"r": 2, "target_modules": ["q_proj", end]})
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_lora_is_put_on_without_a_word(folder):
+    """peft asks for a name that transformers 5.23 warns of, on every command with a run of adapters."""
+    LbrModel.build(recipe(folder, lora={"r": 2}))
+
+
 def test_lora_cannot_train_one_of_two_tied_weights(tiny_model_dir):
     path = tiny_model_dir("llama", True)
     refused(path, "embed_tokens is tied", lora={"r": 2, "train_modules": ["embed_tokens"]})
