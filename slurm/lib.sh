@@ -200,14 +200,14 @@ print(address_towards(argv[1]))' "${hosts[1]}:1") || die "${hosts[0]}: has no IP
   {
     local status=0
     "${steps[@]}" "${everywhere[@]}" --cpus-per-task="$node_cpus" \
-      "${python[@]}" -m lbr_dist.launch.slurm_ray node "$@" >>"$nodes.log" 2>&1 || status=$?
+      "${python[@]}" -m lbr_dist.launch.slurm_ray node "$nodes" "$@" >>"$nodes.log" 2>&1 || status=$?
     echo "$status" >"$nodes.code"
   } &
 }
 
 wait_for_ray() {
   exec "${steps[@]}" --nodes=1 --ntasks=1 --nodelist="${hosts[0]}" \
-    "${python[@]}" -m lbr_dist.launch.slurm_ray wait "${#hosts[@]}" "$nodes"
+    "${python[@]}" -m lbr_dist.launch.slurm_ray wait "$nodes" "${#hosts[@]}"
 }
 
 launch_ray() { # launch_ray STAGE RECIPE [key=value ...]

@@ -7,13 +7,16 @@ workers linger for a minute. Every port that Ray would take by a fixed number is
 node; the dashboard and job server listen on loopback, GCS and raylets on the address that the other nodes reach (a job
 of one node: loopback, too), and all of it asks for a token that is made for this attempt of the job alone.
 
-    node PORT DASHBOARD CLIENT AGENT    run Ray on this node until the step ends (`ray start --block`)
-    wait NODES STEP                     return once so many nodes are alive; exit code 1 after WAIT_S, or once the
-                                        nodes' step has ended: then STEP.code holds its exit code, STEP.log its output
+    node STEP PORT DASHBOARD CLIENT AGENT    run Ray on this node until the step ends (`ray start --block`)
+    wait STEP NODES                          return once so many nodes are alive; exit code 1 after WAIT_S
+
+STEP.log has the step's output; STEP.code, once one of the nodes has failed or all have ended, the exit code, and maybe
+why: nobody waits for the others then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -152,20 +155,21 @@ def _wait_for_port(host: str, port: int, look: Callable[[], None] = lambda: None
 
 
 def check_step(step: Path) -> None:
-    """Check that the step of Ray's nodes goes on.
+    """Check that all of the step's nodes go on.
 
     Raises:
-        UserError, ConnectionError: it has ended, by a mistake or otherwise; with the last that its log says.
+        UserError, ConnectionError: one has ended, by a mistake or otherwise; with the last that the log says.
     """
     try:
-        code = int(step.with_suffix(".code").read_text())
+        ended, _, why = step.with_suffix(".code").read_text().partition("\n")
+        code = int(ended)
     except (OSError, ValueError):  # not there, or not written yet
         return
     log = step.with_suffix(".log")
-    lines = log.read_text(errors="replace").split("\n")[-20:]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or [*filter(None, lines), ""]
+    lines = why.split("\n") if why.strip() else log.read_text(errors="replace").split("\n")[-20:]
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")] or ["", *filter(None, lines)]
     kind = UserError if code == EXIT_USER_ERROR else ConnectionError
-    raise kind(f"Ray's nodes ended with code {code}: {said[-1]} (see {log})")
+    raise kind(f"a node of Ray ended with code {code}: {said[-1]} (see {log})")
 
 
 def wait_for_nodes(count: int, step: Path) -> bool:
@@ -198,16 +202,22 @@ def wait_for_nodes(count: int, step: Path) -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
-    command, *rest = arguments
+    command, step, *rest = arguments
+    why = ""
     try:
         check_folder(Path(os.environ["LBR_RAY_FOLDER"]))
         if command == "node":
-            return run_node([int(number) for number in rest])
-        keep_to_node_address()
-        return 0 if wait_for_nodes(int(rest[0]), Path(rest[1])) else 1
+            code = run_node([int(number) for number in rest])
+        else:
+            keep_to_node_address()
+            code = 0 if wait_for_nodes(int(rest[0]), Path(step)) else 1
     except (UserError, ConnectionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else 1
+        why, code = str(error), EXIT_USER_ERROR if isinstance(error, UserError) else 1
+        print(f"error: {why}", file=sys.stderr)
+    if command == "node" and code != 0:
+        with contextlib.suppress(OSError):
+            Path(f"{step}.code").write_text(f"{code}\n{why}\n")
+    return code
 
 
 if __name__ == "__main__":

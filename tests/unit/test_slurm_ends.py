@@ -45,7 +45,7 @@ case "$*" in
     exit 75
     ;;
   *"slurm_ray node"*) echo "error: no room" >&2; exit 2 ;;
-  *"slurm_ray wait"*) until [ -s "$PLACE/ray/nodes-7.code" ]; do sleep 0.05; done; exit "$(cat "${@: -1}.code")" ;;
+  *"slurm_ray wait"*) cd "$PLACE/ray"; until [ -s nodes-7.code ]; do sleep 0.05; done; exit "$(cat nodes-7.code)" ;;
   *"lbr_dist prepare"* | *"lbr_dist eval"*) touch "$PLACE/started"; sleep 1 ;;
 esac
 """,

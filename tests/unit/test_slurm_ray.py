@@ -33,6 +33,11 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     signal.signal(signal.SIGTERM, before)
 
 
+def node() -> list[str]:
+    """What a node is started with; its step's files are beside its scratch folder."""
+    return ["node", str(Path(os.environ["LBR_RAY_FOLDER"]).with_name("nodes-7")), "1", "2", "3", "4"]
+
+
 class Clock:
     """Time that passes only while Ray runs, and Ray's nodes that live for so many seconds each."""
 
@@ -49,14 +54,14 @@ class Clock:
 @pytest.mark.usefixtures("head")
 def test_a_node_that_dies_after_hours_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock([7200.0, 20.0, 20.0, 86400.0, 5.0], monkeypatch)
-    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 0
+    assert slurm_ray.main(node()) == 0
     assert clock.lives == []
 
 
 @pytest.mark.usefixtures("head")
 def test_a_node_that_never_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock([30.0] * 20, monkeypatch)
-    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 1
+    assert slurm_ray.main(node()) == 1
     assert 180 < clock.now <= 240
 
 
@@ -69,7 +74,7 @@ def test_so_is_one_whose_head_is_gone(monkeypatch: pytest.MonkeyPatch, head: soc
         return start(options)
 
     monkeypatch.setattr(slurm_ray, "start", start_until_the_head_goes)
-    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 1
+    assert slurm_ray.main(node()) == 1
     assert clock.now == 7200
 
 
@@ -79,7 +84,7 @@ def test_a_head_that_never_answers_is_one_line(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(slurm_ray, "WAIT_S", 0.1)
-    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 1
+    assert slurm_ray.main(node()) == 1
     assert capsys.readouterr().err == "error: Ray's head at 127.0.0.1:1 did not answer within 0 s: see its log\n"
 
 
@@ -94,11 +99,11 @@ def test_ray_is_behind_a_door_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch
         return 1
 
     monkeypatch.setattr(slurm_ray, "start", start)
-    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 0
+    assert slurm_ray.main(node()) == 0
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("command", [["node", "1", "2", "3", "4"], ["wait", "2", "nodes-7"]])
+@pytest.mark.parametrize("command", [["node", "/none/nodes-7", "1", "2", "3", "4"], ["wait", "/none/nodes-7", "2"]])
 def test_a_folder_that_is_too_long_for_sockets_is_refused_at_once(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,15 +122,37 @@ def test_a_folder_that_is_too_long_for_sockets_is_refused_at_once(
 def test_a_folder_of_somebody_else_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
     folder = Path(os.environ["LBR_RAY_FOLDER"])
     folder.symlink_to(folder.parent)
-    assert slurm_ray.main(["node", "1", "2", "3", "4"]) == 2
+    assert slurm_ray.main(node()) == 2
     assert f"{folder} is not yours on " in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("head")
+def test_one_node_that_cannot_start_ends_the_wait_for_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step goes on, since the others have started; srun may bring its output later."""
+    folder = Path(os.environ["LBR_RAY_FOLDER"])
+    folder.write_text("a file")
+    assert slurm_ray.main(node()) == 2
+    said = capsys.readouterr().err
+    step = folder.with_name("nodes-7")
+    monkeypatch.setenv("LBR_NODE_ADDRESS", "127.0.0.1")
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: [{"NodeManagerAddress": "127.0.0.1", "Alive": True}])
+    assert slurm_ray.main(["wait", str(step), "2"]) == 2
+    assert said.startswith(f"error: LBR_SCRATCH: {folder} ")
+    ended = said.replace("error: ", "error: a node of Ray ended with code 2: ").replace("\n", f" (see {step}.log)\n")
+    assert capsys.readouterr().err == ended
+
+
 @pytest.mark.parametrize(("code", "expected"), [(2, 2), (1, 1), (0, 1)])
-@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize(
+    ("answers", "said", "last"),
+    [(True, "error: /x is not yours", "/x is not yours"), (False, "RuntimeError: no room", "srun: task 0: exit 2")],
+)
 def test_nodes_that_have_ended_are_not_waited_for(
-    code: int, expected: int, answers: bool, head: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    code: int, expected: int, answers: bool, said: str, last: str, head: socket.socket,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     if not answers:
         head.close()
@@ -136,11 +163,11 @@ def test_nodes_that_have_ended_are_not_waited_for(
     monkeypatch.setenv("LBR_NODE_ADDRESS", "127.0.0.1")  # no new start of this program
     monkeypatch.setattr("ray.init", no_head)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    (tmp_path / "nodes-7.log").write_text("starting\nerror: LBR_SCRATCH: /x is not yours on n1\nsrun: task 0: exit 2\n")
+    (tmp_path / "nodes-7.log").write_text(f"starting\n{said}\nsrun: task 0: exit 2\n")
     (tmp_path / "nodes-7.code").write_text(f"{code}\n")
     began = time.monotonic()
-    assert slurm_ray.main(["wait", "2", str(tmp_path / "nodes-7")]) == expected
+    assert slurm_ray.main(["wait", str(tmp_path / "nodes-7"), "2"]) == expected
     assert time.monotonic() - began < 30
     assert capsys.readouterr().err == (
-        f"error: Ray's nodes ended with code {code}: LBR_SCRATCH: /x is not yours on n1 (see {tmp_path}/nodes-7.log)\n"
+        f"error: a node of Ray ended with code {code}: {last} (see {tmp_path}/nodes-7.log)\n"
     )
