@@ -21,6 +21,7 @@ export LBR_HOME PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFER
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 ranks=${LBR_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || die "LBR_RANKS_PER_NODE=$ranks: expected a whole number from 1"
 node_cpus=$(tr , '\n' <<<"${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE}" | sed 's/(.*//' | sort -n | sed -n 1p) # "8(x2),6"
 cpus=$((node_cpus / ranks > 0 ? node_cpus / ranks : 1)) # as the smallest node has them
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
@@ -48,7 +49,15 @@ here() { # here -m MODULE ...: a short Python command, in the container, on this
 }
 
 on_first_node() { # on_first_node -m MODULE ...: a command that works on one node, with all of its resources
-  "${steps[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$node_cpus" --nodelist="${hosts[0]}" "${python[@]}" "$@"
+  "${steps[@]}" --nodes=1 --ntasks=1 --cpus-per-task="$node_cpus" --nodelist="${hosts[0]}" "${python[@]}" "$@" ||
+    failed "$?"
+}
+
+failed() { # failed CODE: end as a command of the package did, unless Python could not even begin it
+  [ "$1" = 2 ] || here -c 'import lbr_dist.cli' >/dev/null 2>&1 ||
+    die "LBR_PYTHON=$LBR_PYTHON cannot run lbr_dist on ${hosts[0]}, as said above: activate the environment in which it is" \
+      "installed before sbatch, or set LBR_PYTHON to its Python (slurm/site.env; there LBR_MODULES and LBR_CONTAINER, too)"
+  exit "$1"
 }
 
 # ------------------------------------------------------------------------------------------------------- signals ---
@@ -122,7 +131,7 @@ train() { # train STAGE RECIPE [key=value ...]
   trap on_usr1 USR1
   trap on_term TERM
   echo "lbr: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${hosts[*]}" >&2
-  ports=$(here -m lbr_dist.launch.slurm begin --stage "$stage" --ports 4 "$@") || exit
+  ports=$(here -m lbr_dist.launch.slurm begin --stage "$stage" --ports 4 "$@") || failed "$?"
   read -ra ports <<<"$ports"
   output=$(here -m lbr_dist.launch.slurm output "$@")
   export MASTER_ADDR="${hosts[0]}" MASTER_PORT="${ports[0]}"

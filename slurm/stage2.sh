@@ -11,7 +11,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 
-LBR_HOME=${LBR_HOME:-$SLURM_SUBMIT_DIR}
+LBR_HOME=${LBR_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 [ -r "$LBR_HOME/slurm/lib.sh" ] || { echo "error: no slurm/lib.sh in $LBR_HOME: set LBR_HOME to lbr_dist's folder" >&2; exit 2; }
 # shellcheck source=slurm/lib.sh
 . "$LBR_HOME/slurm/lib.sh"

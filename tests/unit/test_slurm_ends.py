@@ -163,3 +163,19 @@ def test_what_cannot_stop_half_way_uses_the_time_it_has(
     running.send_signal(signal.SIGUSR1)
     running.communicate(timeout=60)
     assert running.returncode == 0
+
+
+@pytest.mark.parametrize("script", ["stage1.sh", "eval.sh"])
+def test_a_python_without_the_package_is_named(job: Callable[..., subprocess.Popen[str]], script: str) -> None:
+    """Nobody activated the environment; every other failure keeps its own code and words."""
+    running = job(script, LBR_PYTHON="false")
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 2
+    assert "error: LBR_PYTHON=false cannot run lbr_dist on n1, as said above: activate the environment" in errors
+
+
+def test_a_number_of_ranks_that_is_none_is_named(job: Callable[..., subprocess.Popen[str]]) -> None:
+    for number in ("two", "0"):
+        running = job(LBR_RANKS_PER_NODE=number)
+        assert f"error: LBR_RANKS_PER_NODE={number}: expected a whole number" in running.communicate(timeout=60)[1]
+        assert running.returncode == 2

@@ -247,8 +247,8 @@ def test_scripts_pass_shellcheck() -> None:
 @pytest.mark.parametrize("script", ["stage1.sh", "stage2.sh", "eval.sh", "prepare.sh"])
 def test_a_script_by_itself_says_what_to_do(script: str, tmp_path: Path) -> None:
     here = {"PATH": "/usr/bin:/bin"}
-    alone = run(script, {**here, "SLURM_SUBMIT_DIR": str(PROJECT)})
-    assert "error: not in a Slurm job: submit this script with sbatch" in alone
+    for submitted in ({"SLURM_SUBMIT_DIR": str(PROJECT)}, {}):
+        assert "error: not in a Slurm job: submit this script with sbatch" in run(script, here | submitted)
     lost = run(script, {**here, "SLURM_SUBMIT_DIR": str(tmp_path)})
     assert f"error: no slurm/lib.sh in {tmp_path}: set LBR_HOME" in lost
 
@@ -256,7 +256,8 @@ def test_a_script_by_itself_says_what_to_do(script: str, tmp_path: Path) -> None
 def run(script: str, env: dict[str, str]) -> str:
     bash = shutil.which("bash")
     assert bash
-    done = subprocess.run([bash, PROJECT / "slurm" / script], env=env, capture_output=True, text=True, check=False)
+    command = [bash, PROJECT / "slurm" / script]
+    done = subprocess.run(command, env=env, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     return done.stderr
 
