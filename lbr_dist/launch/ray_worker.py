@@ -90,7 +90,7 @@ class Gauges:
     and so on, with the run's folder as the tag `run`."""
 
     def __init__(self, run: str) -> None:
-        self._run = run
+        self._run = run.encode("ascii", "backslashreplace").decode("ascii")  # all that Ray's metrics take
         self._gauges: dict[str, Any] = {}
 
     def __call__(self, row: dict[str, Any]) -> None:
