@@ -20,7 +20,7 @@ while [ $# -gt 0 ] && [[ $1 == -* ]]; do
 done
 [ $# -eq 2 ] || [ $# -eq 3 ] || { echo "error: usage: slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT]" >&2; exit 2; }
 
-ask() ( # ask WHAT RECIPE: what a recipe says, with the Python of the jobs if it runs here
+ask() ( # ask WHAT RECIPE ...: what recipes say, with the Python of the jobs if it runs here
   # shellcheck disable=SC2034 # site.env asks for it
   lbr_script=1
   # shellcheck source=slurm/site.env
@@ -39,16 +39,25 @@ ask() ( # ask WHAT RECIPE: what a recipe says, with the Python of the jobs if it
   PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" "${python[@]}" -m lbr_dist.launch.slurm "$@"
 )
 
-first=$(ask output "$1")
-second=$(ask output "$2")
-data=$(ask evaluated "$2")
+jobs=()
+undo() { # half a chain would train, and nobody would know
+  [ "${#jobs[@]}" = 0 ] || { scancel "${jobs[@]}" && echo "error: not submitted whole; cancelled: ${jobs[*]}" >&2; }
+}
+
+found=$(ask chain --then "$2" "$1")
+mapfile -t found <<<"$found"
+first=${found[0]} second=${found[1]} data=${found[2]}
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 
+trap undo EXIT
 one=$(sbatch --parsable "${options[@]}" "$LBR_HOME/slurm/stage1.sh" "$1")
+jobs+=("$one")
 read -ra chained <<<"$(after "$one")"
 two=$(sbatch --parsable "${chained[@]}" "${options[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "model.start_from=$first")
+jobs+=("$two")
 read -ra chained <<<"$(after "$two")"
 three=$(sbatch --parsable "${chained[@]}" "$LBR_HOME/slurm/eval.sh" "$second" --data "$data" -- "${3:-$second/model}")
+trap - EXIT
 echo "stage 1: job $one -> $first"
 echo "stage 2: job $two -> $second"
 echo "eval:    job $three -> $second/eval, ${3:-$second/model}"

@@ -8,7 +8,7 @@ in every job: the steps of checkpoints are read from their manifests without tor
     python -m lbr_dist.launch.slurm begin --stage generative --ports 1 RECIPE [key=value ...]    prints free ports
     python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue or stop
     python -m lbr_dist.launch.slurm output RECIPE [key=value ...]                                prints the run folder
-    python -m lbr_dist.launch.slurm evaluated RECIPE [key=value ...]                             prints its first set
+    python -m lbr_dist.launch.slurm chain --then STAGE2 STAGE1      prints both run folders, and the second's first set
 """
 
 from __future__ import annotations
@@ -201,10 +201,20 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
         raise UserError(f"{file}: cannot be written on {socket.gethostname()}: {error.strerror}") from error
 
 
+def check_chain(first: tuple[Recipe, str], second: tuple[Recipe, str]) -> None:
+    """Check that two recipes, each with its name, can follow each other: stage 2 itself would find it days later."""
+    for (recipe, name), stage, place in ((first, "generative", "first"), (second, "contrastive", "second")):
+        if _SCRIPTS[recipe.stage] != _SCRIPTS[stage]:
+            raise UserError(f"recipe {name}: stage is {recipe.stage}: the {place} of the two has to be {stage}")
+    if Path(first[0].output).resolve() == Path(second[0].output).resolve():
+        raise UserError(f"recipe {second[1]}: its output is also that of {first[1]}: set another one")
+
+
 def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
     parser = argparse.ArgumentParser(prog="python -m lbr_dist.launch.slurm")
-    parser.add_argument("command", choices=("begin", "end", "output", "evaluated"))
+    parser.add_argument("command", choices=("begin", "end", "output", "chain"))
+    parser.add_argument("--then")
     parser.add_argument("--stage", choices=tuple(_SCRIPTS))
     parser.add_argument("--ports", type=int, default=1)
     parser.add_argument("--code", type=int, default=1)
@@ -225,8 +235,10 @@ def _run(given: argparse.Namespace) -> int:
     recipe = load_recipe(given.recipe, given.overrides)
     if given.command == "output":
         print(recipe.output)
-    elif given.command == "evaluated":
-        print(recipe.data.sets[0].path)
+    elif given.command == "chain":
+        second = load_recipe(given.then)
+        check_chain((recipe, given.recipe), (second, given.then))
+        print(recipe.output, second.output, second.data.sets[0].path, sep="\n")
     elif given.command == "begin":
         if given.stage and _SCRIPTS[recipe.stage] != _SCRIPTS[given.stage]:
             raise UserError(f"recipe {given.recipe}: stage is {recipe.stage}: submit {_SCRIPTS[recipe.stage]}")

@@ -160,8 +160,7 @@ def test_command_line(
     assert main(["end", "--code", "75", "--asked", str(file)]) == 0
     assert capsys.readouterr().out == "requeue\n"
     assert main(["output", str(file), "--allow-change", "optim.lr", "output=elsewhere", "--resume=auto"]) == 0
-    assert main(["evaluated", str(file)]) == 0
-    assert capsys.readouterr().out == "elsewhere\nd\n"
+    assert capsys.readouterr().out == "elsewhere\n"
 
 
 def test_torchruns_ranks_decide_its_exit_code() -> None:
@@ -282,34 +281,3 @@ def test_a_login_shell_gets_what_sbatch_reads_and_nothing_else(tmp_path: Path) -
     copy.write_text("export SBATCH_ACCOUNT=${SBATCH_ACCOUNT-mine}\n" + SITE.read_text())
     new = f'env | sort >{tmp_path}/before; . "$SITE"; env | sort | comm -13 {tmp_path}/before -'
     assert site(new, SITE=str(copy), TMPDIR="/run/user/7", LBR_HOME="/project") == "SBATCH_ACCOUNT=mine"
-
-
-def test_a_pipeline_leaves_the_jobs_to_their_own_settings(tmp_path: Path) -> None:
-    """Modules are loaded and a Pyxis container's Python is not run where jobs are only submitted."""
-    site_file = tmp_path / "site.env"
-    site_file.write_text(
-        f'export SBATCH_ACCOUNT=mine LBR_MODULES="gcc cuda" LBR_PYTHON=/opt/in-the-container/python\n'
-        f"export LBR_CONTAINER=--container-image=x LBR_LOGIN_PYTHON={sys.executable}\n{SITE.read_text()}"
-    )
-    sbatch = tmp_path / "bin" / "sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\nenv >>{tmp_path}/seen\necho "$@" >>{tmp_path}/asked\necho 7\n')
-    sbatch.chmod(0o755)
-    for stage, name in (("generative", "one"), ("contrastive", "two")):
-        (tmp_path / f"{name}.yaml").write_text(
-            f"stage: {stage}\noutput: {tmp_path}/{name}\nmodel: {{path: m}}\ndata: {{sets: [{{path: d}}]}}\n"
-            "batch: {global_batch: 1}\nduration: {steps: 1}\n"
-        )
-    module = f'module() {{ echo "$*" >>{tmp_path}/modules; }}; export -f module; exec {PROJECT}/slurm/pipeline.sh "$@"'
-    done = subprocess.run(
-        ["bash", "-c", module, "-", "--nodes=2", str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")],
-        env={"PATH": f"{sbatch.parent}:/usr/bin:/bin", "TMPDIR": "/run/user/7", "LBR_SITE": str(site_file)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[1] == f"stage 2: job 7 -> {tmp_path}/two"
-    assert (tmp_path / "modules").read_text().splitlines()[0] == "load gcc cuda"
-    seen = (tmp_path / "seen").read_text()
-    assert "SBATCH_ACCOUNT=mine" in seen
-    assert "LBR_SCRATCH" not in seen
-    assert "HF_HUB_OFFLINE" not in seen

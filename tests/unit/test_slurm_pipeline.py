@@ -1,0 +1,88 @@
+"""`slurm/pipeline.sh`: what it submits, and what it does not; sbatch is a stand-in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lbr_dist.launch.slurm import main
+
+PROJECT = Path(__file__).parents[2]
+SITE = PROJECT / "slurm" / "site.env"
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the script with recipes of both stages; what sbatch and scancel were asked is in `asked`."""
+    for command in ("sbatch", "scancel"):
+        file = tmp_path / "bin" / command
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(
+            f'#!/bin/sh\nenv >>{tmp_path}/seen\necho "{command} $*" >>{tmp_path}/asked\n'
+            'case "$*" in *eval.sh*) [ -z "$REFUSE" ] || exit 1 ;; esac\n[ "${0##*/}" = scancel ] || echo 7\n'
+        )
+        file.chmod(0o755)
+    for stage, name in (("generative", "one"), ("contrastive", "two")):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"stage: {stage}\noutput: {tmp_path}/{name}\nmodel: {{path: m}}\ndata: {{sets: [{{path: d}}]}}\n"
+            "batch: {global_batch: 1}\nduration: {steps: 1}\n"
+        )
+
+    def run(site_file: Path = SITE, **environ: str) -> subprocess.CompletedProcess[str]:
+        module = f'module() {{ echo "$*" >>{tmp_path}/modules; }}; export -f module'
+        return subprocess.run(
+            ["bash", "-c", f'{module}; exec {PROJECT}/slurm/pipeline.sh "$@"', "-", "--nodes=2",
+             str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")],
+            env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "TMPDIR": "/run/user/7", "LBR_SITE": str(site_file),
+                 **environ},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_chain_that_cannot_end_well_is_not_begun(
+    pipeline: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, same = (tmp_path / f"{name}.yaml" for name in ("one", "two", "same"))
+    same.write_text(two.read_text().replace(f"{tmp_path}/two", f"{tmp_path}/runs/../one"))
+    assert main(["chain", "--then", str(one), str(two)]) == 2
+    assert "two.yaml: stage is contrastive: the first of the two has to be generative" in capsys.readouterr().err
+    assert main(["chain", "--then", str(same), str(one)]) == 2
+    assert f"its output is also that of {one}" in capsys.readouterr().err
+    same.replace(two)
+    assert pipeline(LBR_PYTHON=sys.executable).returncode == 2
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_pipeline_that_is_refused_in_part_is_taken_back(
+    tmp_path: Path, pipeline: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = pipeline(LBR_PYTHON=sys.executable, REFUSE="1")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "error: not submitted whole; cancelled: 7 7\n"
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "scancel 7 7"
+
+
+def test_a_pipeline_leaves_the_jobs_to_their_own_settings(
+    tmp_path: Path, pipeline: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Modules are loaded and a Pyxis container's Python is not run where jobs are only submitted."""
+    site_file = tmp_path / "site.env"
+    site_file.write_text(
+        f'export SBATCH_ACCOUNT=mine LBR_MODULES="gcc cuda" LBR_PYTHON=/opt/in-the-container/python\n'
+        f"export LBR_CONTAINER=--container-image=x LBR_LOGIN_PYTHON={sys.executable}\n{SITE.read_text()}"
+    )
+    done = pipeline(site_file)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == f"stage 2: job 7 -> {tmp_path}/two"
+    assert (tmp_path / "modules").read_text().splitlines()[0] == "load gcc cuda"
+    seen = (tmp_path / "seen").read_text()
+    assert "SBATCH_ACCOUNT=mine" in seen
+    assert "LBR_SCRATCH" not in seen
+    assert "HF_HUB_OFFLINE" not in seen
