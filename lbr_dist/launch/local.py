@@ -21,6 +21,7 @@ from types import FrameType
 from typing import IO
 
 from lbr_dist.config import Recipe
+from lbr_dist.environment import detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.recipes import load_recipe, save_recipe
 
@@ -37,9 +38,13 @@ def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Se
 
     SIGTERM, SIGUSR1 and SIGINT are passed on to every rank. Rank 0 writes to this process's output, the others' is kept
     and shown if they are the cause of a failure.
+
+    Raises:
+        UserError: this process is one of several ranks itself.
     """
     if nproc < 1:
         raise UserError(f"--nproc {nproc}: expected at least 1")
+    _check_alone(nproc)
     with tempfile.TemporaryDirectory(prefix="lbr-launch-") as folder:
         file = Path(folder) / "recipe.yaml"
         save_recipe(recipe, file)
@@ -54,11 +59,25 @@ def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Se
                 signal.signal(number, handler)
 
 
+def _check_alone(nproc: int) -> None:
+    """Each of several launchers would start a run of its own, all but one of them to wait for the folder in vain."""
+    try:
+        here = detect()
+    except UserError:  # half-set variables: each rank gets whole ones
+        return
+    if here.world > 1:
+        raise UserError(
+            f"--nproc {nproc}: this process is rank {here.rank} of {here.world} already ({here.source}): leave --nproc "
+            "out, and have that launcher start one process for each rank"
+        )
+
+
 class _Ranks:
     FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._processes = folder, list[subprocess.Popen[bytes]]()
+        self._asked = 0
 
     def start(self, arguments: list[str], nproc: int) -> None:
         shared = {
@@ -70,6 +89,7 @@ class _Ranks:
             "LBR_LAUNCHER": f"lbr --nproc {nproc}",
             "LBR_LAUNCHER_PID": str(os.getpid()),
         }
+        shared.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # an outer torchrun's: rank 0 would wait for its agent's store
         shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
         for rank in range(nproc):
             output: IO[bytes] | None = self._output(rank).open("wb") if rank else None
@@ -110,6 +130,9 @@ class _Ranks:
         while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
             time.sleep(POLL_S)
         self.kill()
+        if self._asked and code == -self._asked:
+            print("stopped on request before the run had begun", file=sys.stderr)
+            return EXIT_RUN_AGAIN
         if code == EXIT_USER_ERROR:
             if self._processes[0].returncode != EXIT_USER_ERROR:
                 self._show(first)
@@ -131,6 +154,8 @@ class _Ranks:
         return self._folder / f"rank-{rank}.txt"
 
     def forward(self, number: int, frame: FrameType | None) -> None:
+        """Pass a signal on; SIGINT as SIGTERM, of which a rank that still imports makes no traceback."""
+        number = self._asked = signal.SIGTERM if number == signal.SIGINT else signal.Signals(number)
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)

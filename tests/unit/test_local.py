@@ -1,0 +1,69 @@
+"""`lbr train --nproc`: what is refused, what its ranks inherit, and a stop before they have begun."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
+from lbr_dist.launch import local
+from lbr_dist.recipes import parse_recipe, save_recipe
+
+JOB_STEP = {"STEP_ID": "0", "JOB_ID": "7", "PROCID": "1", "LOCALID": "0", "NTASKS": "2", "STEP_NUM_TASKS": "2"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    raw = {
+        "stage": "generative",
+        "output": str(tmp_path / "run"),
+        "model": {"path": "m"},
+        "data": {"sets": [{"path": "d"}], "max_x_tokens": 8, "max_y_tokens": 8, "bin_tokens": 32},
+        "batch": {"global_batch": 1},
+        "duration": {"steps": 1},
+    }
+    return parse_recipe(raw, "test")
+
+
+def test_ranks_of_another_launcher_do_not_start_runs_of_their_own(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`srun lbr train R --nproc 8`: the first would train alone, the others wait for its folder."""
+    monkeypatch.setattr(local._Ranks, "start", lambda *_: pytest.fail("ranks were started"))
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in JOB_STEP.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match=r"--nproc 8: this process is rank 1 of 2 already \(srun, job 7\): leave"):
+        local.launch(recipe, 8)
+
+
+def test_ranks_do_not_look_for_the_store_of_an_outer_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, ranks = list[dict[str, Any]](), local._Ranks(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **given: seen.append(given["env"]))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    ranks.start([], 2)
+    assert [environ["RANK"] for environ in seen] == ["0", "1"]
+    assert not any("TORCHELASTIC_USE_AGENT_STORE" in environ for environ in seen)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_while_ranks_still_import_is_no_failure(recipe: Recipe, tmp_path: Path, number: signal.Signals) -> None:
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-m", "lbr_dist", "train", str(tmp_path / "recipe.yaml"), "--nproc", "2"]
+    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    deadline = time.monotonic() + 60
+    while len(children.read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    launcher.send_signal(number)
+    assert launcher.communicate(timeout=60)[1] == "stopped on request before the run had begun\n"
+    assert launcher.returncode == EXIT_RUN_AGAIN
