@@ -8,7 +8,9 @@ alone; a cluster that is joined has its own rules, and its operator the docs (do
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,9 @@ from lbr_dist.launch.local import free_port
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a cluster that we start: training moves nothing through Ray's object store but small messages."""
+
+ANSWER_S = 10.0
+"""How long a head may take to accept a connection."""
 
 LOCAL = {
     "RAY_AUTH_MODE": "token",
@@ -60,6 +65,8 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
             os.environ.update(_local_environment(os.environ, Path(folder)))
         import ray
 
+        if address:
+            _check_answers(address)
         try:
             if address:
                 context = ray.init(address=address)
@@ -89,6 +96,28 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
             ray.shutdown()
             if not address:
                 del os.environ["RAY_ADDRESS"]
+
+
+def _check_answers(address: str) -> None:
+    """Check that somebody listens at the HOST:PORT of a head: Ray itself tries for minutes before it says so."""
+    import ray.util
+
+    if not re.fullmatch(r"[^:/]+:\d+", address):
+        return
+    host, port = address.rsplit(":", 1)
+    hosts = [host, ray.util.get_node_ip_address()] if host == "localhost" or host.startswith("127.") else [host]
+    errors = []
+    for name in hosts:  # Ray takes the second for the first, unless ALONE is 0
+        try:
+            socket.create_connection((name, int(port)), timeout=ANSWER_S).close()
+        except OSError as error:
+            errors.append(f"{name}: {error.strerror or error}")
+        else:
+            return
+    raise UserError(
+        f"RAY_ADDRESS {address}: no cluster answers there ({'; '.join(errors)}): start one, name another, or unset "
+        "RAY_ADDRESS for one on this machine"
+    )
 
 
 def _local_environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from lbr_dist.errors import UserError
-from lbr_dist.launch.ray_cluster import ALONE, cluster
+from lbr_dist.launch.ray_cluster import ALONE, _check_answers, cluster
 from lbr_dist.launch.ray_start import address_towards, listening_on, start
 
 PROJECT = Path(__file__).parents[2]
@@ -195,6 +196,19 @@ def test_a_driver_whose_cluster_has_no_address_says_so_in_a_line(driver: str) ->
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_cluster_that_is_gone_is_not_waited_for(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray asks for three minutes; where something listens, it is Ray's turn."""
+    import ray
+
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would wait"))
+    monkeypatch.setenv("RAY_ADDRESS", f"{host}:1")
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS {host}:1: no cluster answers there \({host}: Conn"), cluster():
+        pass
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _check_answers(f"{host}:{server.getsockname()[1]}")
+
+
 def test_a_cluster_of_another_version_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
@@ -202,7 +216,7 @@ def test_a_cluster_of_another_version_is_a_mistake(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.11.7")
 
     monkeypatch.setattr(ray, "init", init)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     with (
         pytest.raises(UserError, match=r"another Ray or Python: .* Ray: 2.9.0"),
         cluster(),
