@@ -13,6 +13,9 @@ import typer
 
 from lbr_dist.errors import EXIT_USER_ERROR, UserError
 
+USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
+"""Of the click that typer uses: newer ones have a copy of their own, whose errors are not those of the package."""
+
 
 def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -> int:
     """Run a command of `lbr_dist.cli` with its blocks on Ray; a mistake of the user is exit code 2.
@@ -49,7 +52,7 @@ def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except _usage_error() as error:
+    except USAGE_ERROR as error:
         error.show()
         return EXIT_USER_ERROR
 
@@ -90,9 +93,3 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
     return int(text)
-
-
-def _usage_error() -> type[Any]:
-    import click
-
-    return click.UsageError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import pickle
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from lbr_dist.cli import on_ray
+from lbr_dist.cli.data import mine
 from lbr_dist.data import first_pass
 from lbr_dist.data.execute import current, executing
 from lbr_dist.data.prepare import prepare
@@ -127,3 +130,14 @@ def test_a_full_disk_comes_back_as_it_is_and_is_not_tried_again() -> None:
     assert error.errno == errno.ENOSPC
     with pytest.raises(OSError, match="Error writing"):
         work(errno.EIO)
+
+
+@pytest.mark.parametrize("arguments", [[], ["run", "--no-such-option", "1"], ["run", "set", "--negatives", "many"]])
+def test_wrong_arguments_are_a_mistake_and_no_traceback(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """typer's errors are its own since it has a copy of click."""
+    monkeypatch.setattr("lbr_dist.launch.ray_cluster.cluster", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr("lbr_dist.launch.ray_data.RayData", lambda **_: Elsewhere())
+    assert on_ray.main(mine, arguments) == 2
+    assert "Error" in capsys.readouterr().err
