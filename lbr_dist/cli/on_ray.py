@@ -45,10 +45,8 @@ def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -
                 gpus_per_worker=options.gpus_per_worker,
             )
             with executing(executor):
-                app(rest, standalone_mode=False)
-        return 0
-    except typer.Exit as end:
-        return end.exit_code
+                code = app(rest, standalone_mode=False)  # what typer ends with: 130 after Ctrl-C
+        return code or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -137,7 +137,21 @@ def test_wrong_arguments_are_a_mistake_and_no_traceback(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """typer's errors are its own since it has a copy of click."""
-    monkeypatch.setattr("lbr_dist.launch.ray_cluster.cluster", lambda **_: contextlib.nullcontext())
-    monkeypatch.setattr("lbr_dist.launch.ray_data.RayData", lambda **_: Elsewhere())
+    without_ray(monkeypatch)
     assert on_ray.main(mine, arguments) == 2
     assert "Error" in capsys.readouterr().err
+
+
+def test_what_was_stopped_is_not_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """typer makes an exit code of Ctrl-C, which ended with 0."""
+    without_ray(monkeypatch)
+
+    def stopped(out: str = "") -> None:
+        raise KeyboardInterrupt
+
+    assert on_ray.main(stopped, []) == 130
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbr_dist.launch.ray_cluster.cluster", lambda **_: contextlib.nullcontext())
+    monkeypatch.setattr("lbr_dist.launch.ray_data.RayData", lambda **_: Elsewhere())
