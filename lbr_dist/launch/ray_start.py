@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lbr_dist.errors import EXIT_USER_ERROR, UserError
+from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_cluster import ALONE, TOKEN, token_given
 
 SOURCE = Path(__file__).with_name("ray_listen.c")
@@ -67,7 +67,11 @@ def run_driver(main: Callable[[], int]) -> NoReturn:
     except UserError as error:
         print(f"error: RAY_ADDRESS {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # a run that has begun listens for itself
+        print("stopped on request; run again to go on", file=sys.stderr)
+        sys.exit(EXIT_RUN_AGAIN)
 
 
 def keep_to_node_address() -> None:

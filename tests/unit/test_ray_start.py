@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lbr_dist.errors import UserError
+from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.ray_cluster import ALONE, _check_answers, cluster
-from lbr_dist.launch.ray_start import address_towards, listening_on, start
+from lbr_dist.launch.ray_start import address_towards, listening_on, run_driver, start
 
 PROJECT = Path(__file__).parents[2]
 ADDRESS = "127.0.0.9"
@@ -194,6 +194,19 @@ def test_a_driver_whose_cluster_has_no_address_says_so_in_a_line(driver: str) ->
     assert done.returncode == 2
     assert done.stderr.startswith("error: RAY_ADDRESS no-such-host.invalid:6379: not the HOST:PORT of a head")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_driver_that_is_stopped_before_its_run_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt  # as Ctrl-C does while Ray starts
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_driver(main)
+    assert ended.value.code == EXIT_RUN_AGAIN
+    assert capsys.readouterr().err == "stopped on request; run again to go on\n"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
