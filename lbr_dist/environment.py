@@ -31,9 +31,17 @@ class Environment:
     source: str
     """Who said so."""
 
+    @property
+    def meeting(self) -> str:
+        """`master` as host:port, an IPv6 address in brackets; "": there is none."""
+        if self.master is None:
+            return ""
+        host, port = self.master
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
     def describe(self) -> str:
         """One line for the log."""
-        meeting = f", meeting at {self.master[0]}:{self.master[1]}" if self.master else ""
+        meeting = f", meeting at {self.meeting}" if self.master else ""
         return f"{self.world} rank{'s' if self.world > 1 else ''} ({self.source}){meeting}"
 
 

@@ -51,7 +51,7 @@ def start_distributed(environment: Environment, timeout_s: float) -> torch.devic
     if not dist.is_initialized():
         where: dict[str, Any] = {"store": dist.HashStore()}
         if environment.master is not None:
-            where = {"init_method": "tcp://{}:{}".format(*environment.master)}
+            where = {"init_method": f"tcp://{environment.meeting}"}
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             rank=environment.rank,

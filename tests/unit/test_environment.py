@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -108,3 +110,12 @@ def test_deepspeed_gets_the_number_of_the_rank_s_own_gpu(monkeypatch: pytest.Mon
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, devices: int, source: str) -> None:
     with pytest.raises(UserError, match=rf"^{source}: 4 ranks on this machine, but {devices} GPU.*start one rank"):
         started(monkeypatch, Environment(2, 4, 2, 4, ("n", 1), source), devices)
+
+
+def test_ranks_may_meet_at_an_ipv6_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = dict[str, Any]()
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **more: given.update(more))
+    monkeypatch.setattr(os, "environ", {})
+    start_distributed(Environment(0, 2, 0, 2, ("fd00::7", 29500), "env://"), 60)
+    meeting = urlsplit(given["init_method"])
+    assert (meeting.hostname, meeting.port) == ("fd00::7", 29500)
