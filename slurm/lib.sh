@@ -37,6 +37,10 @@ python+=("$LBR_PYTHON")
 # have is said with the step; all of them may use all of the job's GPUs.
 unset SLURM_EXPORT_ENV SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK \
   SLURM_GPUS SLURM_GPUS_PER_TASK SLURM_GPUS_PER_SOCKET SLURM_CPUS_PER_GPU SLURM_MEM_PER_GPU
+# And what is left of the shell that submitted, maybe in an allocation of its own: every task would take itself for its rank;
+# of two kinds of memory one is not this job's, and srun takes only one.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+[ -z "${SLURM_MEM_PER_CPU:-}" ] || [ -z "${SLURM_MEM_PER_NODE:-}" ] || unset SLURM_MEM_PER_CPU SLURM_MEM_PER_NODE
 steps=(srun --kill-on-bad-exit=0 --overlap ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} "${pyxis[@]}")
 everywhere=(--nodes="${#hosts[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1)
 
@@ -128,6 +132,8 @@ train() { # train STAGE RECIPE [key=value ...]
   local stage=$1 ports output code verdict
   shift
   [ $# -gt 0 ] || die "no recipe: sbatch slurm/... RECIPE [key=value ...]"
+  [ "$LAUNCHER" = torchrun ] || [ "$ranks" -le "$node_cpus" ] || # others give each rank a CPU of its own
+    die "$ranks ranks on each node, of which the job has $node_cpus CPUs: ask for more, or set LBR_RANKS_PER_NODE"
   trap on_usr1 USR1
   trap on_term TERM
   echo "lbr: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${hosts[*]}" >&2

@@ -28,7 +28,7 @@ cat "$PLACE/state"
 """,
     "srun": """
 echo "srun $*" >>"$PLACE/calls"
-env | grep -o '^SLURM_[A-Z_]*' | sort | tr '\\n' ' ' >"$PLACE/environment"
+env | grep -oE '^(SLURM_|RANK|WORLD)[A-Z_]*' | sort | tr '\\n' ' ' >"$PLACE/environment"
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """,
@@ -144,10 +144,11 @@ def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
     """srun would take these for options of its own, and without the export pass nothing on."""
     asked = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS": "4", "SLURM_GPUS_PER_TASK": "1",
              "SLURM_EXPORT_ENV": "NONE", "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "4"}  # fmt: skip
-    running = job(**asked)
+    left = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_MEM_PER_CPU": "100"}  # of the shell that submitted
+    running = job(**asked, **left, SLURM_MEM_PER_NODE="8000")
     running.communicate(timeout=60)
     seen = set((tmp_path / "environment").read_text().split())
-    assert seen & asked.keys() == {"SLURM_GPUS_ON_NODE"}
+    assert seen & {*asked, *left} == {"SLURM_GPUS_ON_NODE"}
     check, ranks = (line for line in calls(tmp_path) if line.startswith("srun"))
     assert "--gpus-per-node=2 --nodes=2 --ntasks=2 --ntasks-per-node=1 python" in check
     assert "--gpus-per-node=2 --wait=60 --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=3 python" in ranks
@@ -179,3 +180,8 @@ def test_a_number_of_ranks_that_is_none_is_named(job: Callable[..., subprocess.P
         running = job(LBR_RANKS_PER_NODE=number)
         assert f"error: LBR_RANKS_PER_NODE={number}: expected a whole number" in running.communicate(timeout=60)[1]
         assert running.returncode == 2
+    running = job(LBR_RANKS_PER_NODE="7")  # srun would refuse the step, each time the job is requeued
+    assert (
+        "error: 7 ranks on each node, of which the job has 6 CPUs: ask for more" in running.communicate(timeout=60)[1]
+    )
+    assert running.returncode == 2
