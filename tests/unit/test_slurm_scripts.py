@@ -255,7 +255,7 @@ def test_a_script_by_itself_says_what_to_do(script: str, tmp_path: Path) -> None
 def run(script: str, env: dict[str, str]) -> str:
     bash = shutil.which("bash")
     assert bash
-    command = [bash, PROJECT / "slurm" / script]
+    command = [bash, str(PROJECT / "slurm" / script)]
     done = subprocess.run(command, env=env, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     return done.stderr
