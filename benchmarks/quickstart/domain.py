@@ -167,7 +167,7 @@ def read_icd() -> list[Term]:
     import simple_icd_10_cm as icd
 
     terms = []
-    for code in icd.get_all_codes(True):
+    for code in dict.fromkeys(icd.get_all_codes(True)):  # a section of one category has the same code as that
         inclusions = icd.get_inclusion_term(code)
         if not inclusions:
             continue
