@@ -44,7 +44,8 @@ class GenerativeLengths:
         if source.target == "sft" and _lacks(index.question_tokens, index.answer_tokens):
             raise UserError(
                 f"{source.name}: target sft needs questions and answers, and some records have none: "
-                "set this set's target to reconstruct or prefix"
+                "set this set's target to reconstruct or prefix, or prepare its plain texts as a set of their own "
+                "with such a target (docs/data.md)"
             )
 
     def document_tokens(self, row_N: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from lbr_dist.data.shards import write_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.recipes import parse_recipe
+from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.estimate import communication, estimate
 from lbr_dist.training.flops import FlopCounter, peak_flops
 from lbr_dist.training.memory_model import MACHINES, Shape, memory, trained_elements
@@ -143,6 +143,25 @@ def test_what_cannot_work_is_refused(prepared: dict[str, Any]) -> None:
     huge = {**prepared, "batch": {"global_batch": 2, "micro_tokens": 10**9}}
     with pytest.raises(UserError, match=r"does not fit 80 GiB: try .*batch\.micro_tokens"):
         estimate(make(**huge))
+
+
+def test_the_readme_s_own_data_suits_the_shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `lbr prepare`, in small: stage 1 refused the corpus that once stood there beside the questions."""
+    from lbr_dist.cli import app
+
+    base = make_model(tmp_path / "base", "qwen2", positions=4096)
+    rows = [{"question": f"what is {i * 7919}", "answer": f"it is {i * i * 104729}"} for i in range(60)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "corpus.txt").write_text("".join(f"a text of the field, number {i * i}\n" for i in range(40)))
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command = next(line.split()[1:] for line in readme.splitlines() if line.startswith("lbr prepare "))
+    command[command.index("--tokenizer") + 1], command[command.index("--eval") + 1] = str(base), "10"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        app(command)
+    for name in ("stage1", "stage2"):
+        recipe = load_recipe(name, [f"model.path={base}", "model.start_from=null"])
+        assert estimate(recipe, gpu="h100").lines
 
 
 @pytest.mark.parametrize("marks", [False, True])
