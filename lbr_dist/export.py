@@ -79,7 +79,7 @@ def export(
     out = Path(out)
     evaluation = _evaluation(run, scores)
     with new_folder(out, f"export to {out}") as folder:
-        _write(run, folder, out.resolve().name, tokens, dtype, evaluation, scores is not None, check)
+        _write(run, folder, out, tokens, dtype, evaluation, scores is not None, check)
     return out
 
 
@@ -135,7 +135,7 @@ def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
 def _write(
     run: str | Path,
     folder: Path,
-    name: str,
+    out: Path,
     tokens: int | None,
     dtype: Literal["float32", "bfloat16"],
     evaluation: dict[str, Any] | None,
@@ -171,7 +171,7 @@ def _write(
     del loaded.model, backbone
     agreement = _check(folder, reference, COSINE[dtype]) if reference is not None else None
     card = model_card(
-        name,
+        out,
         recipe,
         tokens=count,
         dtype=dtype,

@@ -14,7 +14,7 @@ from lbr_dist.evaluation.report import markdown_table
 
 
 def model_card(
-    name: str,
+    folder: Path,
     recipe: Recipe,
     *,
     tokens: int,
@@ -26,7 +26,7 @@ def model_card(
     """Markdown with the front matter that sentence-transformers' hub pages read.
 
     Args:
-        name: of the exported folder.
+        folder: the exported folder, as the user named it.
         recipe: of the run.
         tokens: bottleneck tokens behind every text.
         dtype: of the weights on disk.
@@ -34,7 +34,9 @@ def model_card(
         evaluation: what `lbr eval` found, as in its `eval.json`.
         checkpoint: name of the checkpoint.
     """
-    parts = [_front_matter(recipe), f"# {name}", _summary(recipe, tokens), _usage(name, recipe, tokens)]
+    name = folder.absolute().name
+    path = folder.as_posix() if not folder.is_absolute() and ".." not in folder.parts else name
+    parts = [_front_matter(recipe), f"# {name}", _summary(recipe, tokens), _usage(path, recipe, tokens)]
     parts += [_data(recipe), _training(recipe, checkpoint)]
     if evaluation is not None:
         parts.append("## Scores\n\n" + markdown_table(evaluation))
@@ -43,13 +45,26 @@ def model_card(
 
 
 def _front_matter(recipe: Recipe) -> str:
-    settings = {
+    settings: dict[str, Any] = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "tags": ["sentence-transformers", "feature-extraction", "lbr", "learn-before-represent"],
-        "base_model": recipe.model.path,
     }
+    if _on_the_hub(recipe.model.path):
+        settings["base_model"] = recipe.model.path
     return f"---\n{yaml.safe_dump(settings, sort_keys=False)}---"
+
+
+def _on_the_hub(path: str) -> bool:
+    """Whether a backbone's path is a hub name; the hub refuses a card whose `base_model` is none."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return not Path(path).exists()
 
 
 def _summary(recipe: Recipe, tokens: int) -> str:
@@ -64,13 +79,13 @@ def _summary(recipe: Recipe, tokens: int) -> str:
     )
 
 
-def _usage(name: str, recipe: Recipe, tokens: int) -> str:
+def _usage(path: str, recipe: Recipe, tokens: int) -> str:
     text = f"""## Use
 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("{name}")
+model = SentenceTransformer("{path}")  # where this folder is, or its name on a hub
 queries = model.encode_query(["a question"])
 passages = model.encode_document(["an answer", "another one"])
 print(model.similarity(queries, passages))
@@ -93,8 +108,8 @@ there, with the whole prompt in sight:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+model = AutoModelForCausalLM.from_pretrained("{path}")
 print(tokenizer.decode(model.generate(**tokenizer("a question", return_tensors="pt"), max_new_tokens=64)[0]))
 ```
 

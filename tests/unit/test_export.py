@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from runs import make_run
 from lbr_dist.errors import UserError
 from lbr_dist.export import CHECK_TEXTS, export, fixed_tokens
 from lbr_dist.loading import load_encoder, load_run
+from lbr_dist.model_card import model_card
 
 PLAIN = """
 import json, sys
@@ -297,6 +299,25 @@ def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):
         assert expected in body, expected
     with pytest.raises(UserError, match="no such file"):
         export(run, tmp_path / "other", check=False, scores=tmp_path / "none.json")
+
+
+def test_the_model_card_s_commands_name_the_folder_and_its_base_is_no_path(tmp_path, tiny_model_dir, monkeypatch):
+    """A hub refuses a card with a path for `base_model`; a name for the folder is looked for on a hub."""
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    card = (export(run, "models/domain", check=False) / "README.md").read_text()
+    assert "base_model" not in card.split("---\n", 2)[1]
+    assert "# domain\n" in card
+    named = [line for line in card.splitlines() if '("models/domain")' in line]
+    assert len(named) == 3
+    assert str(tmp_path) not in "".join(named)
+    absolute = (export(run, tmp_path / "other", check=False) / "README.md").read_text()
+    assert 'SentenceTransformer("other")' in absolute
+
+    recipe = load_run(run).recipe
+    given = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "Qwen/Qwen2.5-1.5B"})})
+    facts = {"tokens": 1, "dtype": "float32", "agreement": None, "evaluation": None, "checkpoint": "step-000010"}
+    assert "base_model: Qwen/Qwen2.5-1.5B\n" in model_card(Path("domain"), given, **facts)
 
 
 def test_scores_of_another_checkpoint_stay_off_the_model_card(tmp_path, tiny_model_dir, caplog):
