@@ -59,12 +59,16 @@ class MineReport:
         if self.unchanged:
             return [f"{self.out}: up to date (same model, set and settings); nothing to do"]
         counts = self.data["mined"]["counts"]
-        return [
+        lines = [
             f"{self.out}: {counts['negatives']} negatives for {counts['queries']} queries",
             f"with fewer than asked for: {counts['without_enough']}, with none: {counts['without_any']}",
             f"too near to the positive: {counts['too_near']} passages; known answers met: {counts['known_answers']}",
             f"read the examples: {self.out}/report.md",
         ]
+        if 2 * counts["without_any"] > counts["queries"] and counts["too_near"] > counts["negatives"]:
+            depth = self.data["mined"]["depth"]
+            lines.append(f"most have none: of {depth} passages nearly all are too near; look further with --depth")
+        return lines
 
 
 def mine(

@@ -154,6 +154,14 @@ def test_scores_follow_the_rule_and_are_reported(data: Path, tmp_path: Path, wor
     assert any(e["too_near"] for e in report.data["mined"]["examples"])
 
 
+def test_a_window_that_holds_nothing_far_enough_is_told(data: Path, tmp_path: Path, words: Words) -> None:
+    """As with a weak model: what it ranks first is above the answer, and no question gets a negative."""
+    near = run(data, tmp_path / "near", depth=3, share=0.01)
+    assert near.data["mined"]["counts"]["without_any"] > 60
+    assert near.lines[-1] == "most have none: of 3 passages nearly all are too near; look further with --depth"
+    assert not [line for line in run(data, tmp_path / "far").lines if "--depth" in line]
+
+
 def test_twice_the_same_and_a_second_run_does_nothing(data: Path, tmp_path: Path, words: Words) -> None:
     first = run(data, tmp_path / "a/out")
     calls = len(words.calls)
