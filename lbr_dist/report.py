@@ -17,7 +17,16 @@ from lbr_dist.config import Recipe
 from lbr_dist.data.sources import printable
 from lbr_dist.disk import room, usable_folder
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation.report import COLOURS, Metric, bars, literal_text, markdown_table, read_evaluation
+from lbr_dist.evaluation.report import (
+    COLOURS,
+    Metric,
+    bars,
+    describe,
+    literal_text,
+    markdown_table,
+    read_evaluation,
+    titles,
+)
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import load_recipe
 
@@ -34,7 +43,7 @@ class RunLog:
     """What a run left behind.
 
     Attributes:
-        name: for tables; `tracking.name`, else the folder's.
+        name: for tables; `tracking.name`, else the folder's; with the path where several have one.
         recipe: of the run.
         rows: its metrics, one per logged step.
     """
@@ -82,12 +91,14 @@ def report(runs: Sequence[str | Path], out: str | Path) -> str:
 def read_all(paths: Sequence[str | Path]) -> tuple[list[RunLog], list[dict[str, Any]]]:
     """Runs, and evaluations with those of one data set merged into one."""
     logs: list[RunLog] = []
+    places: list[str] = []
     merged: dict[tuple[str, int], dict[str, Any]] = {}
     for path in map(Path, paths):
         files = [path] if path.is_file() else [path / "eval.json", path / "eval" / "eval.json"]
         found = [file for file in files if file.is_file()]
         if (path / "recipe.yaml").is_file():
             logs.append(_read_run(path))
+            places.append(printable(str(path)))
         elif not found:
             raise UserError(f"report {path}: neither a run (no recipe.yaml) nor an evaluation (no eval.json)")
         for file in found:
@@ -96,6 +107,10 @@ def read_all(paths: Sequence[str | Path]) -> tuple[list[RunLog], list[dict[str, 
             whole = merged.setdefault(key, {**results, "models": []})
             known = [_figures(model) for model in whole["models"]]
             whole["models"] += [model for model in results["models"] if _figures(model) not in known]
+    names = [log.name for log in logs]
+    for log, place in zip(logs, places, strict=True):
+        if names.count(log.name) > 1:
+            log.name = f"{log.name} ({place})"
     return logs, list(merged.values())
 
 
@@ -128,7 +143,7 @@ def figure(logs: Sequence[RunLog], evaluations: Sequence[dict[str, Any]], file: 
     from matplotlib.figure import Figure
 
     stages = [stage for stage in LOSS if any(log.recipe.stage == stage for log in logs)]
-    names = list(dict.fromkeys([log.name for log in logs] + [m["name"] for e in evaluations for m in e["models"]]))
+    names = list(dict.fromkeys([log.name for log in logs] + [t for e in evaluations for t in titles(e["models"])]))
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     heights = [3.4] * bool(stages) + [1.1 + 0.4 * len(results["models"]) for results in evaluations]
     drawing = Figure(figsize=(11, max(2.5, sum(heights))), layout="constrained")
@@ -139,9 +154,9 @@ def figure(logs: Sequence[RunLog], evaluations: Sequence[dict[str, Any]], file: 
             _losses(axis, [log for log in logs if log.recipe.stage == stage], colours)
             axis.set_title(f"{stage}: {LOSS[stage]}", fontsize=10)
     for row, results in zip(rows[len(rows) - len(evaluations) :], evaluations, strict=True):
-        row.suptitle(results["data"]["name"], fontsize=10, x=0.01, ha="left")
+        row.suptitle(describe(results), fontsize=10, x=0.01, ha="left")
         for axis, metric in zip(row.subplots(1, len(SHOWN), sharey=True), SHOWN, strict=True):
-            bars(axis, results["models"], metric, [colours[model["name"]] for model in results["models"]])
+            bars(axis, results["models"], metric, [colours[title] for title in titles(results["models"])])
     drawing.savefig(file, dpi=150)
 
 
@@ -160,6 +175,7 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
         axis.plot(steps, loss, color=colours[log.name], alpha=0.2, linewidth=0.7)
         axis.plot(steps, smooth(loss), color=colours[log.name], linewidth=1.6, label=log.name)
     axis.set_xlabel("step", fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

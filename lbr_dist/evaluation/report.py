@@ -131,6 +131,14 @@ def cells(models: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> list[l
     return rows
 
 
+def titles(models: Sequence[dict[str, Any]]) -> list[str]:
+    """The models' names; where models of one name were typed differently, with what was typed."""
+    typed: dict[str, set[str]] = {}
+    for model in models:
+        typed.setdefault(model["name"], set()).add(model.get("model", ""))
+    return [f"{m['name']} ({m.get('model', '')})" if len(typed[m["name"]]) > 1 else m["name"] for m in models]
+
+
 def markdown_table(results: dict[str, Any]) -> str:
     """Markdown: what was asked of what, and the table with the best values in bold."""
     models = results["models"]
@@ -141,9 +149,9 @@ def markdown_table(results: dict[str, Any]) -> str:
         "| model | " + " | ".join(metric.title for metric in metrics) + " |",
         "| --- |" + " ---: |" * len(metrics),
     ]
-    for model, row in zip(models, cells(models, metrics), strict=True):
+    for title, row in zip(titles(models), cells(models, metrics), strict=True):
         shown = [f"**{text}**" if is_best else text for text, is_best in row]
-        lines.append(f"| {model['name'].replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
+        lines.append(f"| {title.replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
     for note in results.get("notes", ()):
         lines += ["", note]
     return "\n".join(lines)
@@ -169,8 +177,8 @@ def rich_table(results: dict[str, Any]) -> Table:
     table.add_column("model")
     for metric in metrics:
         table.add_column(metric.title, justify="right")
-    for model, row in zip(models, cells(models, metrics), strict=True):
-        table.add_row(Text(model["name"]), *(f"[bold green]{text}[/]" if is_best else text for text, is_best in row))
+    for title, row in zip(titles(models), cells(models, metrics), strict=True):
+        table.add_row(Text(title), *(f"[bold green]{text}[/]" if is_best else text for text, is_best in row))
     return table
 
 
@@ -224,7 +232,7 @@ def bars(axis: Any, models: Sequence[dict[str, Any]], metric: Metric, colours: S
         axis.annotate(
             text, (max(drawn[row], 0.0), row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
         )
-    axis.set_yticks(range(len(models)), [model["name"] for model in models], fontsize=9)
+    axis.set_yticks(range(len(models)), titles(models), fontsize=9)
     axis.set_ylim(len(models) - 0.5, -0.5)
     axis.set_title(metric.title, fontsize=10)
     low, high = min(0.0, *drawn), max(0.0, *drawn)

@@ -6,9 +6,9 @@ import pytest
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.evaluate import write_results
-from lbr_dist.evaluation.report import cells, columns, markdown_table, plot, print_table, rich_table
+from lbr_dist.evaluation.report import cells, columns, markdown_table, plot, print_table, rich_table, titles
 from lbr_dist.recipes import save_recipe
-from lbr_dist.report import report, smooth
+from lbr_dist.report import figure, read_all, report, smooth
 
 
 def model(name, ndcg, sr=None, bleu=None, **tasks):
@@ -129,6 +129,38 @@ def test_report_of_runs_and_their_evaluations(tmp_path, results):
     final = next(line for line in text.splitlines() if line.startswith("| CL only | con")).split("|")
     assert float(final[5]) == pytest.approx(2.5 * (0.3 + np.exp(-98 / 60)), abs=0.1)
     assert float(final[7]) == pytest.approx(0.1, abs=0.01)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, results, monkeypatch):
+    """As stage2 of two experiments is: their names came from the folders, and their curves had one colour."""
+    monkeypatch.chdir(tmp_path)
+    for place, level in (("a", 1.0), ("b", 2.0)):
+        make_log(tmp_path / place / "stage2", "", "contrastive", 20, level)
+        found = {**model("stage2", level / 10, sr=level), "model": f"{place}/stage2"}
+        write_results({**results, "models": [found]}, tmp_path / place / "stage2" / "eval")
+    text = report(["a/stage2", "b/stage2"], "out")
+    assert "| stage2 (a/stage2) | contrastive | 20 |" in text
+    assert "| stage2 (b/stage2) | **0.200** |" in text
+    logs, evaluations = read_all(["a/stage2", "b/stage2"])
+    assert [log.name for log in logs] == titles(evaluations[0]["models"]) == ["stage2 (a/stage2)", "stage2 (b/stage2)"]
+    assert titles([model("one", 0.1), model("two", 0.1)]) == ["one", "two"]
+
+
+def test_panels_say_what_they_show(tmp_path, results, monkeypatch):
+    """One set with and without distractors are two panels; and there is no step 2.5."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    logs, evaluations = read_all([make_log(tmp_path / "a", "a", "contrastive", 20, 1.0)])
+    fewer = {**results, "data": {**results["data"], "passages": 900}}
+    figure(logs, [*evaluations, results, fewer], tmp_path / "report.png")
+    above, *below = drawn[0].subfigs
+    assert [panel.get_suptitle() for panel in below] == [
+        "medicine: 1,000 held-out questions over 900 answers and 6,100 distractors.",
+        "medicine: 1,000 held-out questions over 900 answers.",
+    ]
+    assert all(tick == int(tick) for tick in above.axes[0].get_xticks())
 
 
 def test_report_of_runs_alone_and_of_an_evaluation_alone(tmp_path, results):
