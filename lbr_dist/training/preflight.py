@@ -22,10 +22,8 @@ from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime
-from lbr_dist.training.run_folder import FOLDERS, SET_PATH, check_folder, covered, differences, flat, load_run_recipe
-
-NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
-"""Entries of a config.json that change nothing about the function that is trained."""
+from lbr_dist.training.origin import check_resumed_model, check_start
+from lbr_dist.training.run_folder import FOLDERS, SET_PATH, check_folder, covered, flat
 
 OWN = ("output", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib", "tracking", *FOLDERS)
 """Recipe fields that a rank may have for itself. What lies in the folders is compared by content."""
@@ -72,9 +70,9 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     regime = load_regime(recipe, world=environment.world, cuda=cuda)
     check_nvme(recipe, regime)
     tokenization = _check_model(recipe)
-    _check_same_model(recipe, resume, allow_change)
+    check_resumed_model(recipe, resume, allow_change)
     if recipe.model.start_from is not None and not _resumes(recipe, resume):
-        check_start(recipe)
+        check_start(recipe, allow_change)
     plan, readers = open_data(recipe, tokenization)
     return Job(recipe, environment, regime, tokenization, plan, readers, changed, tuple(allow_change))
 
@@ -122,69 +120,6 @@ def _check_model(recipe: Recipe) -> Tokenization:
             f"{settings.vocab_size}: the folder mixes two models"
         )
     return tokenization
-
-
-def _check_same_model(recipe: Recipe, resume: str, allow_change: Sequence[str]) -> None:
-    """A resumed run has its weights from the checkpoint, but its rotary base, norms and the like from `model.path`."""
-    from lbr_dist.model.backbone import load_config
-    from lbr_dist.training.checkpoint_format import list_checkpoints
-
-    known = [path for path, manifest in list_checkpoints(recipe.output) if manifest] if resume == "auto" else []
-    before = (Path(resume) if resume not in ("auto", "never") else known[0] if known else Path()) / "model"
-    if covered("model.path", allow_change) or not (before / "config.json").is_file():
-        return
-    old, new = (load_config(str(path), 0).to_dict() for path in (before, recipe.model.path))
-    changed = [key for key in sorted({*old, *new} - set(NOT_THE_MODEL)) if old.get(key) != new.get(key)]
-    if changed:
-        listed = "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
-        raise UserError(
-            f"model {recipe.model.path}: its config.json is not that of {before.parent} ({listed}): restore it, choose "
-            "another output, or allow it with --allow-change model.path"
-        )
-
-
-def check_start(recipe: Recipe) -> None:
-    """Check that the run or checkpoint in `model.start_from` suits this recipe.
-
-    Raises:
-        UserError: it is missing, or its bottleneck, adapters or base of a learned temperature are others; both values
-            are named.
-    """
-    from lbr_dist.training.checkpoint_format import resolve
-
-    assert recipe.model.start_from is not None
-    start = resolve(Path(recipe.model.start_from), deep=False)  # on every rank; one of them reads it all later
-    before = load_run_recipe(start)
-    now = recipe.contrastive
-    learned = [made.stage != "generative" and made.contrastive.learn_temperature for made in (before, recipe)]
-    if all(learned) and before.contrastive.temperature != now.temperature:
-        raise UserError(
-            f"contrastive.temperature is {now.temperature}, but {start} learned its own as a factor of "
-            f"{before.contrastive.temperature}: set it as there"
-        )
-    if not before.bottleneck.enabled:
-        return  # a plain run: Z, if this one has it, is new
-    if not recipe.bottleneck.enabled:
-        if recipe.contrastive.pooling == "bottleneck" or recipe.stage != "contrastive":
-            raise UserError(
-                f"bottleneck.enabled is false, but {start} was trained with {before.bottleneck.count} bottleneck "
-                "tokens: set the bottleneck as there"
-            )
-        return
-    changed = differences(
-        before.model_copy(update={"bottleneck": before.bottleneck}),
-        before.model_copy(update={"bottleneck": recipe.bottleneck}),
-    )
-    if changed and _how_many(before) != _how_many(recipe):
-        listed = "; ".join(f"{field} is {new!r} here and {old!r} there" for field, (old, new) in changed.items())
-        raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
-
-
-def _how_many(recipe: Recipe) -> tuple[object, ...]:
-    """What decides the bottleneck tokens; a moved surprisal model is the same one."""
-    bottleneck = recipe.bottleneck
-    surprisal = bottleneck.by_surprisal
-    return bottleneck.count, bottleneck.effective_ratio, surprisal and surprisal.bits
 
 
 def check_nvme(recipe: Recipe, regime: Regime) -> None:

@@ -264,6 +264,9 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
     done, inputs = both["one"], (model, data)
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("mine")
+    shutil.copytree(model, folder / "other")
+    settings = json.loads((model / "config.json").read_text())
+    (folder / "other" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
     clip = folder / "clip.json"
     clip.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}))
     cases = [
@@ -279,6 +282,14 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
                 folder / "x", *inputs, "contrastive", model={"start_from": done["output"]}, bottleneck={"tokens": 3}
             ),
             ["bottleneck.tokens is 3 here and 2 there"],
+        ),
+        (
+            recipe(folder / "x", *inputs, model={"start_from": both["lora"]["output"], "lora": {"r": 4, "alpha": 8}}),
+            ["model.lora.alpha is 8 with r 4", "32 with r 4", "0.25 times"],
+        ),
+        (
+            recipe(folder / "x", folder / "other", data, model={"start_from": done["output"]}),
+            ["rms_norm_eps was", "and is 0.5", "set model.path as there", "--allow-change model.path"],
         ),
         (recipe(folder / "x", *inputs, data={"max_x_tokens": 500, "bin_tokens": 700}), ["512 positions"]),
         (recipe(folder / "x", folder / "full", data), ["full", "not a model folder"]),

@@ -1,0 +1,100 @@
+"""Whether the weights that a run begins with are of its recipe: those it is resumed from, or `model.start_from`.
+
+A checkpoint holds every weight, but what a model computes with them is also said by its configuration, its bottleneck
+and the scale of its adapters; another one fits the same shapes and would train on in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lbr_dist.config import Recipe
+from lbr_dist.errors import UserError
+from lbr_dist.training.run_folder import covered, differences, load_run_recipe
+
+NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Entries of a config.json that change nothing about the function that is trained."""
+
+
+def check_resumed_model(recipe: Recipe, resume: str, allow_change: Sequence[str]) -> None:
+    """A resumed run has its weights from the checkpoint, but its rotary base, norms and the like from `model.path`.
+
+    Raises:
+        UserError: the configuration there is not the one in the checkpoint.
+    """
+    from lbr_dist.training.checkpoint_format import list_checkpoints
+
+    known = [path for path, manifest in list_checkpoints(recipe.output) if manifest] if resume == "auto" else []
+    before = (Path(resume) if resume not in ("auto", "never") else known[0] if known else Path()) / "model"
+    if other := _changed_model(before, recipe, allow_change):
+        raise UserError(
+            f"model {recipe.model.path}: its config.json is not that of {before.parent} ({other}): restore it, choose "
+            "another output, or allow it with --allow-change model.path"
+        )
+
+
+def _changed_model(before: Path, recipe: Recipe, allow_change: Sequence[str]) -> str:
+    """In words, how the configuration in `model.path` differs from an earlier one; "" where it does not, or may."""
+    from lbr_dist.model.backbone import load_config
+
+    if covered("model.path", allow_change) or not (before / "config.json").is_file():
+        return ""
+    old, new = (load_config(str(path), 0).to_dict() for path in (before, recipe.model.path))
+    changed = [key for key in sorted({*old, *new} - set(NOT_THE_MODEL)) if old.get(key) != new.get(key)]
+    return "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
+
+
+def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
+    """Check that the run or checkpoint in `model.start_from` suits this recipe.
+
+    Raises:
+        UserError: it is missing, or its model's configuration, bottleneck, scale of adapters or base of a learned
+            temperature are others; both values are named.
+    """
+    from lbr_dist.training.checkpoint_format import resolve
+
+    assert recipe.model.start_from is not None
+    start = resolve(Path(recipe.model.start_from), deep=False)  # on every rank; one of them reads it all later
+    before = load_run_recipe(start)
+    if other := _changed_model(start / "model", recipe, allow_change):
+        raise UserError(
+            f"model {recipe.model.path}: its config.json is not that of {start} ({other}): set model.path as there, or "
+            "allow it with --allow-change model.path"
+        )
+    lora, old = recipe.model.lora, before.model.lora
+    if lora and old and lora.alpha / lora.r != old.alpha / old.r:
+        raise UserError(
+            f"model.lora.alpha is {lora.alpha:g} with r {lora.r}, but {start} has adapters of {old.alpha:g} with r "
+            f"{old.r}, which would count {lora.alpha * old.r / lora.r / old.alpha:g} times: set them as there"
+        )
+    now = recipe.contrastive
+    learned = [made.stage != "generative" and made.contrastive.learn_temperature for made in (before, recipe)]
+    if all(learned) and before.contrastive.temperature != now.temperature:
+        raise UserError(
+            f"contrastive.temperature is {now.temperature}, but {start} learned its own as a factor of "
+            f"{before.contrastive.temperature}: set it as there"
+        )
+    if not before.bottleneck.enabled:
+        return  # a plain run: Z, if this one has it, is new
+    if not recipe.bottleneck.enabled:
+        if recipe.contrastive.pooling == "bottleneck" or recipe.stage != "contrastive":
+            raise UserError(
+                f"bottleneck.enabled is false, but {start} was trained with {before.bottleneck.count} bottleneck "
+                "tokens: set the bottleneck as there"
+            )
+        return
+    changed = differences(
+        before.model_copy(update={"bottleneck": before.bottleneck}),
+        before.model_copy(update={"bottleneck": recipe.bottleneck}),
+    )
+    if changed and _how_many(before) != _how_many(recipe):
+        listed = "; ".join(f"{field} is {new!r} here and {old!r} there" for field, (old, new) in changed.items())
+        raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
+
+
+def _how_many(recipe: Recipe) -> tuple[object, ...]:
+    """What decides the bottleneck tokens; a moved surprisal model is the same one."""
+    bottleneck = recipe.bottleneck
+    surprisal = bottleneck.by_surprisal
+    return bottleneck.count, bottleneck.effective_ratio, surprisal and surprisal.bits
