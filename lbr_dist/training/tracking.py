@@ -6,6 +6,7 @@ the rows of steps that it takes back, so that reading the file gives one row per
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -18,12 +19,25 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lbr_dist.config import Recipe
+from lbr_dist.disk import FULL
 from lbr_dist.errors import UserError
 from lbr_dist.logs import read_rows
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 5.0
 """Between two lines where the output is not a terminal."""
+
+NO_PLACE = {
+    *FULL,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+"""Errors that do not go away by another start, as those of a network may."""
 
 log = logging.getLogger("lbr")
 
@@ -158,7 +172,11 @@ class _LogFile(logging.FileHandler):
 
 
 def start_log(run_dir: Path, rank: int) -> None:
-    """Rank 0 writes its log to the run's log.txt and to the error stream; other ranks only warnings, to the latter."""
+    """Rank 0 writes its log to the run's log.txt and to the error stream; other ranks only warnings, to the latter.
+
+    Raises:
+        UserError: the run folder cannot be made or written.
+    """
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     for handler in list(log.handlers):
@@ -174,8 +192,15 @@ def start_log(run_dir: Path, rank: int) -> None:
         console.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(console)
     if rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = _LogFile(run_dir / "log.txt", encoding="utf-8")
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            file = _LogFile(run_dir / "log.txt", encoding="utf-8")
+        except OSError as error:
+            if error.errno not in NO_PLACE:
+                raise
+            raise UserError(
+                f"output {run_dir}: cannot be written ({error.filename}: {error.strerror}): choose another output"
+            ) from None
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(file)
 

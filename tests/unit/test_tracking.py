@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from lbr_dist.errors import UserError
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.tracking import Tracker, duration, keep_rows
+from lbr_dist.training.tracking import Tracker, duration, keep_rows, start_log
 
 
 def make_tracker(folder: Path, *, done: int = 0, **tracking: Any) -> Tracker:
@@ -59,6 +60,18 @@ def test_a_resumed_run_takes_back_later_rows_and_a_torn_one(tmp_path: Path) -> N
     tracker.row(row(4, loss=40.0))
     tracker.close()
     assert [found["loss"] for found in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 40]
+
+
+def test_an_output_that_cannot_be_made_is_the_users_and_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("handlers", []), ("propagate", True), ("level", logging.INFO)):  # put back afterwards
+        monkeypatch.setattr(logging.getLogger("lbr"), name, value)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for output in ("file/run", "link", "long" * 100):
+        with pytest.raises(UserError, match=rf"output .*/{output}: cannot be written \(.*choose another output"):
+            start_log(tmp_path / output, 0)
 
 
 def test_keep_rows_without_a_file_makes_none(tmp_path: Path) -> None:
