@@ -264,9 +264,9 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
     done, inputs = both["one"], (model, data)
     (folder / "full").mkdir()
     (folder / "full" / "thesis.txt").write_text("mine")
-    shutil.copytree(model, folder / "other")
+    shutil.copytree(model, folder / "edited")
     settings = json.loads((model / "config.json").read_text())
-    (folder / "other" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
+    (folder / "edited" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
     clip = folder / "clip.json"
     clip.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}))
     cases = [
@@ -288,7 +288,7 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
             ["model.lora.alpha is 8 with r 4", "32 with r 4", "0.25 times"],
         ),
         (
-            recipe(folder / "x", folder / "other", data, model={"start_from": done["output"]}),
+            recipe(folder / "x", folder / "edited", data, model={"start_from": done["output"]}),
             ["rms_norm_eps was", "and is 0.5", "set model.path as there", "--allow-change model.path"],
         ),
         (recipe(folder / "x", *inputs, data={"max_x_tokens": 500, "bin_tokens": 700}), ["512 positions"]),
