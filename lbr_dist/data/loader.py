@@ -171,7 +171,7 @@ def _as_is(batch: Any) -> Any:
 
 def _start_worker(_: int) -> None:
     """A stop signal for the whole job must not kill the loader: the trainer finishes its step and ends it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_trainer, daemon=True).start()

@@ -24,6 +24,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.environment import detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.recipes import load_recipe, save_recipe
+from lbr_dist.training.signals import stop_signals
 
 GRACE_S = 3.0
 """Time that the other ranks have to say their last words once one has failed."""
@@ -36,8 +37,8 @@ TAIL_LINES = 40
 def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Sequence[str] = ()) -> int:
     """Run `train` on `nproc` ranks; returns the exit code.
 
-    SIGTERM, SIGUSR1 and SIGINT are passed on to every rank. Rank 0 writes to this process's output, the others' is kept
-    and shown if they are the cause of a failure.
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to every rank. Rank 0 writes to this process's output, the others'
+    is kept and shown if they are the cause of a failure.
 
     Raises:
         UserError: this process is one of several ranks itself.
@@ -49,7 +50,7 @@ def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Se
         file = Path(folder) / "recipe.yaml"
         save_recipe(recipe, file)
         ranks = _Ranks(Path(folder))
-        before = {number: signal.signal(number, ranks.forward) for number in _Ranks.FORWARDED}
+        before = {number: signal.signal(number, ranks.forward) for number in stop_signals()}
         try:
             ranks.start([str(file), resume, *allow_change], nproc)
             return ranks.wait()
@@ -73,8 +74,6 @@ def _check_alone(nproc: int) -> None:
 
 
 class _Ranks:
-    FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def __init__(self, folder: Path) -> None:
         self._folder, self._processes = folder, list[subprocess.Popen[bytes]]()
         self._asked = 0
@@ -154,8 +153,8 @@ class _Ranks:
         return self._folder / f"rank-{rank}.txt"
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on; SIGINT as SIGTERM, of which a rank that still imports makes no traceback."""
-        number = self._asked = signal.SIGTERM if number == signal.SIGINT else signal.Signals(number)
+        """Pass a signal on, all but SIGUSR1 as SIGTERM: of SIGINT a rank that still imports would make a traceback."""
+        number = self._asked = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)

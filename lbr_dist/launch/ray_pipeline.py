@@ -17,8 +17,9 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_cluster import cluster, living_nodes
 from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_stage, requested
-from lbr_dist.launch.ray_train import Stop, run_stage
+from lbr_dist.launch.ray_train import run_stage
 from lbr_dist.recipes import load_recipe
+from lbr_dist.training.signals import stop_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> str:
     """Evaluate the run on the first set of its recipe and export it, on a node that has what a worker has."""
     import ray
 
-    for number in Stop.NUMBERS:
+    for number in stop_signals():
         signal.signal(number, lambda *_: os._exit(EXIT_RUN_AGAIN))  # nothing here that cannot be done again
     bundle = requested(options)(living_nodes()).bundle
     task = ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, max_retries=1)(deliver)

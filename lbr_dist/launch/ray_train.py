@@ -25,6 +25,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
 from lbr_dist.launch.ray_worker import CONTROLLER, claimed, is_ours, work
+from lbr_dist.training.signals import stop_signals
 
 MAX_FAILURES = 3
 """Failures in a row without a new checkpoint that a run may recover from."""
@@ -61,14 +62,12 @@ class Request:
 class Stop:
     """The driver's signals: the first one is passed on to the run, the second ends the driver at once."""
 
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
     def __init__(self) -> None:
         self.asked = ""
 
     def listen(self) -> None:
         """Take over the signals, also from Ray, which sets its own when it starts."""
-        for number in self.NUMBERS:
+        for number in stop_signals():
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:

@@ -88,6 +88,11 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
         UserError: the folder holds something else, or another run (the differing fields are named).
     """
     folder = Path(recipe.output)
+    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+        raise UserError(
+            f"--resume {resume}: is no checkpoint, it has no manifest.json: give a folder in {folder}/checkpoints, or "
+            "auto for the newest"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder}: is a file; choose another output")
     if (folder / "checkpoints").exists() and not (folder / "checkpoints").is_dir():

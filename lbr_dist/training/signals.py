@@ -1,4 +1,5 @@
-"""Stop requests: the first SIGTERM, SIGUSR1 or SIGINT asks the loop to stop after its step, the second ends at once.
+"""Stop requests: the first SIGTERM, SIGUSR1, SIGINT or SIGHUP asks the loop to stop after its step, the second ends at
+once.
 
 Slurm and Ray give notice before they take a machine away. A signal reaches the ranks at different moments, so what it
 sets is only this rank's wish; the loop adds the wishes of all ranks up and all stop after the same step.
@@ -18,8 +19,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FILE = "stop"
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to stop; a lost terminal's SIGHUP is one, unless it is ignored (nohup)."""
+    asking = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    return asking if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*asking, signal.SIGHUP)
 
 
 def request_stop(run_dir: Path, reason: str) -> None:
@@ -61,7 +67,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere (a Ray worker) the host owns the signals
-            self._before = {number: signal.signal(number, self._receive) for number in NUMBERS}
+            self._before = {number: signal.signal(number, self._receive) for number in stop_signals()}
         return self
 
     def __exit__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,24 @@ RAW: dict[str, Any] = {
     "batch": {"global_batch": 1},
     "duration": {"steps": 1},
 }
+
+
+class TestHangUp:
+    """A terminal that is lost costs no step, and nohup is believed."""
+
+    def test_it_is_a_request(self) -> None:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.asked() == "SIGHUP"
+
+    def test_under_nohup_it_is_none(self) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopRequest() as stop:
+                signal.raise_signal(signal.SIGHUP)
+                assert stop.asked() == ""
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
 
 class TestStopFile:

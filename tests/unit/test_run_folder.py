@@ -11,7 +11,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.launch import ray_stage
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.run_folder import check_same, claim
+from lbr_dist.training.run_folder import check_folder, check_same, claim
 
 
 @pytest.fixture
@@ -53,6 +53,12 @@ def test_another_model_is_refused(place: Path, model: str) -> None:
     claim(recipe(model))
     with pytest.raises(UserError, match=rf"model\.path was '{model}' and is"):
         check_same(place / "run", ray_stage.absolute(recipe(), place))
+
+
+def test_a_run_folder_is_no_checkpoint_to_resume_from(place: Path) -> None:
+    claim(recipe())
+    with pytest.raises(UserError, match=r"--resume run: is no checkpoint.*give a folder in run/checkpoints, or auto"):
+        check_folder(recipe(), resume="run")
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\0\0", b"stage: [", b"\xff\xfe"])
