@@ -132,6 +132,7 @@ class _Loop:
         self._s, self._stop, self._watchdog = session, stop, watchdog
         self._recipe = session.job.recipe
         self._meter = Meter(session)
+        self._applied = True
 
     def run(self) -> Outcome:
         from lbr_dist.data.loader import Loader
@@ -143,12 +144,15 @@ class _Loop:
                 job.plan, job.readers, job.tokenization, job.recipe, environment.rank, environment.world, s.done
             )
             self._meter.start()
+            due = False
             for plan, batches in loader:
                 self._watchdog.alive(f"running step {plan.step + 1}")
                 asked = self._step(plan, batches)
                 last = s.done == total
-                if asked or last or s.done % self._recipe.checkpoint.every_steps == 0:
+                due = due or s.done % self._recipe.checkpoint.every_steps == 0
+                if asked or last or (due and self._applied):  # weights that give nan must not rotate good ones away
                     self._save(wait=asked or last)
+                    due = False
                 if asked:
                     who = self._stop.asked() or "a signal"
                     self._stop.obeyed()
@@ -181,7 +185,7 @@ class _Loop:
             s.engine.zero_grad()
             reached = self._meter.gather(None, plan, batches, stop=bool(self._stop.asked()))
             norm, applied = math.nan, False
-        s.done, s.samples = plan.step + 1, s.samples + plan.samples
+        s.done, s.samples, self._applied = plan.step + 1, s.samples + plan.samples, applied
         if not (applied and math.isfinite(reached.loss)):
             self._not_finite(plan, batches, f"loss {reached.loss:g}, gradient norm {norm:g}{cause}", applied)
         s.audit.step(plan.step, plan.epoch, batches)

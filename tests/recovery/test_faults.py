@@ -147,6 +147,7 @@ def test_nan_stops_with_the_samples_or_skips(place: tuple[Path, Path, Path]) -> 
     assert [row["step"] for row in rows(skip) if row.get("skipped")] == [3]
     assert all(row["loss"] < 10 for row in rows(skip) if row["step"] != 3)
     assert "more than max_skips=1" in gave_up["error"]
+    assert list_checkpoints(never["output"]) == []  # step 2 was to be saved, and its weights give nothing but nan
 
 
 def test_a_hung_rank_shows_every_stack(place: tuple[Path, Path, Path]) -> None:
