@@ -132,6 +132,7 @@ train() { # train STAGE RECIPE [key=value ...]
   local stage=$1 ports output code verdict
   shift
   [ $# -gt 0 ] || die "no recipe: sbatch slurm/... RECIPE [key=value ...]"
+  [[ $LAUNCHER =~ ^(srun|torchrun|ray)$ ]] || die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray"
   [ "$LAUNCHER" = torchrun ] || [ "$ranks" -le "$node_cpus" ] || # others give each rank a CPU of its own
     die "$ranks ranks on each node, of which the job has $node_cpus CPUs: ask for more, or set LBR_RANKS_PER_NODE"
   trap on_usr1 USR1
@@ -158,7 +159,6 @@ train() { # train STAGE RECIPE [key=value ...]
           supervise launch_ray "$stage" "$@"
         fi
         ;;
-      *) die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray" ;;
     esac
   fi
   if [ -n "$cancelled" ] && [ "$(state)" != RUNNING ]; then

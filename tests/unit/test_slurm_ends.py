@@ -175,6 +175,14 @@ def test_a_python_without_the_package_is_named(job: Callable[..., subprocess.Pop
     assert "error: LBR_PYTHON=false cannot run lbr_dist on n1, as said above: activate the environment" in errors
 
 
+def test_a_launcher_that_is_none_is_named_before_the_nodes_are_asked(job: Callable[..., subprocess.Popen[str]]) -> None:
+    running = job(LAUNCHER="mpirun")
+    said = running.communicate(timeout=60)[1]
+    assert "error: LAUNCHER=mpirun: expected srun, torchrun or ray" in said
+    assert "start 1" not in said
+    assert running.returncode == 2
+
+
 def test_a_number_of_ranks_that_is_none_is_named(job: Callable[..., subprocess.Popen[str]]) -> None:
     for number in ("two", "0"):
         running = job(LBR_RANKS_PER_NODE=number)
