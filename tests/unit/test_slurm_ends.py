@@ -38,7 +38,7 @@ case "$*" in
   *"slurm output"*) echo "$PLACE" ;;
   *"slurm end"*) echo "end $*" >>"$PLACE/calls"; echo requeue ;;
   *"lbr_dist train"*)
-    [ ! -e "$PLACE/wait" ] || sleep 30 &
+    if [ -e "$PLACE/wait" ]; then sleep 30 & fi
     trap 'kill %1; exit 75' TERM
     touch "$PLACE/started"
     wait
