@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def make_model(
     model.save_pretrained(folder)
     make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture
+def a_terminal() -> Iterator[None]:
+    """SIGHUP is not ignored, as it may be where the tests run (nohup)."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

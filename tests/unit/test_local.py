@@ -54,6 +54,7 @@ def test_ranks_do_not_look_for_the_store_of_an_outer_torchrun(tmp_path: Path, mo
     assert not any("TORCHELASTIC_USE_AGENT_STORE" in environ for environ in seen)
 
 
+@pytest.mark.usefixtures("a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_stop_while_ranks_still_import_is_no_failure(recipe: Recipe, tmp_path: Path, number: signal.Signals) -> None:
     save_recipe(recipe, tmp_path / "recipe.yaml")

@@ -36,6 +36,7 @@ RAW: dict[str, Any] = {
 class TestHangUp:
     """A terminal that is lost costs no step, and nohup is believed."""
 
+    @pytest.mark.usefixtures("a_terminal")
     def test_it_is_a_request(self) -> None:
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
