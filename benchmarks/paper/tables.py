@@ -58,15 +58,11 @@ def bars(seeds: Sequence[list[dict[str, Any]]], title: str, file: Path) -> None:
     names = [model["name"] for model in seeds[0]]
     found = [[models[i]["retrieval"]["ndcg_at_10"] for models in seeds] for i in range(len(names))]
     chart, axes = pyplot.subplots(figsize=(7.5, 0.42 * len(names) + 1.2), layout="constrained")
-    places = range(len(names))
-    axes.barh(places, [statistics.fmean(f) for f in found], color=COLOURS[0], alpha=0.75)
-    for place, each in zip(places, found, strict=True):
-        axes.plot(each, [place] * len(each), "o", color="black", markersize=3)
-    axes.set_yticks(places, names)
+    _draw(axes, found, [COLOURS[0]] * len(names))
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("nDCG@10 on held-out questions; dots: seeds")
     axes.set_title(title, loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
     chart.savefig(file, dpi=150)
     pyplot.close(chart)
 
@@ -104,19 +100,22 @@ def domains(found: Mapping[str, Mapping[str, Sequence[float]]], file: Path) -> N
     chart, panels = pyplot.subplots(
         1, len(found), figsize=(9, 0.36 * len(names) + 1), sharey=True, squeeze=False, layout="constrained"
     )
-    places = range(len(names))
     for axes, (domain, models) in zip(panels[0], found.items(), strict=True):
-        means = [statistics.fmean(models[name]) for name in names]
-        axes.barh(places, means, color=[COLOURS[name in OURS] for name in names], alpha=0.75)
-        for place, name in zip(places, names, strict=True):
-            axes.plot(models[name], [place] * len(models[name]), "o", color="black", markersize=3)
+        _draw(axes, [models[name] for name in names], [COLOURS[name in OURS] for name in names])
         axes.set_title(domain, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(places, names)
+    panels[0][0].set_yticks(range(len(names)), names)
     panels[0][0].invert_yaxis()
     chart.supxlabel("nDCG@10 on held-out questions; dots: seeds", fontsize=10)
     chart.savefig(file, dpi=150)
     pyplot.close(chart)
+
+
+def _draw(axes: Any, values: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+    """A bar of the mean for each model, with its seeds as dots."""
+    axes.barh(range(len(values)), [statistics.fmean(each) for each in values], color=colours, alpha=0.75)
+    for place, each in enumerate(values):
+        axes.plot(each, [place] * len(each), "o", color="black", markersize=3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write(out: Path, name: str, text: str, data: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from lbr_dist.launch.ray_cluster import cluster, living_nodes
 from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_stage, requested
 from lbr_dist.launch.ray_train import run_stage
 from lbr_dist.recipes import load_recipe
+from lbr_dist.training.run_folder import check_apart
 from lbr_dist.training.signals import stop_signals
 
 
@@ -62,8 +63,7 @@ def recipes(first: str, second: str, here: Path) -> tuple[Recipe, Recipe]:
     check_stage(one, "generative", first)
     check_stage(two, "contrastive", second)
     fixed_tokens(two)
-    if one.output == two.output:
-        raise UserError(f"recipe {second}: its output is also that of {first}: set another one")
+    check_apart(one, two, (first, second))
     return one, two
 
 

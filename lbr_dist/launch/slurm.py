@@ -29,6 +29,7 @@ from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.launch.mistakes import HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe
+from lbr_dist.training.run_folder import check_apart
 
 MAX_RESTARTS = 3
 """Restarts without a new checkpoint after which a job is not started again."""
@@ -206,8 +207,7 @@ def check_chain(first: tuple[Recipe, str], second: tuple[Recipe, str]) -> None:
     for (recipe, name), stage, place in ((first, "generative", "first"), (second, "contrastive", "second")):
         if _SCRIPTS[recipe.stage] != _SCRIPTS[stage]:
             raise UserError(f"recipe {name}: stage is {recipe.stage}: the {place} of the two has to be {stage}")
-    if Path(first[0].output).resolve() == Path(second[0].output).resolve():
-        raise UserError(f"recipe {second[1]}: its output is also that of {first[1]}: set another one")
+    check_apart(first[0], second[0], (first[1], second[1]))
 
 
 def main(arguments: Sequence[str]) -> int:
