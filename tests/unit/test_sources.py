@@ -340,6 +340,20 @@ def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
         read(tmp_path / "b.parquet", tmp_path)
 
 
+def test_a_parquet_string_that_is_not_utf8_is_a_bad_row_and_no_more(tmp_path: Path) -> None:
+    raw = pa.array([b"one", b"tw\xff", b"three"]).cast(pa.string(), safe=False)
+    with pytest.raises(UnicodeDecodeError):
+        raw.to_pylist()
+    names = pa.StructArray.from_arrays([pa.array(["a", "b", "c"])], ["name"])
+    pq.write_table(pa.table({"text": raw, "about": names}), tmp_path / "a.parquet")
+    first, second, third = read(tmp_path / "a.parquet", tmp_path)
+    assert first == (1, {"text": "one", "about": {"name": "a"}})
+    assert third == (3, {"text": "three", "about": {"name": "c"}})
+    assert second[0] == 2
+    assert isinstance(second[1], RowError)
+    assert (second[1].reason, second[1].detail) == ("invalid_utf8", "byte 2 of a string")
+
+
 def test_json_that_is_nested_too_deeply(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"a.json: damaged or not a json file"):
