@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 
+EAST_ASIAN = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
+)  # fmt: skip
+"""Fonts with Chinese, Japanese and Korean characters; those that are installed draw what matplotlib's own lacks."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -200,10 +206,14 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
 
 def literal_text() -> AbstractContextManager[None]:
-    """Within it matplotlib draws texts as they are: names come from users, and `$` would begin a formula."""
+    """Within it matplotlib draws texts as they are: names come from users, `$` would begin a formula, and its own font
+    has no Chinese, Japanese or Korean."""
     import matplotlib
+    from matplotlib import font_manager
 
-    return matplotlib.rc_context({"text.parse_math": False})
+    installed = set(font_manager.get_font_names())
+    families = [*matplotlib.rcParams["font.family"], *(name for name in EAST_ASIAN if name in installed)]
+    return matplotlib.rc_context({"text.parse_math": False, "font.family": families})
 
 
 def _plot(results: dict[str, Any], file: Path) -> None:

@@ -70,7 +70,13 @@ def _check_mapping(raw: Any, origin: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without its silent last-one-wins where a key is given twice."""
+    """YAML without its silent last-one-wins where a key is given twice, and without dates: no setting is one, and a run
+    may be named after the day."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set[str]()
@@ -104,7 +110,10 @@ def _override(raw: dict[str, Any], item: str) -> None:
             node = node[part]
         if not isinstance(node, dict | list):
             raise UserError(f"override {item!r}: {part} is a value, not a section")
-    value = _yaml_value(text)
+    try:
+        value = _yaml_value(text)
+    except yaml.constructor.ConstructorError as error:
+        raise UserError(f"override {item!r}: not valid YAML: {' '.join(str(error).split())}") from None
     if isinstance(node, list):
         node[_list_index(node, last, key)] = value
     else:
@@ -113,8 +122,10 @@ def _override(raw: dict[str, Any], item: str) -> None:
 
 def _yaml_value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except yaml.constructor.ConstructorError:
+        raise
+    except yaml.YAMLError:  # a text
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:

@@ -1,6 +1,7 @@
 """Recipes: what is refused, with which words, and what overrides do."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from lbr_dist.config import Bottleneck, Recipe
 from lbr_dist.errors import UserError
-from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
+from lbr_dist.recipes import FOLDER, load_recipe, parse_recipe, save_recipe
 from lbr_dist.recipes.settings import markdown, settings
 
 MINIMAL = {
@@ -146,6 +147,21 @@ def test_a_key_given_twice_is_refused(tmp_path):
     file.write_text("stage: generative\nseed: 1\noptim:\n  lr: 1.0e-4\n  lr: 1.0e-3\n")
     with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML: lr is given twice \(line 5\): remove one"):
         load_recipe(file)
+    with pytest.raises(UserError, match=r"override 'optim=\{lr: 1, lr: 2\}': not valid YAML: lr is given twice"):
+        load_recipe("stage1", ["optim={lr: 1, lr: 2}"])
+    assert load_recipe("stage1", ["tracking.name=a: {b"]).tracking.name == "a: {b"
+
+
+@pytest.mark.parametrize("day", ["2026-11-29", "2026-99-99", "2026-11-29 10:00:00"])
+def test_a_name_that_is_a_date(day, tmp_path):
+    assert load_recipe("stage1", [f"tracking.name={day}"]).tracking.name == day
+    recipe = load_recipe("stage1", [f"output={day}"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    file = tmp_path / "mine.yaml"
+    shipped_text = (FOLDER / "stage1.yaml").read_text()
+    file.write_text(re.sub("^output: .*", f"output: {day}", shipped_text, flags=re.MULTILINE))
+    assert load_recipe(file).output == day
 
 
 def test_the_reference_page_lists_every_setting():

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -244,6 +245,18 @@ def test_names_are_shown_as_they_are(tmp_path, results, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert AWKWARD in shown.splitlines()[0]
     assert results["notes"][0] in shown
+
+
+def test_another_font_draws_what_the_first_lacks(tmp_path, results, monkeypatch):
+    """Of the fonts that matplotlib ships, STIX has the bold italic letters of mathematics that DejaVu lacks."""
+    results["models"][0]["name"] = "\U0001d468\U0001d469"
+    monkeypatch.setattr("lbr_dist.evaluation.report.EAST_ASIAN", ("no such font",))
+    with pytest.warns(UserWarning, match="missing from font"):
+        plot(results, tmp_path / "boxes.png")
+    monkeypatch.setattr("lbr_dist.evaluation.report.EAST_ASIAN", ("no such font", "STIXGeneral"))
+    with warnings.catch_warnings(action="error"):
+        plot(results, tmp_path / "letters.png")
+    assert (tmp_path / "letters.png").read_bytes() != (tmp_path / "boxes.png").read_bytes()
 
 
 def test_the_numbers_outlive_a_picture_that_fails(tmp_path, results, monkeypatch):
