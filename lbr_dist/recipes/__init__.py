@@ -73,7 +73,7 @@ class _Loader(yaml.SafeLoader):
     """YAML without its silent last-one-wins where a key is given twice, and without dates: no setting is one, and a run
     may be named after the day."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (as in the class below it)
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as its base declares it)
         first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
