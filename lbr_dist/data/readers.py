@@ -148,19 +148,19 @@ def _columns(batches: Iterator[pa.RecordBatch | pa.Table]) -> Numbered:
         plain = pa.schema(  # as texts, dates need not lie in the years that Python knows
             field.with_type(pa.string()) if any(kind(field.type) for kind in dates) else field for field in batch.schema
         )
-        for row in _python(batch.cast(plain)):
+        for row in _dicts(batch.cast(plain)):
             number += 1
             yield number, row
 
 
-def _python(batch: pa.RecordBatch | pa.Table) -> list[Row]:
+def _dicts(batch: pa.RecordBatch | pa.Table) -> list[Row]:
     """The rows as dicts; Arrow has not looked into the strings, and one that is not UTF-8 is its row's error alone."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
         if len(batch) == 1:
             return [RowError("invalid_utf8", f"byte {error.start} of a string")]
-        return [row for number in range(len(batch)) for row in _python(batch.slice(number, 1))]
+        return [row for number in range(len(batch)) for row in _dicts(batch.slice(number, 1))]
 
 
 class _Member(tarfile.TarInfo):

@@ -211,7 +211,7 @@ def literal_text() -> AbstractContextManager[None]:
     import matplotlib
     from matplotlib import font_manager
 
-    installed = set(font_manager.get_font_names())
+    installed = font_manager.get_font_names()
     families = [*matplotlib.rcParams["font.family"], *(name for name in EAST_ASIAN if name in installed)]
     return matplotlib.rc_context({"text.parse_math": False, "font.family": families})
 

@@ -47,7 +47,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise _not_yaml(f"recipe {file}", error) from None
     _check_mapping(raw, str(file))
     for item in overrides or []:
         _override(raw, item)
@@ -110,21 +110,23 @@ def _override(raw: dict[str, Any], item: str) -> None:
             node = node[part]
         if not isinstance(node, dict | list):
             raise UserError(f"override {item!r}: {part} is a value, not a section")
-    try:
-        value = _yaml_value(text)
-    except yaml.constructor.ConstructorError as error:
-        raise UserError(f"override {item!r}: not valid YAML: {' '.join(str(error).split())}") from None
+    value = _yaml_value(text, item)
     if isinstance(node, list):
         node[_list_index(node, last, key)] = value
     else:
         node[last] = value
 
 
-def _yaml_value(text: str) -> Any:
+def _not_yaml(origin: str, error: Exception) -> UserError:
+    return UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}")
+
+
+def _yaml_value(text: str, item: str) -> Any:
+    """The value in an override; `item` is the whole of it."""
     try:
         value = yaml.load(text, _Loader)
-    except yaml.constructor.ConstructorError:
-        raise
+    except yaml.constructor.ConstructorError as error:
+        raise _not_yaml(f"override {item!r}", error) from None
     except yaml.YAMLError:  # a text
         return text
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
