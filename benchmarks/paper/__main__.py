@@ -5,10 +5,13 @@
     python -m benchmarks.paper separation --scale small
     python -m benchmarks.paper overview --scale small
 
+    python -m benchmarks.paper table3  --domain medicine --scale few-steps --seeds 3 --from-seed 2
+
 `search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's; the
 scale few-steps has none), then, for `joint` alone, `search-joint`. The experiments are table1 to table6, table5-long,
 figure3, pooling, directions, adaptive and joint; runs are shared between them, kept in --work, and not repeated.
-Results go to benchmarks/results/paper/SCALE/.
+Results go to benchmarks/results/paper/SCALE/. With `--from-seed` they take the seeds before it from there, so that
+seeds are added to what another machine has run.
 `separation` and `overview` (a picture) read what table3 wrote for each domain.
 """
 
@@ -26,7 +29,7 @@ from benchmarks.paper import prediction, search, tables
 from benchmarks.paper.arms import SHARES
 from benchmarks.paper.experiments import EXPERIMENTS, PEERS, Experiment
 from benchmarks.paper.scales import SCALES
-from benchmarks.paper.workplace import Workplace
+from benchmarks.paper.workplace import Workplace, title_of
 from lbr_dist.cli import quiet
 
 ROOT = Path(__file__).parents[1]
@@ -39,12 +42,15 @@ def main() -> None:
     parser.add_argument("what", choices=["search", "search-joint", *EXPERIMENTS, "separation", "overview"])
     parser.add_argument("--domain", choices=DOMAINS, default="medicine")
     parser.add_argument("--scale", choices=sorted(SCALES), default="small")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--from-seed", type=int, default=0, help="the first to run; those before it are in --out")
     parser.add_argument("--data", type=Path, default=ROOT / "work" / "domains", help="folder with DOMAIN.jsonl[.gz]")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "paper", help="where runs are kept")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "paper", help="where results go")
     parser.add_argument("--jobs", type=int, default=1, help="arms that are trained at the same time")
     arguments = parser.parse_args()
+    if not 0 <= arguments.from_seed < arguments.seeds:
+        parser.error(f"--from-seed {arguments.from_seed} is none of the {arguments.seeds} --seeds, which count from 0")
     quiet()
     out = arguments.out / arguments.scale
     if arguments.what == "separation":
@@ -60,37 +66,70 @@ def main() -> None:
     if arguments.what.startswith("search"):
         joint = arguments.what == "search-joint"
         found = search.search_joint(place, searched(out, place.domain)) if joint else search.search(place)
-        text = heading(place, "Learning rates, chosen on dev questions with seed 0") + search.markdown(found)
+        text = heading(place, "Learning rates, chosen on dev questions with seed 0", [here()]) + search.markdown(found)
         tables.write(out, f"search-{arguments.domain}", text, found)
         print(text)
         return
-    run(place, arguments.what, EXPERIMENTS[arguments.what], arguments.seeds, out)
+    run(place, arguments.what, EXPERIMENTS[arguments.what], arguments.from_seed, arguments.seeds, out)
 
 
-def run(place: Workplace, name: str, experiment: Experiment, seeds: int, out: Path) -> None:
-    """Train, evaluate and write one experiment."""
+def run(place: Workplace, name: str, experiment: Experiment, first: int, seeds: int, out: Path) -> None:
+    """Train, evaluate and write one experiment, whose seeds before `first` are written already."""
     chosen, source = rates(out, place)
-    others = ["bm25"] * experiment.bm25
-    results = []
-    for seed in range(seeds):
-        place.train(experiment.arms, seed, chosen)
-        results.append(place.evaluate([*experiment.arms, *others], seed, generate=experiment.generate))
     notes = [f"Learning rates {source}: {chosen}."]
+    models = [*experiment.arms, *["bm25"] * experiment.bm25]
+    results, made = recorded(out / f"{name}-{place.domain}.json", place, [*map(title_of, models)], notes[0], first)
+    if results and experiment.bm25:
+        same_questions(results[-1][-1], place.evaluate(["bm25"], first)[0])
+    for seed in range(first, seeds):
+        place.train(experiment.arms, seed, chosen)
+        results.append(place.evaluate(models, seed, generate=experiment.generate))
+        made.append(here())
     if experiment.peers:
         notes += add_peers(place, results)
     title = f"{experiment.title} ({place.domain})"
-    text = heading(place, title, seeds) + tables.markdown(results, experiment.costs) + "\n\n" + "\n".join(notes)
-    data = {
-        "scale": place.scale.title,
-        "hardware": hardware(),
-        "date": date.today().isoformat(),
-        "seeds": short(results),
-    }
-    tables.write(out, f"{name}-{place.domain}", text, {**data, "notes": notes})
+    text = heading(place, title, made) + tables.markdown(results, experiment.costs) + "\n\n" + "\n".join(notes)
+    data = {"scale": place.scale.title, "made": made, "seeds": short(results), "notes": notes}
+    tables.write(out, f"{name}-{place.domain}", text, data)
     tables.bars(results, title, out / f"{name}-{place.domain}.png")
     if name == "figure3":
         tables.shares(curves(results, experiment.arms), title, out / f"{name}-{place.domain}.png")
     print(text)
+
+
+def recorded(
+    file: Path, place: Workplace, names: list[str], rates_note: str, seeds: int
+) -> tuple[list[list[dict[str, Any]]], list[dict[str, str]]]:
+    """Scores of the first seeds as an earlier run wrote them, and on what and when each was made.
+
+    Raises:
+        SystemExit: they are not there, or of another scale, other learning rates or other models.
+    """
+    if not seeds:
+        return [], []
+    again = f"run it without --from-seed {seeds}"
+    if not file.exists():
+        raise SystemExit(f"{file}: there are no results of the seeds before {seeds}; {again}")
+    data = json.loads(file.read_text(encoding="utf-8"))
+    found = [models[: len(names)] for models in data["seeds"][:seeds]]
+    if len(found) < seeds:
+        raise SystemExit(f"{file}: has {len(found)} of the {seeds} seeds before {seeds}; {again}")
+    if data["scale"] != place.scale.title or data["notes"][0] != rates_note:
+        raise SystemExit(f"{file}: another scale or other learning rates than today's; {again}")
+    for models in found:
+        if [model["name"] for model in models] != names:
+            raise SystemExit(f"{file}: has not the models {', '.join(names)} in this order; {again}")
+    return found, data["made"][:seeds]
+
+
+def same_questions(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to add seeds of one set of questions to those of another: BM25, which has no seed, tells them apart."""
+    was, found = (model["retrieval"]["ndcg_at_10"] for model in (before, now))
+    if was != found:
+        raise SystemExit(
+            f"BM25 has nDCG@10 {found} here and {was} in the results of earlier seeds, so these were made from another "
+            "--data; give that one, or run every seed on this one (without --from-seed)"
+        )
 
 
 def short(results: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
@@ -192,10 +231,16 @@ def hardware() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, {os.cpu_count()} cores"
 
 
-def heading(place: Workplace, title: str, seeds: int = 1) -> str:
-    """What stands above a table."""
-    spread = f"; mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
-    return f"# {title}\n\nScale {place.scale.title}{spread}. {hardware()}, {date.today().isoformat()}.\n\n"
+def here() -> dict[str, str]:
+    """This machine, today."""
+    return {"hardware": hardware(), "date": date.today().isoformat()}
+
+
+def heading(place: Workplace, title: str, made: list[dict[str, str]]) -> str:
+    """What stands above a table; `made` says of every seed on what and when it was."""
+    spread = f"; mean ± standard deviation over {len(made)} seeds" if len(made) > 1 else ""
+    on = "; ".join(dict.fromkeys(f"{each['hardware']}, {each['date']}" for each in made))
+    return f"# {title}\n\nScale {place.scale.title}{spread}. {on}.\n\n"
 
 
 if __name__ == "__main__":

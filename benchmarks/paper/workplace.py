@@ -25,7 +25,7 @@ from benchmarks.paper.domains import make_data
 from benchmarks.paper.scales import LANGUAGE_MODEL, SCALES, Scale
 
 RECIPES = Path(__file__).parent / "recipes"
-OTHERS = {"bm25": "BM25"}
+OTHERS = {"base": "LLM", "bm25": "BM25"}
 
 
 class Workplace:
@@ -114,8 +114,7 @@ class Workplace:
             count = self.scale.generate if generate else 0
             results = self._eval(list(missing.values()), "test", folder / f"of-{_file(next(iter(missing)))}", count)
             for name, model in zip(missing, results, strict=True):
-                title = ARMS[name].title if name in ARMS else OTHERS.get(name, model["name"])
-                scores = {**model, "name": "LLM" if name == "base" else title, **self._training(missing[name])}
+                scores = {**model, "name": title_of(name, model["name"]), **self._training(missing[name])}
                 (folder / f"{_file(name)}.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         return [json.loads((folder / f"{_file(name)}.json").read_text(encoding="utf-8")) for name in names]
 
@@ -178,6 +177,11 @@ class Workplace:
 
     def _say(self, text: str) -> None:
         print(f"[{self.domain}] {text}", flush=True)
+
+
+def title_of(name: str, otherwise: str = "") -> str:
+    """What tables call an arm, the base or BM25; another model as `otherwise` has it."""
+    return ARMS[name].title if name in ARMS else OTHERS.get(name, otherwise)
 
 
 def train_arguments(

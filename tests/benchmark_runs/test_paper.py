@@ -1,6 +1,7 @@
 """The paper's experiments: every arm at every scale is a valid recipe, and held-out entities stay out."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,50 @@ def test_a_backbone_that_is_a_language_model_is_evaluated_as_it_is(tmp_path, mon
     text = (tmp_path / "out" / "toy" / "table3-medicine.md").read_text()
     assert "| LLM |" in text
     assert "| LLM + CL |" in text
+
+
+@pytest.mark.timeout(600)
+def test_seeds_are_added_to_those_on_record(tmp_path, monkeypatch):
+    """On a machine that has not the runs of the earlier ones; never to those of other data, models or rates."""
+    run = toy(tmp_path, monkeypatch, "table3", ("base",))
+    run()
+    file = tmp_path / "out" / "toy" / "table3-medicine.json"
+    first = json.loads(file.read_text())
+    first["made"][0] = {"hardware": "An older machine", "date": "2026-01-01"}
+    file.write_text(json.dumps(first))
+    seeds = tmp_path / "work" / "toy" / "medicine" / "seed-0"
+    shutil.rmtree(seeds)
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--seeds", "2", "--from-seed", "1"])
+    run()
+    both = json.loads(file.read_text())
+    assert not seeds.exists()
+    assert both["seeds"][0] == first["seeds"][0]
+    assert [model["name"] for model in both["seeds"][1]] == ["LLM", "BM25"]
+    assert both["made"] == [first["made"][0], paper.here()]
+    text = file.with_suffix(".md").read_text()
+    assert "over 2 seeds. An older machine, 2026-01-01; " in text
+
+    def refused(match, **changes):
+        file.write_text(json.dumps({**both, **changes}))
+        with pytest.raises(SystemExit, match=match):
+            run()
+
+    refused("has 0 of the 1 seeds", seeds=[])
+    refused("another scale or other learning rates", notes=["Learning rates as searched on code: {}."])
+    refused("another scale or other learning rates", scale="small")
+    refused("has not the models LLM, BM25", seeds=[both["seeds"][0][::-1]])
+    bm25 = {**both["seeds"][0][1], "retrieval": {"ndcg_at_10": 0.123}}
+    refused("made from another --data", seeds=[[both["seeds"][0][0], bm25]])
+    file.unlink()
+    with pytest.raises(SystemExit, match="no results of the seeds before 1"):
+        run()
+
+
+def test_the_first_seed_to_run_is_one_of_the_seeds(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["paper", "table3", "--seeds", "2", "--from-seed", "2"])
+    with pytest.raises(SystemExit):
+        paper.main()
+    assert "--from-seed 2 is none of the 2 --seeds" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(600)
