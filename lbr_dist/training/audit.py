@@ -27,6 +27,8 @@ from lbr_dist.logs import is_torn, iterate_rows
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe
     from lbr_dist.data.assemble import LocalBatch
+    from lbr_dist.data.plan import Plan
+    from lbr_dist.data.shards import ShardReader
 
 FOLDER = "audit"
 
@@ -75,13 +77,16 @@ class Audit:
     attempts: int = 0
     redone: int = 0
     """Steps done more than once, because a restart took them back."""
+    unplanned: int = 0
+    """Steps of an earlier plan than the recipe's (`--allow-change`): there is nothing left to compare them with."""
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         verdict = "as planned" if not self.problems else f"{len(self.problems)} problems"
+        left_out = f", but for {self.unplanned} steps from before the data order was changed (not compared)"
         return (
             f"{self.steps} steps, {self.samples} samples, {self.attempts} starts, {self.redone} steps done again: "
-            f"{verdict}"
+            f"{verdict}{left_out * bool(self.unplanned)}"
         )
 
 
@@ -117,6 +122,7 @@ def audit(run_dir: str | Path) -> Audit:
         raise UserError(f"{run_dir}: has no audit log (audit/rank-*.jsonl): not a run, or it never started")
     result.attempts = len(found)
     history: dict[int, list[str]] = {}
+    plans: dict[int, str] = {}
     for attempt in found:  # in order: a later one takes back the steps from its start on
         taken_back = [step for step in history if step >= attempt.start]
         result.redone += len(taken_back)
@@ -125,6 +131,7 @@ def audit(run_dir: str | Path) -> Audit:
         for step, ranks in attempt.ids.items():
             if len(ranks) == attempt.world:  # else the step was under way on some ranks when the run ended
                 history[step] = [id_ for rank in sorted(ranks) for id_ in ranks[rank]]
+                plans[step] = attempt.plan
     result.steps, result.samples = len(history), sum(map(len, history.values()))
     expected_next = 0
     for step in sorted(history):
@@ -133,21 +140,26 @@ def audit(run_dir: str | Path) -> Audit:
         expected_next = step + 1
     recipe = load_run_recipe(run_dir)
     with contextlib.chdir(started_in(run_dir, recipe)):
-        if not _compare(recipe, history, found[-1].plan, result):
+        plan, readers = _plan_of(recipe)
+        if plan.fingerprint != (plans[max(history)] if history else found[-1].plan):
             raise UserError(
                 f"{run_dir}: the prepared sets or the recipe changed since the run; audit with the old ones"
             )
+        planned = {step: ids for step, ids in history.items() if plans[step] == plan.fingerprint}
+        result.unplanned = len(history) - len(planned)
+        _compare(plan, readers, planned, result)
     return result
 
 
-def _compare(recipe: Recipe, history: dict[int, list[str]], fingerprint: str, result: Audit) -> bool:
-    """Compare each step's samples, and each epoch's, with the plan; False where that is another than it was."""
+def _plan_of(recipe: Recipe) -> tuple[Plan, list[ShardReader]]:
     from lbr_dist.data.plan import open_data
     from lbr_dist.model.tokenizer import Tokenization
 
-    plan, readers = open_data(recipe, Tokenization.load(recipe.model.path))
-    if plan.fingerprint != fingerprint:
-        return False
+    return open_data(recipe, Tokenization.load(recipe.model.path))
+
+
+def _compare(plan: Plan, readers: Sequence[ShardReader], history: dict[int, list[str]], result: Audit) -> None:
+    """Compare each step's samples, and each epoch's, with the plan."""
     ids = [reader.index.ids for reader in readers]
     used: dict[int, Counter[tuple[int, int]]] = {}
     for step in sorted(history):
@@ -166,7 +178,6 @@ def _compare(recipe: Recipe, history: dict[int, list[str]], fingerprint: str, re
             twice = [row for (set_, row), count in counts.items() if set_ == number and count > most]
             if twice:
                 result.problems.append(f"epoch {epoch}: {len(twice)} samples of {source.name} more than {most:g} times")
-    return True
 
 
 def _attempts(run_dir: Path) -> list[_Attempt]:

@@ -220,7 +220,8 @@ def _prepare(job: Job, resume: str) -> Path | None:
         _check_plan(job, checkpoint)
         _check_versions(checkpoint)
         log.info("resuming from %s", checkpoint)
-    run_folder.claim(recipe)
+    if checkpoint is None or read_manifest(checkpoint).step < job.total_steps:  # else what was run stays on record
+        run_folder.claim(recipe)
     return checkpoint
 
 

@@ -18,7 +18,7 @@ from training_runs import CUT, cut_off, losses, make_set, recipe, train_all
 
 from lbr_dist.logs import read_rows
 from lbr_dist.model.bottleneck import LbrModel
-from lbr_dist.recipes import parse_recipe
+from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights
 from lbr_dist.training.signals import request_stop
@@ -349,10 +349,14 @@ def test_a_model_or_set_that_changed_under_a_run_is_refused(place: tuple[Path, P
 
     shutil.rmtree(copies[1])
     make_set(copies[1], model, gl=80)
-    refused, accepted = run(folder, 1, [longer, {**longer, "train.allow_change": ["data.sets"]}])
+    finished = {**longer, "batch": {"global_batch": 1}, "train.allow_change": ["data.sets", "batch"]}
+    refused, accepted, again = run(folder, 1, [longer, {**longer, "train.allow_change": ["data.sets"]}, finished])
     for part in ("the data changed since (", "samples would be repeated or left out", "--allow-change data.sets"):
         assert part in refused["error"]
-    assert accepted == {"step": 3, "code": 0}
+    assert accepted == again == {"step": 3, "code": 0}
+    assert load_recipe(Path(raw["output"]) / "recipe.yaml").batch == parse_recipe(longer, "longer").batch
+    found = audit(raw["output"])
+    assert (found.steps, found.unplanned, found.problems) == (3, 2, [])
 
 
 def test_changes_that_are_allowed(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:

@@ -50,11 +50,17 @@ def planned(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> tuple[Path, 
 
 
 def attempt(
-    planned: tuple[Path, Plan, list[str]], number: int, steps: range, world: int, wrong: dict[int, str] | None = None
+    planned: tuple[Path, Plan, list[str]],
+    number: int,
+    steps: range,
+    world: int,
+    wrong: dict[int, str] | None = None,
+    fingerprint: str | None = None,
 ) -> None:
     run_dir, plan, names = planned
     for rank in range(world):
-        log = AuditLog(run_dir, rank, start=steps.start, attempt=number, world=world, plan=plan.fingerprint)
+        made = fingerprint or plan.fingerprint
+        log = AuditLog(run_dir, rank, start=steps.start, attempt=number, world=world, plan=made)
         for step in steps:
             samples = [s for micro in plan.step(step).micro_batches(rank, world) for s in micro.samples]
             ids = [names[s.ref.row] for s in samples]
@@ -76,6 +82,20 @@ def test_restarts_at_other_world_sizes_are_one_history(planned: tuple[Path, Plan
     found = audit(planned[0])
     assert found.problems == []
     assert (found.steps, found.samples, found.attempts, found.redone) == (end, 120, 3, 3)
+
+
+def test_steps_of_an_earlier_plan_are_counted_and_not_compared(planned: tuple[Path, Plan, list[str]]) -> None:
+    """As after --allow-change of what shapes the plan: the recipe that they were made by is gone."""
+    attempt(planned, 1, range(0, 3), 1, wrong={0: "stranger", 2: "stranger"}, fingerprint="older")
+    attempt(planned, 2, range(2, 5), 1, wrong={4: "another"})
+    found = audit(planned[0])
+    assert (found.steps, found.unplanned) == (5, 2)
+    (problem,) = found.problems
+    assert "step 4" in problem
+    assert "1 problems, but for 2 steps from before the data order was changed (not compared)" in str(found)
+    attempt(planned, 3, range(5, 6), 1, fingerprint="newer")
+    with pytest.raises(UserError, match="the prepared sets or the recipe changed since the run"):
+        audit(planned[0])
 
 
 def test_a_sample_of_another_step_is_found(planned: tuple[Path, Plan, list[str]]) -> None:
