@@ -7,6 +7,7 @@ Runs on every rank alike and reads only small files (indexes, the model's config
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import time
@@ -69,6 +70,7 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
         )
     regime = load_regime(recipe, world=environment.world, cuda=cuda)
     check_nvme(recipe, regime)
+    check_loader_processes(recipe)
     tokenization = _check_model(recipe)
     check_resumed_model(recipe, resume, allow_change)
     if recipe.model.start_from is not None and not _resumes(recipe, resume):
@@ -120,6 +122,22 @@ def _check_model(recipe: Recipe) -> Tokenization:
             f"{settings.vocab_size}: the folder mixes two models"
         )
     return tokenization
+
+
+def check_loader_processes(recipe: Recipe) -> None:
+    """Check that loader processes can be had: they need semaphores, which Linux keeps in /dev/shm.
+
+    Raises:
+        UserError: names the setting and what the system says.
+    """
+    try:
+        if recipe.data.workers:
+            multiprocessing.get_context().Lock()
+    except OSError as error:
+        raise UserError(
+            f"data.workers is {recipe.data.workers}, but this machine allows no loader processes: a semaphore in "
+            f"/dev/shm cannot be made ({error.strerror}); mount it writable, with some room, or set data.workers=0"
+        ) from None
 
 
 def check_nvme(recipe: Recipe, regime: Regime) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ from lbr_dist.data.remote import UnreachableError
 from lbr_dist.data.shards import ShardReader, open_set, write_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
+from lbr_dist.training.preflight import check_loader_processes
 
 ROWS = 60
 EOS, BOS = 0, 2
@@ -377,3 +379,18 @@ def test_a_server_that_goes_away_in_mid_run_is_no_mistake():
 
     with pytest.raises(ConnectionError, match=r"gl/000003.tar: could not be read"):
         _Batches(Away())[None]
+
+
+def test_a_machine_without_loader_processes_is_named_before_the_start(
+    made: tuple[Path, Tokenization], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a read-only, full or missing /dev/shm."""
+
+    def refused() -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    check_loader_processes(make_recipe(made[0], data={"workers": 2}))
+    monkeypatch.setattr(multiprocessing.get_context(), "Lock", refused, raising=False)
+    check_loader_processes(make_recipe(made[0], data={"workers": 0}))
+    with pytest.raises(UserError, match=r"data.workers is 2.*/dev/shm.*Read-only file system.*data.workers=0"):
+        check_loader_processes(make_recipe(made[0], data={"workers": 2}))
