@@ -47,7 +47,7 @@ def evaluate(
         models: specifications as in `lbr_dist.loading.load_encoder`, or `bm25`.
         data: a prepared set; its eval split is used.
         out: folder for the results; results of an earlier evaluation in it are replaced.
-        tasks: further mteb tasks by name, evaluated on the same models.
+        tasks: further mteb tasks by name, and folders in the layout of BEIR, evaluated on the same models.
         distractors: passages to add to the corpus from the training splits.
         generate: questions to answer, by models that lbr trained; 0: none.
         hardest: non-positives per query in the separation ratio.
@@ -74,7 +74,7 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; give a folder")
     held_out = load_held_out(data, distractors=distractors)
-    further = {name: named_task(name) for name in tasks}
+    further = _titled({name: named_task(name) for name in tasks})
     for spec in models:
         if spec != "bm25":
             check_spec(spec)
@@ -194,6 +194,15 @@ def _evaluate_one(
     }
     clock.lap("tasks")
     return {**scores, "seconds": clock.laps}
+
+
+def _titled(tasks: dict[str, Any]) -> dict[str, Any]:
+    """The tasks by their names: of a folder its last part, unless another has that name too."""
+    names = [task.metadata.name for task in tasks.values()]
+    return {
+        (name if names.count(name) == 1 else typed): task
+        for (typed, task), name in zip(tasks.items(), names, strict=True)
+    }
 
 
 def _is_retrieval(task: Any) -> bool:

@@ -20,7 +20,9 @@ def evaluate(
     ],
     data: Annotated[str, typer.Option(help="Prepared set; its eval side is used.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: eval in the first run.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="Further mteb task, by name. Repeatable.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Further mteb task, or FOLDER[@SPLIT] as BEIR has it. Repeatable.")
+    ] = None,
     distractors: Annotated[int, typer.Option(min=0, help="Passages from the training sides added to the corpus.")] = 0,
     generate: Annotated[int, typer.Option(min=0, help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
     hardest: Annotated[int, typer.Option(min=1, help="Non-positives per query in the separation ratio.")] = 10,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from lbr_dist.data import compressed
+from lbr_dist.data import beir, compressed
 from lbr_dist.data.csv_rows import csv_rows
 from lbr_dist.data.json_rows import Numbered, Row, json_lines, json_object, json_rows
 from lbr_dist.data.row_values import CONVERT, RowError
@@ -60,6 +60,9 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
     """
     if part.format == "text" and part.source.kind not in (None, "corpus"):
         raise UserError(f"{part.name}: plain text has no fields, so it cannot be of kind {part.source.kind}")
+    if part.format == "beir":
+        yield from beir.rows(part, rows)
+        return
     try:
         _refuse_pointer(part)
         if part.dataset is not None:

@@ -1,4 +1,4 @@
-"""The files behind what the user named: paths, folders, globs, addresses, data sets.
+"""The files behind what the user named: paths, folders, globs, addresses, data sets, benchmarks.
 
 A source is resolved to a sorted list of files before anything is read, so that what was read can be fingerprinted: the
 same content and settings need not be prepared twice. Remote files are copied here whole first, for the same reason.
@@ -11,32 +11,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from lbr_dist.data import remote
-from lbr_dist.data.compressed import ENDINGS, open_file
+from lbr_dist.data.beir import find_beir, find_files
+from lbr_dist.data.compressed import open_file
 from lbr_dist.data.field_names import KINDS
+from lbr_dist.data.formats import ENDING, FORMATS, UNITS, format_of
 from lbr_dist.data.shards import file_xxh128
 from lbr_dist.errors import UserError
 
-FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".tar": "tar",
-}
-"""Format of a file by the ending of its name, which one of `compressed.ENDINGS` may follow (not with .parquet)."""
-UNITS = {"jsonl": "line", "json": "item", "csv": "line", "tsv": "line", "text": "line", "tar": "sample"}
-"""What a row is called in a message; elsewhere it is a row."""
-ENDING = re.compile(
-    rf"({'|'.join(map(re.escape, FORMATS))})({'|'.join(map(re.escape, ENDINGS))})?(?=$|[\s'\"?#|])", re.IGNORECASE
-)
 MOST_LISTED = 10
 """Endings of files in a message."""
 HUB = "hub:"
@@ -45,7 +31,7 @@ DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 @dataclass(frozen=True)
 class Source:
-    """What the user named: a file, a folder, a glob, an address, or a data set."""
+    """What the user named: a file, a folder, a glob, an address, a data set, or a benchmark."""
 
     path: str
     kind: str | None = None
@@ -68,16 +54,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """One file (or data set) of a source: what is read and fingerprinted."""
+    """One file (or data set, or benchmark) of a source: what is read and fingerprinted."""
 
     name: str
     """How messages name it."""
     format: str
-    """A value of `FORMATS`, or `datasets`."""
+    """A value of `FORMATS`, `datasets` or `beir`."""
     path: Path
-    """Local file, or folder of a saved data set."""
+    """Local file, or folder of a saved data set or of a benchmark."""
     source: Source
     dataset: Any = None
+    members: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
+    """Of a benchmark: its corpus, queries and qrels; see `beir`."""
 
     @property
     def unit(self) -> str:
@@ -99,7 +87,7 @@ class Part:
         Raises:
             UserError: the file cannot be read.
         """
-        files = [self.path]
+        files = [member.path for members in self.members.values() for member in members] or [self.path]
         if self.dataset is not None:
             files = [Path(name) for name in sorted({entry["filename"] for entry in self.dataset.cache_files})]
         try:
@@ -129,11 +117,13 @@ def expand(source: Source, downloads: Path, passed_over: Counter[str] | None = N
     if remote.is_url(path):
         target = downloads / f"{len(list(downloads.iterdir())):06d}"
         remote.fetch(path, target)
-        return [Part(path, _format(path), target, source)]
+        return [Part(path, format_of(path), target, source)]
     folder, _, _ = path.rpartition("@")
     local = Path(path)
     if _is_dataset(local) or (not local.exists() and folder and _is_dataset(Path(folder))):
         return [_dataset_part(source, path, local if local.exists() else Path(folder))]
+    if (benchmark := find_beir(path)) is not None:
+        return [_beir_part(source, *benchmark)]
     if local.is_dir():
         if _is_set(local):
             raise UserError(f"{path}: is a prepared set, not a source: give its tars, for example {path}/eval/*.tar")
@@ -155,16 +145,7 @@ def expand(source: Source, downloads: Path, passed_over: Counter[str] | None = N
         files = sorted(file for file in found if not file.is_dir())
     if not files:
         raise UserError(f"{path}: no such file, folder or glob with source files ({', '.join(FORMATS)})")
-    return [Part(str(file), _format(file.name), file, source) for file in files]
-
-
-def _format(name: str) -> str:
-    endings = ENDING.findall(name)
-    if not endings:
-        raise UserError(
-            f"{name}: unknown format; names end in {', '.join(FORMATS)}, then {', '.join(ENDINGS)} if compressed"
-        )
-    return FORMATS[endings[-1][0].lower()]
+    return [Part(str(file), format_of(file.name), file, source) for file in files]
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
@@ -190,7 +171,7 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
         for name in names:
             if name.startswith("."):
                 continue
-            file, is_source = folder / name, ENDING.search(name) is not None and _format(name) != "json"
+            file, is_source = folder / name, ENDING.search(name) is not None and format_of(name) != "json"
             if is_source and not file.exists():
                 raise UserError(f"{file}: is a link to a file that does not exist: mend or remove it")
             if is_source and file.is_file():
@@ -215,6 +196,15 @@ def printable(text: str) -> str:
 
 def _is_dataset(folder: Path) -> bool:
     return folder.is_dir() and any((folder / name).is_file() for name in DATASET_FILES)
+
+
+def _beir_part(source: Source, folder: Path, split: str) -> Part:
+    """The queries of a benchmark with the documents that its judgements are about; their names are known."""
+    members = {
+        name: tuple(Part(str(file), format_of(file.name), file, Source(str(file))) for file in files)
+        for name, files in find_files(folder, split).items()
+    }
+    return Part(source.path, "beir", folder, replace(source, fields={}), members=members)
 
 
 def _dataset_part(source: Source, path: str, folder: Path | None) -> Part:

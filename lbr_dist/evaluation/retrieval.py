@@ -1,21 +1,25 @@
-"""Retrieval scores, computed by mteb itself: on the held-out split as an mteb task, and on further mteb tasks by name.
+"""Retrieval scores, computed by mteb itself: on the held-out split, on benchmarks of the user's own, on mteb's by name.
 
 mteb owns the metrics, so the numbers mean what everybody else's mean; we only hand it the texts and the vectors. It is
-imported inside functions (seconds, because it loads every task it knows) and need not touch the network: our task
-carries its data, and named tasks come from the local datasets cache when HF_HUB_OFFLINE is set.
+imported inside functions (seconds, because it loads every task it knows) and need not touch the network: our tasks
+carry their data, and named tasks come from the local datasets cache when HF_HUB_OFFLINE is set.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lbr_dist.data import beir
+from lbr_dist.data.readers import rows
+from lbr_dist.data.sources import Source, expand
 from lbr_dist.disk import home
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25
@@ -71,11 +75,13 @@ def retrieval_scores(model: MtebEncoder | BM25Search, task: AbsTask) -> dict[str
 
 
 def named_task(name: str) -> AbsTask:
-    """A task that mteb knows.
+    """A task that mteb knows, or a folder's.
 
     Raises:
-        UserError: mteb knows none of that name.
+        UserError: mteb knows none of that name; or as `benchmark_task`.
     """
+    if any(Path(folder).is_dir() for folder in (name, name.rpartition("@")[0] or name)):
+        return benchmark_task(name)
     try:
         return import_mteb().get_task(name)
     except KeyError as error:
@@ -106,16 +112,65 @@ def _cannot_run(task: AbsTask, error: Exception) -> UserError:
 
 def held_out_task(data: HeldOut) -> AbsTask:
     """The held-out split as an mteb retrieval task, data included."""
+    return _retrieval_task(
+        f"HeldOut-{data.name}",
+        "Held-out questions of a prepared set, and the corpus of its answers.",
+        data.fingerprint,
+        lambda: (
+            {"id": [f"q{i}" for i in range(len(data.queries))], "text": list(data.queries)},
+            {"id": [f"p{i}" for i in range(len(data.passages))], "text": list(data.passages)},
+            {f"q{i}": {f"p{j}": 1 for j in rows} for i, rows in enumerate(data.positives)},
+        ),
+        k_values=K_VALUES,
+    )
+
+
+def benchmark_task(path: str) -> AbsTask:
+    """A folder in the layout of BEIR (`FOLDER`, or `FOLDER@SPLIT`) as an mteb retrieval task.
+
+    Its whole corpus is ranked for each query that the split judges; scores count as grades, and those below 0 as 0.
+
+    Raises:
+        UserError: it is another folder, has no such split, or lacks a file; when loaded, what `data.beir` says of it.
+    """
+    if beir.find_beir(path) is None:
+        raise UserError(
+            f"--task {path}: neither a task of mteb nor a benchmark in the layout of BEIR (a folder with corpus.jsonl, "
+            "queries.jsonl and qrels/SPLIT.tsv); a prepared set goes to --data"
+        )
+    [part] = expand(Source(path), Path())
+
+    def load() -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, dict[str, int]]]:
+        judged = beir.judgements(part.members["qrels"], rows)
+        asked = beir.queries(part.members["queries"], rows, judged, path)
+        found = beir.documents(part.members["corpus"], rows, judged, path, every=True)
+        corpus = {key: [document[key] for document in found.values()] for key in ("title", "text")}
+        relevant = {query: {name: max(0, score) for name, score in scores.items()} for query, scores in judged.items()}
+        if not any(any(scores.values()) for scores in relevant.values()):
+            raise UserError(f"--task {path}: no query has a relevant document: every score is 0")
+        return {"id": list(asked), "text": list(asked.values())}, {"id": list(found), **corpus}, relevant
+
+    return _retrieval_task(part.base, "A benchmark in the layout of BEIR.", json.dumps(part.fingerprint()), load)
+
+
+def _retrieval_task(
+    name: str,
+    description: str,
+    revision: str,
+    load: Callable[[], tuple[dict[str, list[str]], dict[str, list[str]], dict[str, dict[str, int]]]],
+    k_values: tuple[int, ...] = (),
+) -> AbsTask:
+    """An mteb task of what `load` gives (queries, corpus, what is relevant to each query); `k_values`: else mteb's."""
     import_mteb()
     from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    class HeldOutRetrieval(AbsTaskRetrieval):
+    class Retrieval(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            name=f"HeldOut-{data.name}",
-            description="Held-out questions of a prepared set, and the corpus of its answers.",
-            dataset={"path": data.name, "revision": data.fingerprint},
+            name=name,
+            description=description,
+            dataset={"path": name, "revision": revision},
             type="Retrieval",
             category="t2t",
             modalities=["text"],
@@ -123,25 +178,25 @@ def held_out_task(data: HeldOut) -> AbsTask:
             eval_langs=["eng-Latn"],
             main_score="ndcg_at_10",
         )
-        k_values = K_VALUES
 
-    task = HeldOutRetrieval()
-    task.dataset = {
-        "default": {
-            "test": {
-                "queries": Dataset.from_dict(
-                    {"id": [f"q{i}" for i in range(len(data.queries))], "text": list(data.queries)}
-                ),
-                "corpus": Dataset.from_dict(
-                    {"id": [f"p{i}" for i in range(len(data.passages))], "text": list(data.passages)}
-                ),
-                "relevant_docs": {f"q{i}": {f"p{j}": 1 for j in rows} for i, rows in enumerate(data.positives)},
-                "top_ranked": None,
-            }
-        }
-    }
-    task.data_loaded = True
-    return task
+        def load_data(self, *_: Any, **__: Any) -> None:
+            if not self.data_loaded:
+                queries, corpus, relevant = load()
+                self.dataset = {
+                    "default": {
+                        "test": {
+                            "queries": Dataset.from_dict(queries),
+                            "corpus": Dataset.from_dict(corpus),
+                            "relevant_docs": relevant,
+                            "top_ranked": None,
+                        }
+                    }
+                }
+                self.data_loaded = True
+
+    if k_values:
+        Retrieval.k_values = k_values
+    return Retrieval()
 
 
 class MtebEncoder:
