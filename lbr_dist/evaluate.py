@@ -1,4 +1,4 @@
-"""`lbr eval`: several models on one held-out set, in one table.
+"""`lbr eval`: several models on one held-out set or benchmark, in one table.
 
 Models are loaded one after the other, never together. A model's vectors of the held-out set are made once: mteb ranks
 with them, and the separation ratio is computed from the same ones.
@@ -45,7 +45,7 @@ def evaluate(
 
     Args:
         models: specifications as in `lbr_dist.loading.load_encoder`, or `bm25`.
-        data: a prepared set; its eval split is used.
+        data: a prepared set; its eval split is used. Or a folder in the layout of BEIR, `FOLDER` or `FOLDER@SPLIT`.
         out: folder for the results; results of an earlier evaluation in it are replaced.
         tasks: further mteb tasks by name, and folders in the layout of BEIR, evaluated on the same models.
         distractors: passages to add to the corpus from the training splits.

@@ -18,7 +18,7 @@ def evaluate(
             help="Runs, checkpoints, exports, sentence-transformers models, hf:PATH?pooling=mean, bm25; MODEL?dim=N."
         ),
     ],
-    data: Annotated[str, typer.Option(help="Prepared set; its eval side is used.")],
+    data: Annotated[str, typer.Option(help="Prepared set (its eval side is used), or FOLDER[@SPLIT] as BEIR has it.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: eval in the first run.")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="Further mteb task, or FOLDER[@SPLIT] as BEIR has it. Repeatable.")

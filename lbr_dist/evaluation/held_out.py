@@ -1,4 +1,4 @@
-"""The held-out side of a prepared set as a retrieval problem: questions, a corpus, and who answers what.
+"""The held-out side of a prepared set, or a benchmark, as a retrieval problem: questions, a corpus, who answers what.
 
 Questions that read the same (normalised) are one query, and answers that read the same are one passage; so a query may
 have several right passages, and no right passage is ever counted as a miss. Distractors from the training splits make
@@ -7,14 +7,19 @@ the corpus as large as a real one: the model has seen them, which makes them har
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
+from lbr_dist.data import beir
+from lbr_dist.data.readers import rows
 from lbr_dist.data.record import normalise, normalised_hash
 from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
+from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 
 
@@ -23,13 +28,14 @@ class HeldOut:
     """Questions and the corpus they are asked of.
 
     Attributes:
-        name: of the prepared set.
-        fingerprint: of the prepared set.
+        name: of the prepared set or benchmark.
+        fingerprint: of the prepared set or benchmark.
         queries: unique questions.
         passages: unique answers of the evaluation split (the first `answers` of them), then distractors.
         positives: for each query the rows of its right passages; at least one.
         references: for each query the answer text of its first record.
         answers: number of passages that are not distractors.
+        grades: for each query how relevant each of its right passages is, from 1 up; empty: 1.
     """
 
     name: str
@@ -39,18 +45,25 @@ class HeldOut:
     positives: list[list[int]] = field(default_factory=list)
     references: list[str] = field(default_factory=list)
     answers: int = 0
+    grades: list[list[int]] = field(default_factory=list)
 
 
 def load_held_out(data: str | Path, *, distractors: int = 0, seed: int = 0) -> HeldOut:
-    """Read the evaluation split of a prepared set.
+    """Read the evaluation split of a prepared set, or a benchmark.
 
     Args:
-        data: the prepared set.
+        data: the prepared set; or a folder in the layout of BEIR, `FOLDER` or `FOLDER@SPLIT`.
         distractors: passages to add from the gl and cl splits, drawn with `seed`; fewer where there are fewer.
 
     Raises:
-        UserError: not a prepared set, no evaluation split, or no questions in it.
+        UserError: not a prepared set, no evaluation split, or no questions in it; or what `data.beir` says.
     """
+    if beir.find_beir(str(data)) is not None:
+        if distractors:
+            raise UserError(
+                f"--distractors {distractors}: {data} is a benchmark, with a corpus of its own: leave it out"
+            )
+        return load_benchmark(str(data))
     opened = open_set(data)
     held_out = HeldOut(opened.name, opened.fingerprint)
     reader = ShardReader(opened, "eval")
@@ -66,6 +79,32 @@ def load_held_out(data: str | Path, *, distractors: int = 0, seed: int = 0) -> H
     held_out.answers = len(held_out.passages)
     if distractors:
         held_out.passages += _distractors(opened, set(passage_of), distractors, seed)
+    return held_out
+
+
+def load_benchmark(path: str) -> HeldOut:
+    """Read a benchmark: its whole corpus, titles in front of texts, and the queries that have a relevant document.
+
+    Raises:
+        UserError: what `data.beir` says, or no query has one.
+    """
+    [part] = expand(Source(path), Path())
+    judged = beir.judgements(part.members["qrels"], rows)
+    asked = beir.queries(part.members["queries"], rows, judged, path)
+    found = beir.documents(part.members["corpus"], rows, judged, path, every=True)
+    held_out = HeldOut(part.base, xxhash.xxh3_128_hexdigest(json.dumps(part.fingerprint()).encode()))
+    held_out.passages = [f"{document['title']} {document['text']}".strip() for document in found.values()]
+    row_of = {name: row for row, name in enumerate(found)}
+    for query, scores in judged.items():
+        relevant = {row_of[name]: score for name, score in scores.items() if score > 0}
+        if relevant:
+            held_out.queries.append(asked[query])
+            held_out.positives.append(list(relevant))
+            held_out.grades.append(list(relevant.values()))
+            held_out.references.append(held_out.passages[max(relevant, key=lambda row: relevant[row])])
+    if not held_out.queries:
+        raise UserError(f"{path}: no query has a relevant document: no score is above 0")
+    held_out.answers = len({row for relevant in held_out.positives for row in relevant})
     return held_out
 
 

@@ -7,7 +7,6 @@ carry their data, and named tasks come from the local datasets cache when HF_HUB
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -18,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lbr_dist.data import beir
-from lbr_dist.data.readers import rows
 from lbr_dist.data.sources import Source, expand
 from lbr_dist.disk import home
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25
 from lbr_dist.evaluation.encoder import Encoder, Side, check_finite
-from lbr_dist.evaluation.held_out import HeldOut
+from lbr_dist.evaluation.held_out import HeldOut, load_benchmark
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -112,26 +110,14 @@ def _cannot_run(task: AbsTask, error: Exception) -> UserError:
 
 def held_out_task(data: HeldOut) -> AbsTask:
     """The held-out split as an mteb retrieval task, data included."""
-    return _retrieval_task(
-        f"HeldOut-{data.name}",
-        "Held-out questions of a prepared set, and the corpus of its answers.",
-        data.fingerprint,
-        lambda: (
-            {"id": [f"q{i}" for i in range(len(data.queries))], "text": list(data.queries)},
-            {"id": [f"p{i}" for i in range(len(data.passages))], "text": list(data.passages)},
-            {f"q{i}": {f"p{j}": 1 for j in rows} for i, rows in enumerate(data.positives)},
-        ),
-        k_values=K_VALUES,
-    )
+    return _retrieval_task(f"HeldOut-{data.name}", lambda: data, K_VALUES)
 
 
 def benchmark_task(path: str) -> AbsTask:
     """A folder in the layout of BEIR (`FOLDER`, or `FOLDER@SPLIT`) as an mteb retrieval task.
 
-    Its whole corpus is ranked for each query that the split judges; scores count as grades, and those below 0 as 0.
-
     Raises:
-        UserError: it is another folder, has no such split, or lacks a file; when loaded, what `data.beir` says of it.
+        UserError: it is another folder, or has no such split; when its data is loaded, what `load_benchmark` says.
     """
     if beir.find_beir(path) is None:
         raise UserError(
@@ -139,38 +125,20 @@ def benchmark_task(path: str) -> AbsTask:
             "queries.jsonl and qrels/SPLIT.tsv); a prepared set goes to --data"
         )
     [part] = expand(Source(path), Path())
-
-    def load() -> tuple[dict[str, list[str]], dict[str, list[str]], dict[str, dict[str, int]]]:
-        judged = beir.judgements(part.members["qrels"], rows)
-        asked = beir.queries(part.members["queries"], rows, judged, path)
-        found = beir.documents(part.members["corpus"], rows, judged, path, every=True)
-        corpus = {key: [document[key] for document in found.values()] for key in ("title", "text")}
-        relevant = {query: {name: max(0, score) for name, score in scores.items()} for query, scores in judged.items()}
-        if not any(any(scores.values()) for scores in relevant.values()):
-            raise UserError(f"--task {path}: no query has a relevant document: every score is 0")
-        return {"id": list(asked), "text": list(asked.values())}, {"id": list(found), **corpus}, relevant
-
-    return _retrieval_task(part.base, "A benchmark in the layout of BEIR.", json.dumps(part.fingerprint()), load)
+    return _retrieval_task(part.base, lambda: load_benchmark(path))
 
 
-def _retrieval_task(
-    name: str,
-    description: str,
-    revision: str,
-    load: Callable[[], tuple[dict[str, list[str]], dict[str, list[str]], dict[str, dict[str, int]]]],
-    k_values: tuple[int, ...] = (),
-) -> AbsTask:
-    """An mteb task of what `load` gives (queries, corpus, what is relevant to each query); `k_values`: else mteb's."""
+def _retrieval_task(name: str, load: Callable[[], HeldOut], k_values: tuple[int, ...] = ()) -> AbsTask:
+    """An mteb task of what `load` gives; without `k_values` it has mteb's."""
     import_mteb()
-    from datasets import Dataset
     from mteb.abstasks.retrieval import AbsTaskRetrieval
     from mteb.abstasks.task_metadata import TaskMetadata
 
     class Retrieval(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name=name,
-            description=description,
-            dataset={"path": name, "revision": revision},
+            description="Questions, and the corpus that they are asked of.",
+            dataset={"path": name, "revision": "local"},
             type="Retrieval",
             category="t2t",
             modalities=["text"],
@@ -181,22 +149,28 @@ def _retrieval_task(
 
         def load_data(self, *_: Any, **__: Any) -> None:
             if not self.data_loaded:
-                queries, corpus, relevant = load()
-                self.dataset = {
-                    "default": {
-                        "test": {
-                            "queries": Dataset.from_dict(queries),
-                            "corpus": Dataset.from_dict(corpus),
-                            "relevant_docs": relevant,
-                            "top_ranked": None,
-                        }
-                    }
-                }
+                self.dataset = {"default": {"test": _as_mteb(load())}}
                 self.data_loaded = True
 
     if k_values:
         Retrieval.k_values = k_values
     return Retrieval()
+
+
+def _as_mteb(data: HeldOut) -> Any:
+    """Queries, corpus and grades as mteb holds them."""
+    from datasets import Dataset
+
+    grades = data.grades or [[1] * len(rows) for rows in data.positives]
+    return {
+        "queries": Dataset.from_dict({"id": [f"q{i}" for i in range(len(data.queries))], "text": list(data.queries)}),
+        "corpus": Dataset.from_dict({"id": [f"p{i}" for i in range(len(data.passages))], "text": list(data.passages)}),
+        "relevant_docs": {
+            f"q{i}": {f"p{j}": grade for j, grade in zip(rows, of_query, strict=True)}
+            for i, (rows, of_query) in enumerate(zip(data.positives, grades, strict=True))
+        },
+        "top_ranked": None,
+    }
 
 
 class MtebEncoder:

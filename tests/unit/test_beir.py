@@ -19,6 +19,7 @@ from lbr_dist.data.readers import rows
 from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 from lbr_dist.evaluate import evaluate
+from lbr_dist.evaluation.held_out import load_held_out
 from lbr_dist.evaluation.retrieval import BM25Search, check_data, named_task, retrieval_scores
 
 DOCUMENTS = [
@@ -161,20 +162,43 @@ def test_mteb_ranks_the_whole_corpus_by_grades(folder: Path) -> None:
     task = named_task(f"{folder}@test")
     check_data(task)
     scores = retrieval_scores(BM25Search(), task)
-    search = BM25Search()
     task.load_data()
     data = task.dataset["default"]["test"]
+    assert data["corpus"]["text"][0] == "Aspirin is acetylsalicylic acid"
     assert data["corpus"].num_rows == len(DOCUMENTS)
+    assert data["relevant_docs"] == {"q0": {"p2": 1}, "q1": {"p0": 2, "p1": 1}}
+    search = BM25Search()
     search.index(data["corpus"])
     found = search.search(data["queries"], top_k=10)
     expected = []
-    for query, grades in (("q1", {"d1": 2, "d2": 1}), ("q2", {"d3": 1})):
+    for query, grades in data["relevant_docs"].items():
         ranked = sorted(found[query], key=lambda name: -found[query][name])
         gains = [grades.get(name, 0) / np.log2(place) for place, name in enumerate(ranked, 2)]
         ideal = sum(grade / np.log2(place) for place, grade in enumerate(sorted(grades.values(), reverse=True), 2))
         expected.append(sum(gains) / ideal)
     assert scores["ndcg_at_10"] == pytest.approx(np.mean(expected), abs=1e-5)
-    assert found["q1"]["d1"] > 0, "its title counts"
+    assert 0 < scores["ndcg_at_10"] < 1
+
+
+def test_a_benchmark_in_the_place_of_a_set(folder: Path, tmp_path: Path) -> None:
+    """All that `lbr eval` measures on held-out questions, on its queries."""
+    judge(folder / "qrels" / "test.tsv", [*TEST, ("q3", "d1", 0)])
+    data = load_held_out(f"{folder}@test")
+    assert (data.name, data.queries) == ("nfcorpus@test", ["what is fever", "what is aspirin"])
+    assert (data.positives, data.grades) == ([[2], [1, 0]], [[1], [1, 2]])
+    assert data.references == ["Fever is a high temperature", "Aspirin is acetylsalicylic acid"]
+    assert (data.answers, len(data.passages)) == (3, 5)
+    with pytest.raises(UserError, match=r"--distractors 5: .* is a benchmark, with a corpus"):
+        load_held_out(f"{folder}@test", distractors=5)
+    task = [f"{folder}@test"]
+    results = evaluate(["bm25"], f"{folder}@test", tmp_path / "out", tasks=task, generate=0, progress=False)
+    model = results["models"][0]
+    assert model["retrieval"]["ndcg_at_10"] == model["tasks"]["nfcorpus@test"]["ndcg_at_10"]
+    text = (tmp_path / "out" / "eval.md").read_text()
+    assert text.startswith("nfcorpus@test: 2 held-out questions over 3 answers and 2 distractors.")
+    before = data.fingerprint
+    change("corpus.jsonl", "acid", "ACID")(folder)
+    assert load_held_out(f"{folder}@test").fingerprint != before
 
 
 def test_what_is_no_benchmark_is_no_task(folder: Path, tmp_path: Path) -> None:
