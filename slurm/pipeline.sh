@@ -15,6 +15,7 @@ site=${LBR_SITE:-$LBR_HOME/slurm/site.env}
 
 options=()
 while [ $# -gt 0 ] && [[ $1 == -* ]]; do
+  [ "$1" != --test-only ] || { echo "error: --test-only submits no job to wait for: test slurm/stage1.sh and stage2.sh, one by one" >&2; exit 2; }
   options+=("$1")
   shift
 done

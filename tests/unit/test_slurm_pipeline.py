@@ -32,10 +32,10 @@ def pipeline(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             "batch: {global_batch: 1}\nduration: {steps: 1}\n"
         )
 
-    def run(site_file: Path = SITE, **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(site_file: Path = SITE, option: str = "--nodes=2", **environ: str) -> subprocess.CompletedProcess[str]:
         module = f'module() {{ echo "$*" >>{tmp_path}/modules; }}; export -f module'
         return subprocess.run(
-            ["bash", "-c", f'{module}; exec {PROJECT}/slurm/pipeline.sh "$@"', "-", "--nodes=2",
+            ["bash", "-c", f'{module}; exec {PROJECT}/slurm/pipeline.sh "$@"', "-", option,
              str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")],
             env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "TMPDIR": "/run/user/7", "LBR_SITE": str(site_file),
                  **environ},
@@ -56,6 +56,15 @@ def test_a_chain_that_cannot_end_well_is_not_begun(
     assert f"its output is also that of {one}" in capsys.readouterr().err
     same.replace(two)
     assert pipeline(LBR_PYTHON=sys.executable).returncode == 2
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_chain_of_jobs_that_are_not_submitted_is_refused(
+    pipeline: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = pipeline(LBR_PYTHON=sys.executable, option="--test-only")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --test-only submits no job to wait for")
     assert not (tmp_path / "asked").exists()
 
 
