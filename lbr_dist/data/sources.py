@@ -204,6 +204,11 @@ def _beir_part(source: Source, folder: Path, split: str) -> Part:
         name: tuple(Part(str(file), format_of(file.name), file, Source(str(file))) for file in files)
         for name, files in find_files(folder, split).items()
     }
+    if source.kind in ("corpus", "multiple-choice"):
+        raise UserError(
+            f"{source.path}: is a benchmark, whose rows are questions with their relevant documents, not of kind "
+            f"{source.kind}: for the texts alone name {members['corpus'][0].name}"
+        )
     return Part(source.path, "beir", folder, replace(source, fields={}), members=members)
 
 

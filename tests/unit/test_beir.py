@@ -132,6 +132,11 @@ def test_a_split_is_named_where_there_are_several(folder: Path) -> None:
             expand(Source(source), Path())
 
 
+def test_its_texts_alone_are_a_file(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"@test: .* not of kind corpus: for the texts alone name .*corpus\.jsonl"):
+        expand(Source.parse(f"corpus={folder}@test", None, {}), Path())
+
+
 def test_a_benchmark_trains_on_one_split_and_keeps_the_other_out(tmp_path: Path) -> None:
     """Judged documents are answers, the best first; of the other split nothing is left, not as a negative either."""
     found, rng = domain(), random.Random(1)
