@@ -2,7 +2,8 @@
 
 Questions that read the same (normalised) are one query, and answers that read the same are one passage; so a query may
 have several right passages, and no right passage is ever counted as a miss. Distractors from the training splits make
-the corpus as large as a real one: the model has seen them, which makes them harder, not easier, to push away.
+the corpus as large as a real one: the model has seen them, which makes them harder, not easier, to push away. A
+benchmark is taken as it is: its own corpus, its own queries, its grades.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class HeldOut:
         name: of the prepared set or benchmark.
         fingerprint: of the prepared set or benchmark.
         queries: unique questions.
-        passages: unique answers of the evaluation split (the first `answers` of them), then distractors.
+        passages: unique answers of the evaluation split, then distractors; or the corpus of the benchmark.
         positives: for each query the rows of its right passages; at least one.
         references: for each query the answer text of its first record.
-        answers: number of passages that are not distractors.
+        answers: number of passages that answer a question of this split.
         grades: for each query how relevant each of its right passages is, from 1 up; empty: 1.
     """
 
