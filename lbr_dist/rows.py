@@ -15,7 +15,7 @@ from typing import Any
 
 from lbr_dist.data.field_names import Finder, listed, reach, value
 from lbr_dist.data.readers import rows
-from lbr_dist.data.row_values import REASONS, RowError, blank, identifier, text, type_name
+from lbr_dist.data.row_values import RowError, blank, identifier, text, type_name
 from lbr_dist.data.sources import Source, expand
 from lbr_dist.errors import UserError
 
@@ -59,12 +59,8 @@ def read_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _good(row: Mapping[str, Any] | RowError, source: Path, unit: str, number: int) -> Mapping[str, Any]:
     if isinstance(row, RowError):
-        raise UserError(f"{source}: {unit} {number}: {_problem(row)}; repair or remove it")
+        raise UserError(f"{source}: {unit} {number}: {row.problem}; repair or remove it")
     return row
-
-
-def _problem(error: RowError) -> str:
-    return error.detail if error.reason == "wrong_type" else f"{REASONS[error.reason]} ({error.detail})"
 
 
 def _texts(found: Iterator[tuple[str, Mapping[str, Any]]], finder: Finder) -> Iterator[tuple[str, str]]:
@@ -73,7 +69,7 @@ def _texts(found: Iterator[tuple[str, Mapping[str, Any]]], finder: Finder) -> It
             names = finder.find(row, "id")
             item = (identifier(value(row, names)) if names else None) or str(number), _text(row, finder)
         except RowError as error:
-            raise UserError(f"{place}: {_problem(error)}; repair the row, or name another --field") from None
+            raise UserError(f"{place}: {error.problem}; repair the row, or name another --field") from None
         yield item
 
 

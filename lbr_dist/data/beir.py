@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.data.field_names import listed
 from lbr_dist.data.formats import ENDING, format_of
-from lbr_dist.data.row_values import REASONS, RowError, blank, identifier
+from lbr_dist.data.row_values import RowError, blank, identifier
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,7 +91,34 @@ def _ending(name: str) -> int:
     return match.start() if match and match.end() == len(name) and format_of(name) not in ("text", "tar") else -1
 
 
-def judgements(parts: Sequence[Part], read: Read) -> Judgements:
+def load(part: Part, read: Read, *, every: bool) -> tuple[Judgements, dict[str, str], dict[str, dict[str, str]]]:
+    """What a split judges, the texts of its queries, and the judged documents (or `every` one), all by id.
+
+    Raises:
+        UserError: an id or a text is missing, there twice or of the wrong type, a judged query or document is not
+            there, there are no judgements, or a file is damaged.
+    """
+    judged = _judgements(part.members["qrels"], read)
+    asked = _queries(part.members["queries"], read, judged, part.name)
+    return judged, asked, _documents(part.members["corpus"], read, judged, part.name, every=every)
+
+
+def rows(part: Part, read: Read) -> Numbered:
+    """The judged queries of a split as rows with `question`, `answer` and `negatives`.
+
+    Raises:
+        UserError: as `load` does.
+    """
+    judged, asked, texts = load(part, read, every=False)
+    for number, (query, scores) in enumerate(judged.items(), 1):
+        best_first = sorted(scores, key=lambda name: -scores[name])
+        row: dict[str, Any] = {"id": f"{part.path.resolve().name}:{query}", "question": asked[query]}
+        row["answer"] = [texts[name] for name in best_first if scores[name] > 0]
+        row["negatives"] = [texts[name] for name in best_first if scores[name] <= 0 and any(texts[name].values())]
+        yield number, row
+
+
+def _judgements(parts: Sequence[Part], read: Read) -> Judgements:
     """What the split judges, in the order of its files.
 
     Raises:
@@ -111,7 +137,7 @@ def judgements(parts: Sequence[Part], read: Read) -> Judgements:
     return found
 
 
-def queries(parts: Sequence[Part], read: Read, judged: Judgements, split: str) -> dict[str, str]:
+def _queries(parts: Sequence[Part], read: Read, judged: Judgements, split: str) -> dict[str, str]:
     """The texts of the judged queries, in the order of the judgements; `split` is where they are, for messages.
 
     Raises:
@@ -131,7 +157,7 @@ def queries(parts: Sequence[Part], read: Read, judged: Judgements, split: str) -
     return {name: found[name] for name in judged}
 
 
-def documents(
+def _documents(
     parts: Sequence[Part], read: Read, judged: Judgements, split: str, *, every: bool
 ) -> dict[str, dict[str, str]]:
     """The judged documents, or `every` one, by id: `text` and, where it has one, `title`.
@@ -163,29 +189,13 @@ def documents(
     return found
 
 
-def rows(part: Part, read: Read) -> Numbered:
-    """The judged queries of a split as rows with `question`, `answer` and `negatives`.
-
-    Raises:
-        UserError: as `judgements`, `queries` and `documents` do, or a file is damaged.
-    """
-    judged = judgements(part.members["qrels"], read)
-    asked = queries(part.members["queries"], read, judged, part.name)
-    texts = documents(part.members["corpus"], read, judged, part.name, every=False)
-    for number, (query, scores) in enumerate(judged.items(), 1):
-        best_first = sorted(scores, key=lambda name: -scores[name])
-        row: dict[str, Any] = {"id": f"{part.path.resolve().name}:{query}", "question": asked[query]}
-        row["answer"] = [texts[name] for name in best_first if scores[name] > 0]
-        row["negatives"] = [texts[name] for name in best_first if scores[name] <= 0 and any(texts[name].values())]
-        yield number, row
-
-
 def _rows(parts: Sequence[Part], read: Read) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for part, (number, row) in chain.from_iterable(((part, numbered) for numbered in read(part)) for part in parts):
-        place = f"{part.name}: {part.unit} {number}"
-        if isinstance(row, RowError):
-            raise UserError(f"{place}: {REASONS[row.reason]} ({row.detail}); repair or remove it")
-        yield place, row
+    for part in parts:
+        for number, row in read(part):
+            place = f"{part.name}: {part.unit} {number}"
+            if isinstance(row, RowError):
+                raise UserError(f"{place}: {row.problem}; repair or remove it")
+            yield place, row
 
 
 def _id(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:

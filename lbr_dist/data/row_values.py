@@ -44,6 +44,11 @@ class RowError(Exception):
     def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
         return RowError, (self.reason, self.detail)
 
+    @property
+    def problem(self) -> str:
+        """What is wrong, in words, where a single bad row is an error."""
+        return self.detail if self.reason == "wrong_type" else f"{REASONS[self.reason]} ({self.detail})"
+
 
 def text(value: Any, role: str, max_chars: int) -> str:
     """The text that a field holds.

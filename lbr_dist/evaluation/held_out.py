@@ -90,9 +90,7 @@ def load_benchmark(path: str) -> HeldOut:
         UserError: what `data.beir` says, or no query has one.
     """
     [part] = expand(Source(path), Path())
-    judged = beir.judgements(part.members["qrels"], rows)
-    asked = beir.queries(part.members["queries"], rows, judged, path)
-    found = beir.documents(part.members["corpus"], rows, judged, path, every=True)
+    judged, asked, found = beir.load(part, rows, every=True)
     held_out = HeldOut(part.base, xxhash.xxh3_128_hexdigest(json.dumps(part.fingerprint()).encode()))
     held_out.passages = [f"{document['title']} {document['text']}".strip() for document in found.values()]
     row_of = {name: row for row, name in enumerate(found)}
