@@ -11,6 +11,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.report import markdown_table
+from lbr_dist.recipes import recipe_text
 
 
 def model_card(
@@ -130,10 +131,9 @@ def _data(recipe: Recipe) -> str:
 
 
 def _training(recipe: Recipe, checkpoint: str) -> str:
-    body = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     earlier = f" It started from the run `{recipe.model.start_from}`." if recipe.model.start_from else ""
     origin = f"Stage: {recipe.stage}, checkpoint {checkpoint}.{earlier}"
-    return f"## Training\n\n{origin} The whole recipe:\n\n```yaml\n{body}```"
+    return f"## Training\n\n{origin} The whole recipe:\n\n```yaml\n{recipe_text(recipe)}```"
 
 
 def _export_note(dtype: str, agreement: float | None) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
+from lbr_dist.recipes.dialect import Dumper, Loader
 
 FOLDER = Path(__file__).parent
 
@@ -45,8 +46,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if not file.is_file():
             raise UserError(f"recipe {path}: no such file, and no recipe of that name ships with lbr (`lbr recipes`)")
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
         raise _not_yaml(f"recipe {file}", error) from None
     _check_mapping(raw, str(file))
     for item in overrides or []:
@@ -67,32 +68,6 @@ def _check_mapping(raw: Any, origin: str) -> None:
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise UserError(f"recipe {origin}: expected a mapping of settings, found {found}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without its silent last-one-wins where a key is given twice, and without dates: no setting is one, and a run
-    may be named after the day."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (as its base declares it)
-        first: [(tag, form) for tag, form in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set[str]()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"line {key.start_mark.line + 1}: a name was expected: is {{{{ ... }}}} to be filled in?",
-                )
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is given twice (line {key.start_mark.line + 1}): remove one"
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -124,17 +99,11 @@ def _not_yaml(origin: str, error: Exception) -> UserError:
 def _yaml_value(text: str, item: str) -> Any:
     """The value in an override; `item` is the whole of it."""
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.constructor.ConstructorError as error:
+        return yaml.load(text, Loader)
+    except (yaml.constructor.ConstructorError, ValueError) as error:
         raise _not_yaml(f"override {item!r}", error) from None
     except yaml.YAMLError:  # a text
         return text
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _list_index(node: list[Any], part: str, key: str) -> int:
@@ -183,7 +152,12 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """The resolved recipe (defaults filled in) as YAML; `load_recipe` reads the same from it."""
+    settings = recipe.model_dump(mode="json")
+    return yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the resolved recipe (defaults filled in) as YAML."""
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    """Write `recipe_text` to a file."""
+    Path(path).write_text(recipe_text(recipe), encoding="utf-8")

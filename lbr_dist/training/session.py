@@ -21,6 +21,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.model.attention import choose_backend
 from lbr_dist.model.backbone import DTYPES
+from lbr_dist.recipes import recipe_text
 from lbr_dist.training import run_folder
 from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
@@ -289,13 +290,10 @@ def _describe(engine: DeepSpeedEngine, job: Job) -> None:
 
 
 def _extra_files(recipe: Recipe) -> dict[str, bytes | Path]:
-    import yaml
-
     folder = Path(recipe.model.path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(recipe.model.path, local_files_only=True))
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    files: dict[str, bytes | Path] = {run_folder.RECIPE: text.encode()}
+    files: dict[str, bytes | Path] = {run_folder.RECIPE: recipe_text(recipe).encode()}
     return files | {f"model/{name}": folder / name for name in MODEL_FILES if (folder / name).is_file()}

@@ -152,6 +152,46 @@ def test_a_key_given_twice_is_refused(tmp_path):
     assert load_recipe("stage1", ["tracking.name=a: {b"]).tracking.name == "a: {b"
 
 
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [
+        ("010", 10),
+        ("08", 8),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("1e1", 10.0),
+        ("+2.5e+1", 25.0),
+        (".5E1", 5.0),
+        ("5.", 5.0),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(written, number, tmp_path):
+    recipe = load_recipe("stage1", [f"optim.lr={written}"])
+    assert recipe.optim.lr == number
+    file = tmp_path / "recipe.yaml"
+    file.write_text(re.sub("lr: [^,]*", f"lr: {written}", (FOLDER / "stage1.yaml").read_text(), count=1))
+    assert load_recipe(file).optim.lr == number
+
+
+@pytest.mark.parametrize(
+    "text", ["1:30", "1e5", "010", ".5", "0x1F", "1_0", "yes", "~", "=", ".NaN", "5.", "-1e-3", "0b11"]
+)
+def test_a_text_that_looks_like_something_else_stays_one(text, tmp_path):
+    recipe = load_recipe("stage1", [f"tracking.name='{text}'"])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml").tracking.name == text
+    assert load_recipe("stage1", ["tracking.name=1:30"]).tracking.name == "1:30"
+
+
+@pytest.mark.parametrize("text", ["!!int ten", "!!float ten", "!!timestamp ten"])
+def test_a_value_that_is_not_of_its_tag_is_refused(text, tmp_path):
+    with pytest.raises(UserError, match=r"override 'seed=!!.* ten': not valid YAML"):
+        load_recipe("stage1", [f"seed={text}"])
+    (tmp_path / "recipe.yaml").write_text(f"stage: generative\nseed: {text}\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 @pytest.mark.parametrize("day", ["2026-11-29", "2026-99-99", "2026-11-29 10:00:00"])
 def test_a_name_that_is_a_date(day, tmp_path):
     assert load_recipe("stage1", [f"tracking.name={day}"]).tracking.name == day
