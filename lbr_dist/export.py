@@ -213,9 +213,13 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
 
 def _reference(loaded: Run, count: int) -> np.ndarray:
     """Vectors of the check texts as the run makes them, queries then passages."""
+    from lbr_dist.evaluation.encoder import check_finite
+
     encoder = loaded.encoder()
     encoder.fixed_z = count if loaded.recipe.bottleneck.enabled and count else None
-    return np.concatenate([encoder.encode(CHECK_TEXTS, "query"), encoder.encode(CHECK_TEXTS, "passage")])
+    vectors_ND = np.concatenate([encoder.encode(CHECK_TEXTS, "query"), encoder.encode(CHECK_TEXTS, "passage")])
+    check_finite(vectors_ND, [repr(text) for text in CHECK_TEXTS * 2], encoder.name)
+    return vectors_ND
 
 
 def _check(folder: Path, reference_ND: np.ndarray, least: float) -> float:
@@ -229,7 +233,7 @@ def _check(folder: Path, reference_ND: np.ndarray, least: float) -> float:
     texts = list(CHECK_TEXTS)
     options: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
     vectors_ND = np.concatenate([model.encode_query(texts, **options), model.encode_document(texts, **options)])
-    defined_N = np.abs(reference_ND).sum(1) > 0  # a text without any token has no vector
+    defined_N = reference_ND.any(axis=1)  # a text without any token has no vector
     cosines = np.where(defined_N, (vectors_ND.astype(np.float32) * reference_ND).sum(1), 1.0)
     worst = int(np.argmin(np.nan_to_num(cosines, nan=-1)))
     if not cosines[worst] >= least:

@@ -78,7 +78,8 @@ def is_run(path: str | Path) -> bool:
 def load_run(path: str | Path, device: str = "cpu") -> Run:
     """Load a run's newest checkpoint, or the checkpoint that `path` is.
 
-    On a CPU, and for an export, the weights are float32 whatever the recipe says: bfloat16 is slower there.
+    On a CPU, and for an export, the weights are float32 whatever the recipe says (bfloat16 is slower there), and the
+    attention is the one that a CPU has.
 
     Raises:
         UserError: there is no complete checkpoint, or it does not fit its recipe.
@@ -90,10 +91,12 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
 
     checkpoint = resolve(path)
     recipe = load_recipe(checkpoint / "recipe.yaml")
+    here = recipe
     if device == "cpu":
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
+        on_cpu = recipe.model.model_copy(update={"dtype": "float32", "attention": "auto"})
+        here = recipe.model_copy(update={"model": on_cpu})
     folder = str(checkpoint / "model")
-    model = LbrModel.restore(recipe, folder, iterate_weights(checkpoint)).to(device).eval()
+    model = LbrModel.restore(here, folder, iterate_weights(checkpoint)).to(device).eval()
     name, digest = _run_name(Path(path), recipe), model_fingerprint(str(checkpoint))
     return Run(name, checkpoint, recipe, model, Tokenization.load(folder), digest)
 

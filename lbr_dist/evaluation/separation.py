@@ -78,9 +78,10 @@ def uniformity(points_ND: np.ndarray, t: float = 2.0) -> float:
         points_ND = points_ND[np.linspace(0, len(points_ND) - 1, UNIFORMITY_POINTS).astype(np.int64)]
     total, count = 0.0, len(points_ND)
     for start in range(0, count, TILE):
-        cosine = points_ND[start : start + TILE] @ points_ND.T
-        total += float(np.exp(-t * (2.0 - 2.0 * cosine)).sum(dtype=np.float64))
-    return math.log((total - count) / (count * (count - 1)))
+        potential = np.exp(-t * (2.0 - 2.0 * points_ND[start : start + TILE] @ points_ND.T))
+        np.fill_diagonal(potential[:, start:], 0)  # of a row with itself
+        total += float(potential.sum(dtype=np.float64))
+    return math.log(total / (count * (count - 1)))
 
 
 def _scores(

@@ -13,6 +13,7 @@ from runs import make_run
 from lbr_dist.errors import UserError
 from lbr_dist.export import CHECK_TEXTS, export, fixed_tokens
 from lbr_dist.loading import load_encoder, load_run
+from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model_card import model_card
 
 PLAIN = """
@@ -197,6 +198,35 @@ def test_bfloat16_halves_the_weights_and_nearly_agrees(tmp_path, tiny_model_dir)
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (single, half)]
     assert sizes[1] < 0.6 * sizes[0]
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"attention": "flex"}, {"attention": "varlen", "dtype": "bfloat16"}], ids=lambda s: s["attention"]
+)
+def test_a_run_that_a_gpu_trained_is_exported_with_its_own_recipe(tmp_path, tiny_model_dir, settings):
+    """On a CPU, which has neither those kernels nor a fast bfloat16."""
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), model=settings)
+    out = export(run, tmp_path / "out", tokens=2)
+    assert load_encoder(str(run), "cpu").encode(["aspirin"]).shape == (1, 32)
+    recipe = yaml.safe_load((out / "lbr_recipe.yaml").read_text())
+    assert {name: recipe["model"][name] for name in settings} == settings
+    assert all(f"  {name}: {value}" in (out / "README.md").read_text() for name, value in settings.items())
+
+
+def test_a_damaged_model_is_refused(tmp_path, tiny_model_dir, monkeypatch):
+    """Its vectors are no numbers: they agree with nothing."""
+    start = LbrModel.build
+
+    def damaged(*args, **options):
+        model = start(*args, **options)
+        model.z.data[0, 0] = torch.nan
+        return model
+
+    monkeypatch.setattr(LbrModel, "build", damaged)
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    with pytest.raises(UserError, match=r"its embedding of '' is not finite: the model is damaged"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_ratio_mode_says_what_it_needs(tmp_path, tiny_model_dir):

@@ -70,6 +70,13 @@ def test_alignment_and_uniformity_follow_wang_and_isola(pairs):
     assert got["uniformity"] == pytest.approx(math.log(np.mean(potentials)), rel=1e-4)
 
 
+def test_uniformity_of_a_text_without_a_vector():
+    """It is a zero vector, whose cosine is 0 with itself too: a row's pair with itself must not be counted by value."""
+    points = np.zeros((3, 4), np.float32)
+    points[0, 0] = points[1, 1] = 1
+    assert uniformity(points) == pytest.approx(math.log(math.exp(-4)))
+
+
 def test_uniformity_thins_large_sets_evenly(monkeypatch):
     points = np.random.default_rng(2).normal(size=(3000, 8)).astype(np.float32)
     points /= np.linalg.norm(points, axis=1, keepdims=True)
