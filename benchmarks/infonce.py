@@ -156,7 +156,7 @@ def _short_memory(size: int, width: int, rows: int, device: str, two_way: bool) 
 
 def strips(query: Tensor, positive: Tensor, keys: Tensor, two_way: bool) -> Tensor:
     """This project's loss."""
-    loss, _ = info_nce(query, positive, record_Q=keys[0], answer_Q=keys[1], temperature=TEMPERATURE, two_way=two_way)
+    loss, _ = info_nce(query, positive, question_Q=keys[0], answer_Q=keys[1], temperature=TEMPERATURE, two_way=two_way)
     return loss
 
 

@@ -93,7 +93,7 @@ def evaluate(
         },
         "models": [],
     }
-    if all(len(rows) == len(held_out.passages) for rows in held_out.positives):
+    if all(len(rows) + (i in held_out.itself) == len(held_out.passages) for i, rows in enumerate(held_out.positives)):
         results["notes"] = [NO_WRONG_PASSAGE]
     for spec in models:
         try:
@@ -182,7 +182,7 @@ def _evaluate_one(
     scores["retrieval"] = retrieval_scores(wrapped, held_out_task(data))
     clock.lap("retrieval")
     queries_QD, passages_PD = (np.concatenate(wrapped.vectors[side]) for side in ("query", "passage"))
-    figures = separation(queries_QD, passages_PD, data.positives, hardest)
+    figures = separation(queries_QD, passages_PD, data.positives, hardest, data.itself)
     scores["separation"] = {name: value for name, value in figures.items() if np.isfinite(value)}
     clock.lap("separation")
     scores["cut"] = encoder.cut

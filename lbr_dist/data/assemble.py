@@ -12,12 +12,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
 import torch
-import xxhash
 from torch import Tensor
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan_base import PlannedSample, Source, Task
-from lbr_dist.data.record import normalised_hash, signed
+from lbr_dist.data.record import normalised_hash
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.errors import UserError
 from lbr_dist.model.layout import PackedBatch, Sample, pack
@@ -39,7 +38,7 @@ class LocalBatch:
         pair_S: stage 2: pair among the rank's own pairs, from 0; -1 in stage 1 and in a dummy.
         global_pair_S: stage 2: pair among those of all ranks; -1 likewise.
         answer_hash_S: hash of the record's normalised answer; a hard negative's own text. Equal: counts as the same.
-        id_hash_S: hash of the record id.
+        question_hash_S: of a query: hash of the normalised question; else 0.
         known_M2: stage 2: (pair as in `pair_S`, hash as in `answer_hash_S`) of each further text that is known to
             answer the micro-batch's queries (the records' `positives`).
         task: which loss it is for.
@@ -52,7 +51,7 @@ class LocalBatch:
     pair_S: Tensor
     global_pair_S: Tensor
     answer_hash_S: Tensor
-    id_hash_S: Tensor
+    question_hash_S: Tensor
     known_M2: Tensor
     task: Task = "contrastive"
 
@@ -136,7 +135,12 @@ class Assembler:
             pair_S=torch.tensor([s.pair - job.first_pair if s.pair >= 0 else -1 for s in job.samples]),
             global_pair_S=torch.tensor([s.pair for s in job.samples]),
             answer_hash_S=torch.tensor(answers),
-            id_hash_S=torch.tensor([signed(xxhash.xxh64_intdigest(i.encode())) for i in ids]),
+            question_hash_S=torch.tensor(
+                [
+                    normalised_hash(record["question"]) if planned.side == "query" else 0
+                    for planned, record in zip(job.samples, records, strict=True)
+                ]
+            ),
             known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),
             task=job.task,
         )

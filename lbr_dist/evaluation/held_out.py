@@ -37,6 +37,8 @@ class HeldOut:
         references: for each query the answer text of its first record.
         answers: number of passages that answer a question of this split.
         grades: for each query how relevant each of its right passages is, from 1 up; empty: 1.
+        itself: for a query that is a document too, by its id in a benchmark, that passage: neither right nor wrong, as
+            BEIR has it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class HeldOut:
     references: list[str] = field(default_factory=list)
     answers: int = 0
     grades: list[list[int]] = field(default_factory=list)
+    itself: dict[int, int] = field(default_factory=dict)
 
 
 def load_held_out(data: str | Path, *, distractors: int = 0, seed: int = 0) -> HeldOut:
@@ -97,6 +100,8 @@ def load_benchmark(path: str) -> HeldOut:
     for query, scores in judged.items():
         relevant = {row_of[name]: score for name, score in scores.items() if score > 0}
         if relevant:
+            if query in row_of and row_of[query] not in relevant:
+                held_out.itself[len(held_out.queries)] = row_of[query]
             held_out.queries.append(asked[query])
             held_out.positives.append(list(relevant))
             held_out.grades.append(list(relevant.values()))

@@ -135,6 +135,7 @@ def _retrieval_task(name: str, load: Callable[[], HeldOut], k_values: tuple[int,
     from mteb.abstasks.task_metadata import TaskMetadata
 
     class Retrieval(AbsTaskRetrieval):
+        ignore_identical_ids = True
         metadata = TaskMetadata(
             name=name,
             description="Questions, and the corpus that they are asked of.",
@@ -158,16 +159,18 @@ def _retrieval_task(name: str, load: Callable[[], HeldOut], k_values: tuple[int,
 
 
 def _as_mteb(data: HeldOut) -> Any:
-    """Queries, corpus and grades as mteb holds them."""
+    """Queries, corpus and grades as mteb holds them; a query that is a document has the document's id."""
     from datasets import Dataset
 
     grades = data.grades or [[1] * len(rows) for rows in data.positives]
+    passages = [f"p{row}" for row in range(len(data.passages))]
+    queries = [passages[data.itself[i]] if i in data.itself else f"q{i}" for i in range(len(data.queries))]
     return {
-        "queries": Dataset.from_dict({"id": [f"q{i}" for i in range(len(data.queries))], "text": list(data.queries)}),
-        "corpus": Dataset.from_dict({"id": [f"p{i}" for i in range(len(data.passages))], "text": list(data.passages)}),
+        "queries": Dataset.from_dict({"id": queries, "text": list(data.queries)}),
+        "corpus": Dataset.from_dict({"id": passages, "text": list(data.passages)}),
         "relevant_docs": {
-            f"q{i}": {f"p{j}": grade for j, grade in zip(rows, of_query, strict=True)}
-            for i, (rows, of_query) in enumerate(zip(data.positives, grades, strict=True))
+            query: {passages[row]: grade for row, grade in zip(rows, of_query, strict=True)}
+            for query, rows, of_query in zip(queries, data.positives, grades, strict=True)
         },
         "top_ranked": None,
     }

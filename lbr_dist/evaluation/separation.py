@@ -9,7 +9,7 @@ Alignment and uniformity (Wang & Isola 2020) stand beside it, because SR alone c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,7 +20,11 @@ UNIFORMITY_POINTS = 10_000
 
 
 def separation(
-    queries_QD: np.ndarray, passages_PD: np.ndarray, positives: Sequence[Sequence[int]], hardest: int = 10
+    queries_QD: np.ndarray,
+    passages_PD: np.ndarray,
+    positives: Sequence[Sequence[int]],
+    hardest: int = 10,
+    itself: Mapping[int, int] | None = None,
 ) -> dict[str, float]:
     """Separation ratio, the AUC that it implies, alignment and uniformity.
 
@@ -32,6 +36,7 @@ def separation(
         queries_QD, passages_PD: float32 embeddings; they need not be normalised.
         positives: for each query the rows of its right passages, at least one.
         hardest: non-positives per query; fewer where the corpus has fewer.
+        itself: for a query that is a passage too, its row: neither right nor wrong.
 
     Returns:
         `sr`, `auc` (neither where every passage answers every query), `alignment` (mean squared distance of positive
@@ -47,7 +52,7 @@ def separation(
         raise ValueError("separation needs at least one positive for every query")
     q_QD, p_PD = _normalised(queries_QD), _normalised(passages_PD)
     mean_D = np.concatenate([q_QD, p_PD]).mean(0, dtype=np.float64).astype(np.float32)
-    right, wrong = _scores(_normalised(q_QD - mean_D), _normalised(p_PD - mean_D), positives, hardest)
+    right, wrong = _scores(_normalised(q_QD - mean_D), _normalised(p_PD - mean_D), positives, hardest, itself or {})
     ratio = _ratio(right, wrong) if len(wrong) else None
     return {
         **({} if ratio is None else {"sr": ratio, "auc": auc(ratio)}),
@@ -85,14 +90,16 @@ def uniformity(points_ND: np.ndarray, t: float = 2.0) -> float:
 
 
 def _scores(
-    q_QD: np.ndarray, p_PD: np.ndarray, positives: Sequence[Sequence[int]], hardest: int
+    q_QD: np.ndarray, p_PD: np.ndarray, positives: Sequence[Sequence[int]], hardest: int, itself: Mapping[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     right, wrong = [], []
     for start in range(0, len(q_QD), TILE):
         scores = q_QD[start : start + TILE] @ p_PD.T
-        for row, rows in zip(scores, positives[start : start + TILE], strict=True):
+        for query, (row, rows) in enumerate(zip(scores, positives[start : start + TILE], strict=True), start):
             mine = np.unique(np.asarray(rows))
             right.append(row[mine])
+            if query in itself:
+                mine = np.append(mine, itself[query])
             row[mine] = -np.inf
             k = min(hardest, len(row) - len(mine))
             if k > 0:

@@ -29,14 +29,14 @@ Term = Literal["passages", "query_query", "passage_passage"]
 class Keys:
     """int64 hashes by which a passage is known to be no negative of a query."""
 
-    record_Q: Tensor | None  # None: the rule is off
-    record_P: Tensor
+    question_Q: Tensor | None  # None: the rule is off
+    question_P: Tensor
     known_QK: Tensor  # column 0: the query's own answer; then its other known positives
     answer_P: Tensor
 
     def of_pairs(self, columns: Tensor) -> Keys:
         """The same rules for columns that are the pairs of `columns`, for example their queries."""
-        return Keys(self.record_Q, self.record_P[columns], self.known_QK, self.answer_P[columns])
+        return Keys(self.question_Q, self.question_P[columns], self.known_QK, self.answer_P[columns])
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Block:
         """
         keys = self.keys
         if keys is not None:
-            if keys.record_Q is not None:
-                yield "same_record", keys.record_Q[rows, None] == keys.record_P
+            if keys.question_Q is not None:
+                yield "same_question", keys.question_Q[rows, None] == keys.question_P
             for k in range(keys.known_QK.shape[1]):
                 yield "known_positive" if k else "same_answer", keys.known_QK[rows, k, None] == keys.answer_P
         if limit is not None:

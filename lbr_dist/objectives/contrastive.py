@@ -50,8 +50,8 @@ def contrastive_loss(
     keys: dict[str, Tensor] = {}
     if settings.mask_same_answer:
         answer_S = torch.cat([batch.answer_hash_S for batch in batches])
-        record_S = torch.cat([batch.id_hash_S for batch in batches])
-        keys["record_Q"], keys["answer_Q"] = record_S[query_Q], answer_S[passage_Q]
+        question_S = torch.cat([batch.question_hash_S for batch in batches])
+        keys["question_Q"], keys["answer_Q"] = question_S[query_Q], answer_S[passage_Q]
         keys["negative_answer_N"] = answer_S[negative_N]
         keys["known_QK"] = _known(torch.cat([batch.known_M2 for batch in batches]), len(query_Q))
     ids = [name for batch in batches for name in ([""] if batch.is_dummy else batch.ids)]

@@ -41,7 +41,7 @@ def info_nce(
     *,
     negatives_ND: Tensor | None = None,
     negative_owner_N: Tensor | None = None,
-    record_Q: Tensor | None = None,
+    question_Q: Tensor | None = None,
     answer_Q: Tensor | None = None,
     negative_answer_N: Tensor | None = None,
     known_QK: Tensor | None = None,
@@ -62,7 +62,7 @@ def info_nce(
         positive_QD: embedding of each query's positive passage.
         negatives_ND: this rank's hard negatives, any number; every query of the global batch sees them.
         negative_owner_N: row of the query that a hard negative was mined for (names it in errors).
-        record_Q: int64 hash of each pair's record id; passages of the same record are no negatives of each other.
+        question_Q: int64 hash of each query's normalised text; pairs that ask the same are no negatives of each other.
         answer_Q: int64 hash of each positive passage's normalised text; the same text is no negative.
         negative_answer_N: the same for the hard negatives.
         known_QK: hashes of further texts known to answer the query, padded with `NO_KEY`; K may differ by rank. Needs
@@ -90,7 +90,7 @@ def info_nce(
         and `negative_score` (mean cosines of query and passage), `effective_negatives` (mean number per query after
         masking, extra terms included), `queries_without_negatives` (they contribute a loss and a gradient of 0 to the
         mean of the query direction), `masked_share` (of all pairs of a row with a column not its own), and
-        `masked_same_record`, `masked_same_answer`, `masked_known_positive`, `masked_margin` (shares; a pair counts
+        `masked_same_question`, `masked_same_answer`, `masked_known_positive`, `masked_margin` (shares; a pair counts
         under the first rule that applies). Where gradients are wanted, `gradient_norm_TERM` of each term in force: the
         norm of its gradient at the rows' embeddings (queries; for passage_passage the positives) over the global batch.
         With `dims` the figures are those of the largest, beside `loss_D`, `accuracy_D` and `gradient_norm_D` of each.
@@ -119,8 +119,8 @@ def info_nce(
         raise ValueError("info_nce: no query on any rank")
 
     keys = None
-    if record_Q is not None or known:
-        keys = _keys(record_Q, known, negative_answer_N, query, counts, max(row[2] for row in table), ranks)
+    if question_Q is not None or known:
+        keys = _keys(question_Q, known, negative_answer_N, query, counts, max(row[2] for row in table), ranks)
     starts = [sum(counts[:rank]) for rank in range(ranks.world)]
     settings = Strips(
         own_Q=starts[ranks.rank] + torch.arange(len(query), device=query.device),
@@ -179,7 +179,7 @@ def _check_arguments(
 
 
 def _keys(
-    record_Q: Tensor | None,
+    question_Q: Tensor | None,
     known: list[Tensor],
     negative_answer_N: Tensor | None,
     query: Tensor,
@@ -187,11 +187,11 @@ def _keys(
     width: int,
     ranks: Ranks,
 ) -> Keys:
-    """Gather the passages' keys; absent ones (no rule, no hash, a hard negative's record) match nothing."""
+    """Gather the passages' keys; absent ones (no rule, no hash, a hard negative's question) match nothing."""
     rows, passages = len(query), counts[ranks.rank]
     own = torch.full((passages, 2), _NO_PASSAGE_KEY, dtype=torch.int64, device=query.device)
-    if record_Q is not None:
-        own[:rows, 0] = record_Q
+    if question_Q is not None:
+        own[:rows, 0] = question_Q
     known_QK = torch.full((rows, width), NO_KEY, dtype=torch.int64, device=query.device)
     if known:
         filled = torch.cat(known, dim=1)
@@ -201,7 +201,7 @@ def _keys(
         own[rows:, 1] = negative_answer_N
     own[own == NO_KEY] = _NO_PASSAGE_KEY
     gathered = gather_rows(own, counts, ranks)
-    return Keys(record_Q, gathered[:, 0].contiguous(), known_QK, gathered[:, 1].contiguous())
+    return Keys(question_Q, gathered[:, 0].contiguous(), known_QK, gathered[:, 1].contiguous())
 
 
 def _degenerate(query: Tensor, passage: Tensor, dim: int) -> list[tuple[str, int]]:

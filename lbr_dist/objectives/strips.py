@@ -24,7 +24,7 @@ from lbr_dist.objectives.gather import Ranks
 MIN_ROWS = 16
 _LOWEST = -1e30  # a finite stand-in for minus infinity: exp(-inf - _LOWEST) is 0 where exp(-inf + inf) is not a number
 
-RULES = ("same_record", "same_answer", "known_positive", "margin")
+RULES = ("same_question", "same_answer", "known_positive", "margin")
 TERMS = ("passages", "query_query", "passage_passage")
 SUMS = (
     *(

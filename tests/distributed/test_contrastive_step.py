@@ -87,7 +87,7 @@ def local(chosen, first_pair):
         pair_S=pairs - first_pair,
         global_pair_S=pairs,
         answer_hash_S=torch.where(sides == SIDES["negative"], 1000 + torch.arange(len(pairs)), pairs % 6),  # 0 and 6
-        id_hash_S=100 + pairs,
+        question_hash_S=100 + pairs,
         known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),
     )
 

@@ -60,12 +60,12 @@ def data(case, step=0):
 
 def loss_of(case, weight, rank=None, step=0):
     """Loss of one rank's part of the batch, or (rank None) of the whole batch in one process."""
-    query, positive, negative, (record, answer), negative_answer, known = data(case, step)
+    query, positive, negative, (question, answer), negative_answer, known = data(case, step)
     pairs = slice(None) if rank is None else slice(sum(case.pairs[:rank]), sum(case.pairs[: rank + 1]))
     hard = slice(None) if rank is None else slice(sum(case.negatives[:rank]), sum(case.negatives[: rank + 1]))
     keys = {}
     if case.keys:
-        keys = {"record_Q": record[pairs], "answer_Q": answer[pairs], "negative_answer_N": negative_answer[hard]}
+        keys = {"question_Q": question[pairs], "answer_Q": answer[pairs], "negative_answer_N": negative_answer[hard]}
         width = 2 if rank is None else rank % 3  # ranks differ in their number of known positives
         keys["known_QK"] = known[pairs, :width]
         if rank is None:

@@ -206,6 +206,18 @@ def test_a_benchmark_in_the_place_of_a_set(folder: Path, tmp_path: Path) -> None
     assert load_held_out(f"{folder}@test").fingerprint != before
 
 
+def test_a_query_that_is_a_document_does_not_find_itself(folder: Path, tmp_path: Path) -> None:
+    """As in ArguAna, where BEIR leaves it out; a document that is judged relevant counts, whatever its id."""
+    fever = {"_id": "d3", "text": "Fever is a high temperature"}
+    write(folder / "queries.jsonl", [*QUERIES, fever, {"_id": "d1", "text": "aspirin"}])
+    judge(folder / "qrels" / "test.tsv", [("d3", "d2", 1), ("d1", "d1", 1)])
+    write(folder / "corpus.jsonl", [*DOCUMENTS, {"_id": "high", "text": "high is a drug"}])
+    data = load_held_out(f"{folder}@test")
+    assert data.itself == {0: 2}
+    results = evaluate(["bm25"], f"{folder}@test", tmp_path / "out", generate=0, progress=False)
+    assert results["models"][0]["retrieval"]["mrr_at_10"] == pytest.approx((1 / 2 + 1) / 2)
+
+
 def test_what_is_no_benchmark_is_no_task(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--task .*: neither a task of mteb nor a benchmark in the layout of BEIR"):
         named_task(str(tmp_path))

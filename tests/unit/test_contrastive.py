@@ -44,7 +44,7 @@ def batch_of(rows):
         pair_S=pairs,
         global_pair_S=pairs,
         answer_hash_S=HASHES[rows],
-        id_hash_S=pairs,
+        question_hash_S=pairs,
         known_M2=known_of([row for row in KNOWN if ("query", row[0]) in [TEXTS[r] for r in rows]]),
     )
 
@@ -61,7 +61,7 @@ def test_any_distribution_over_micro_batches_gives_the_same_loss(masked):
     leaves = [(rows[micro] if micro else torch.ones(1, 6, dtype=torch.float64)).requires_grad_() for micro in micros]
     loss, stats = contrastive_loss(leaves, [batch_of(micro) for micro in micros], settings)
     keys = {
-        "record_Q": torch.arange(4),
+        "question_Q": torch.arange(4),
         "answer_Q": torch.tensor([5, 6, 5, 8]),
         "negative_answer_N": torch.tensor([6, 9]),
         "known_QK": torch.tensor([[NO_KEY, NO_KEY], [NO_KEY, 78], [NO_KEY, NO_KEY], [5, 77]]),
@@ -115,6 +115,34 @@ def test_known_positives_come_from_the_records(tmp_path):
     leaves = [torch.randn(len(batch.ids), 6) for batch in batches]
     _, stats = contrastive_loss(leaves, batches, recipe.contrastive)
     assert stats["masked_known_positive"] == pytest.approx(4 / 12)
+
+
+@pytest.mark.parametrize("term", [{}, {"query_query": True}, {"passage_passage": True}])
+def test_right_answers_of_the_same_question_are_no_negatives(tmp_path, term):
+    """Two records may ask the same: `lbr eval` counts both answers as right, and so does the loss."""
+    make_tokenizer(tmp_path / "tokenizer")
+    tokens = Tokenization.load(str(tmp_path / "tokenizer"))
+    records = [
+        Record(f"r{row}", question=f"question {row // 2}{'?' * row}", answer=f"answer {row}") for row in range(6)
+    ]
+    write_set(tmp_path / "set", {"cl": records}, tokens, name="set", shard_records=10)
+    recipe = Recipe.model_validate(
+        {
+            "stage": "contrastive",
+            "output": "unused",
+            "model": {"path": str(tmp_path / "tokenizer")},
+            "data": {"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 32, "max_x_tokens": 30, "workers": 0},
+            "bottleneck": {"tokens": 1},
+            "batch": {"global_batch": 6},
+            "duration": {"steps": 1},
+            "contrastive": term,
+        }
+    )
+    ((_, batches),) = list(Loader(*open_data(recipe, tokens), tokens, recipe))
+    leaves = [torch.randn(len(batch.ids), 6) for batch in batches]
+    _, stats = contrastive_loss(leaves, batches, recipe.contrastive)
+    assert stats["masked_same_question"] == stats["masked_share"] == pytest.approx(1 / 5)
+    assert stats["effective_negatives"] == pytest.approx(4 * (1 + bool(term)))
 
 
 @pytest.mark.parametrize(("offset", "grad", "passes"), [(5.0, -1.0, False), (5.0, 1.0, True), (-5.0, 1.0, False)])

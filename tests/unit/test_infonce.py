@@ -90,8 +90,8 @@ def test_bfloat16_inputs_are_accumulated_in_float32():
 
 def test_false_negatives_are_masked_by_the_first_rule_that_applies():
     query, positive, negative = batch(40, 10)
-    record = torch.arange(40)
-    record[5] = record[3]  # one record twice
+    question = torch.arange(40)
+    question[5] = question[3]  # one question twice
     answer = 100 + torch.arange(40)
     answer[5] = answer[3]
     answer[9] = answer[8]  # two records with one answer
@@ -107,7 +107,7 @@ def test_false_negatives_are_masked_by_the_first_rule_that_applies():
         query,
         positive,
         negatives_ND=negative,
-        record_Q=record,
+        question_Q=question,
         answer_Q=answer,
         negative_answer_N=negative_answer,
         known_QK=known,
@@ -118,7 +118,7 @@ def test_false_negatives_are_masked_by_the_first_rule_that_applies():
     tensors = (query, positive, negative)
     assert relative(gradients(found, *tensors), gradients(wanted, *tensors)) < 1e-12
     pairs = 40 * 49
-    assert stats["masked_same_record"] * pairs == pytest.approx(2)
+    assert stats["masked_same_question"] * pairs == pytest.approx(2)
     assert stats["masked_same_answer"] * pairs == pytest.approx(3)
     assert stats["masked_known_positive"] * pairs == pytest.approx(1)
     assert stats["masked_share"] * pairs == pytest.approx(6)
@@ -143,7 +143,7 @@ def test_margin_is_counted_and_spares_the_positive():
 def test_a_query_with_no_negative_left_adds_zero_and_is_counted(two_way):
     query, positive, _ = batch(6, 0)
     same = torch.zeros(6, dtype=torch.int64)
-    loss, stats = info_nce(query, positive, record_Q=same, two_way=two_way)
+    loss, stats = info_nce(query, positive, question_Q=same, two_way=two_way)
     assert loss.item() == 0
     assert stats["queries_without_negatives"] == 6
     assert stats["effective_negatives"] == 0
@@ -217,7 +217,7 @@ def test_scores_never_exist_whole():
             query,
             positive,
             negatives_ND=negative,
-            record_Q=keys,
+            question_Q=keys,
             answer_Q=keys,
             margin=0.1,
             two_way=True,

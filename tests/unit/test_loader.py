@@ -206,7 +206,9 @@ def test_pairs_carry_sides_owners_and_hashes(made: Any) -> None:
                     else:
                         text, before = (question(i), ask) if side == SIDES["query"] else (answer(i), say)
                         assert hashed == normalised_hash(answer(i))
-                        pairs.setdefault(local, {})[side] = int(batch.id_hash_S[s])
+                        pairs.setdefault(local, {})[side] = batch.ids[s]
+                        asked = normalised_hash(text) if side == SIDES["query"] else 0
+                        assert int(batch.question_hash_S[s]) == asked
                     assert x == [BOS, *before, *tokens.encode([text])[0]]
             assert sorted(pairs) == list(range(len(mine)))
             assert all(len(sides) == 2 and len(set(sides.values())) == 1 for sides in pairs.values())

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lbr_dist.evaluation.separation import auc, potential_gain, separation, uniformity
+from lbr_dist.evaluation.separation import _scores, auc, potential_gain, separation, uniformity
 
 
 def plain(queries, passages, positives, hardest):
@@ -75,6 +75,18 @@ def test_uniformity_of_a_text_without_a_vector():
     points = np.zeros((3, 4), np.float32)
     points[0, 0] = points[1, 1] = 1
     assert uniformity(points) == pytest.approx(math.log(math.exp(-4)))
+
+
+def test_a_query_among_the_passages_is_not_its_own_wrong_answer():
+    rng = np.random.default_rng(3)
+    queries = rng.normal(size=(6, 8)).astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    passages = np.concatenate([rng.normal(size=(20, 8)).astype(np.float32) / 9, queries[:1]])
+    positives = [[row] for row in range(6)]
+    assert _scores(queries, passages, positives, 3, {})[1].max() == pytest.approx(1)
+    assert _scores(queries, passages, positives, 3, {0: 20})[1].max() < 0.9
+    everything = separation(queries[:1], passages[[0, 20]], [[0]], 3, {0: 1})
+    assert sorted(everything) == ["alignment", "uniformity"], "no wrong passage"
 
 
 def test_uniformity_thins_large_sets_evenly(monkeypatch):
