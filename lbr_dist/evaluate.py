@@ -159,7 +159,7 @@ def _evaluate_one(
 ) -> dict[str, Any]:
     from lbr_dist.evaluation.encoder import PackedEncoder, TruncatedEncoder
     from lbr_dist.evaluation.generation import generation_scores
-    from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, retrieval_scores
+    from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, is_retrieval, retrieval_scores
     from lbr_dist.evaluation.separation import separation
     from lbr_dist.loading import load_encoder
 
@@ -169,7 +169,7 @@ def _evaluate_one(
         scores["retrieval"] = retrieval_scores(BM25Search(), held_out_task(data))
         clock.lap("retrieval")
         scores["tasks"] = {
-            name: retrieval_scores(BM25Search(), task) for name, task in tasks.items() if _is_retrieval(task)
+            name: retrieval_scores(BM25Search(), task) for name, task in tasks.items() if is_retrieval(task)
         }
         return {**scores, "seconds": clock.laps}
     encoder = load_encoder(spec, device)
@@ -203,12 +203,6 @@ def _titled(tasks: dict[str, Any]) -> dict[str, Any]:
         (name if names.count(name) == 1 else typed): task
         for (typed, task), name in zip(tasks.items(), names, strict=True)
     }
-
-
-def _is_retrieval(task: Any) -> bool:
-    from mteb.abstasks.retrieval import AbsTaskRetrieval
-
-    return isinstance(task, AbsTaskRetrieval)
 
 
 class _Clock:

@@ -8,6 +8,7 @@ killed goes on at the first missing block.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -114,8 +115,10 @@ def mine(
     place = check_target(Path(out))
     if place == Path(data).resolve():
         raise UserError(f"--out {out}: is the set itself, which mining does not change: name another folder")
-    opened = open_set(data)
     given = Path(model).is_file()
+    if given:
+        _refuse_search(skip=skip, depth=depth, share=share, margin=margin, index=index)
+    opened = open_set(data)
     if not given and model != "bm25":
         check_spec(model)
         model = pinned(model)  # questions and answers are embedded by one checkpoint of a run in training
@@ -133,7 +136,8 @@ def mine(
         job.mine("given" if given else index, device, block)
         target = work / "set"
         target.mkdir()
-        report = job.write(target, name=printable(place.name), origin=origin)
+        applied = {"count": count} if given else {name: v for name, v in asdict(rule).items() if v is not None}
+        report = job.write(target, name=printable(place.name), origin=origin, applied=applied)
         publish(target, place)
     return MineReport(Path(out), report, unchanged=False)
 
@@ -206,8 +210,8 @@ class _Job:
         with self.progress.phase("building the index"):
             return Inverted(queries_QD, passages_PD, self.folder / "ivf")
 
-    def write(self, target: Path, *, name: str, origin: dict[str, Any]) -> dict[str, Any]:
-        """Write set and reports into `target`; returns report.json."""
+    def write(self, target: Path, *, name: str, origin: dict[str, Any], applied: dict[str, float]) -> dict[str, Any]:
+        """Write set and reports, with the settings that were `applied`, into `target`; returns report.json."""
         files = sorted((self.folder / "chosen").glob("[0-9]*.npz"))
         with (
             (target / "mined.jsonl").open("w", encoding="utf-8") as sink,
@@ -222,7 +226,7 @@ class _Job:
             "set": f"{self.opened.name} ({self.opened.fingerprint})",
             "search": self.search,
             "passages": self.passages,
-            **{setting: value for setting, value in asdict(self.rule).items() if value is not None},
+            **applied,
         }
         report = {
             "format": 1,
@@ -234,6 +238,18 @@ class _Job:
         (target / "report.json").write_text(text, encoding="utf-8")
         (target / "report.md").write_text(markdown(facts, notes.counts, notes.examples), encoding="utf-8")
         return report
+
+
+def _refuse_search(**settings: float | str | None) -> None:
+    """Negatives that a file gives are not searched for.
+
+    Raises:
+        UserError: a setting of the search that is not at its default.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(mine).parameters.items()}
+    for name, value in settings.items():
+        if value != defaults[name]:
+            raise UserError(f"--{name} {value}: has no effect on negatives that a file gives; leave it out")
 
 
 def _rule(count: int, skip: int, depth: int, share: float | None, margin: float | None) -> Rule:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lbr_dist.data.field_names import Finder, listed, reach, value
 from lbr_dist.data.readers import rows
@@ -29,6 +29,8 @@ FIELDS = {
 def read_texts(source: Path, side: str, field: str | None = None) -> Iterator[tuple[str, str]]:
     """(id, text) of every row; the id is the row's own, under a name that `lbr prepare` knows, else its number from 0.
 
+    Of a plain text that is the number of its line: lines without text are left out, and counted.
+
     Args:
         field: field of the text, named as for `lbr prepare --field`: dots lead into objects, commas join several.
 
@@ -45,8 +47,22 @@ def read_texts(source: Path, side: str, field: str | None = None) -> Iterator[tu
     return _texts(chain([first], found), _choose(first[1], side, field, source))
 
 
-def read_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) of every row of a file; the place is for messages, as `texts.jsonl: line 3`.
+class Place(NamedTuple):
+    """Where a row is; as a text for messages: `texts.jsonl: line 3`."""
+
+    source: Path
+    unit: str
+    number: int
+    """From 1, among the units."""
+    plain: bool
+    """Whether each line is a row, and has no fields."""
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.unit} {self.number}"
+
+
+def read_rows(source: Path) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    """(place, row) of every row of a file.
 
     Raises:
         UserError: no such file, an unknown ending, or (while iterating) a row or a file that cannot be read.
@@ -54,20 +70,19 @@ def read_rows(source: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if not source.is_file():
         raise UserError(f"{source}: {'is not a file' if source.exists() else 'no such file'}")
     [part] = expand(Source(str(source)), source.parent)
-    return ((f"{source}: {part.unit} {number}", _good(row, source, part.unit, number)) for number, row in rows(part))
+    for number, row in rows(part):
+        place = Place(source, part.unit, number, part.format == "text")
+        if isinstance(row, RowError):
+            raise UserError(f"{place}: {row.problem}; repair or remove it")
+        yield place, row
 
 
-def _good(row: Mapping[str, Any] | RowError, source: Path, unit: str, number: int) -> Mapping[str, Any]:
-    if isinstance(row, RowError):
-        raise UserError(f"{source}: {unit} {number}: {row.problem}; repair or remove it")
-    return row
-
-
-def _texts(found: Iterator[tuple[str, Mapping[str, Any]]], finder: Finder) -> Iterator[tuple[str, str]]:
+def _texts(found: Iterator[tuple[Place, Mapping[str, Any]]], finder: Finder) -> Iterator[tuple[str, str]]:
     for number, (place, row) in enumerate(found):
         try:
             names = finder.find(row, "id")
-            item = (identifier(value(row, names)) if names else None) or str(number), _text(row, finder)
+            own = identifier(value(row, names)) if names else None
+            item = own or str(place.number - 1 if place.plain else number), _text(row, finder)
         except RowError as error:
             raise UserError(f"{place}: {error.problem}; repair the row, or name another --field") from None
         yield item

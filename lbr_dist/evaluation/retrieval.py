@@ -93,11 +93,26 @@ def check_data(task: AbsTask) -> None:
     Raises:
         UserError: it cannot be had.
     """
-    try:
-        task.load_data()
-    except (OSError, TypeError) as error:
-        raise _cannot_run(task, error) from error
-    task.unload_data()
+    for part in _parts(task):
+        try:
+            part.load_data()
+        except UserError:
+            raise
+        except Exception as error:  # a data set that is half in the cache fails in many ways
+            raise _cannot_run(part, error) from error
+        part.unload_data()
+
+
+def is_retrieval(task: AbsTask) -> bool:
+    """Whether it ranks a corpus for queries, which is all that BM25 can do."""
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+
+    return all(isinstance(part, AbsTaskRetrieval) for part in _parts(task))
+
+
+def _parts(task: AbsTask) -> list[AbsTask]:
+    """The tasks that have data: those of an aggregate (as CQADupstackRetrieval is one), else the task."""
+    return list(task.tasks) if task.is_aggregate else [task]  # type: ignore[attr-defined]
 
 
 def _cannot_run(task: AbsTask, error: Exception) -> UserError:

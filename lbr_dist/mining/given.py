@@ -42,7 +42,7 @@ class GivenNegatives:
         self._hash_Q = hash_Q[self._order_Q]
         queries, passages, scores = [], [], []
         for where, row in read_rows(path):
-            for query, passage, score in self._negatives(where, row):
+            for query, passage, score in self._negatives(str(where), row):
                 queries.append(query)
                 passages.append(passage)
                 scores.append(score)

@@ -313,6 +313,14 @@ def test_a_row_without_an_id_gets_its_number(tmp_path):
     assert list(read_texts(source, "passage")) == [("0", "a"), ("1", "b"), ("7", "c"), ("3", "")]
 
 
+def test_a_line_of_text_is_found_by_its_number(tmp_path):
+    """Whatever lines without text lie before it."""
+    (tmp_path / "t.txt").write_text("a\n\n \nb\n\n")
+    assert list(read_texts(tmp_path / "t.txt", "passage")) == [("0", "a"), ("3", "b")]
+    (tmp_path / "t.csv").write_text("text\na\n\nb\n")
+    assert list(read_texts(tmp_path / "t.csv", "passage")) == [("0", "a"), ("1", "b")]
+
+
 def test_ids_and_fields_are_found_as_sources_have_them(tmp_path):
     rows = [{"_id": "d7", "title": "Pain", "Text": "relief"}, {"_id": "d9", "title": "", "Text": "fever"}]
     source = write_jsonl(tmp_path / "corpus.jsonl", rows)

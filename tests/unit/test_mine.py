@@ -196,6 +196,18 @@ def test_a_mined_file_gives_the_same_set(data: Path, tmp_path: Path, words: Word
     assert files(tmp_path / "a/cl") == files(tmp_path / "b/cl")
 
 
+def test_a_given_file_is_not_searched(data: Path, tmp_path: Path, words: Words) -> None:
+    """What has no effect is neither taken nor reported."""
+    run(data, tmp_path / "a", depth=20)
+    given = str(tmp_path / "a/mined.jsonl")
+    for name, value in {"share": 0.1, "margin": 0.5, "skip": 50, "depth": 20, "index": "ivf"}.items():
+        with pytest.raises(UserError, match=f"--{name} {value}: has no effect on negatives that a file gives"):
+            run(data, tmp_path / "b", model=given, **{name: value})
+    mined = run(data, tmp_path / "b", model=given).data["mined"]
+    assert mined["count"] == 3
+    assert not {"share", "margin", "skip", "depth"} & set(mined)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -15,6 +15,7 @@ from lbr_dist.evaluation.retrieval import (
     MtebEncoder,
     check_data,
     held_out_task,
+    is_retrieval,
     named_task,
     retrieval_scores,
 )
@@ -150,6 +151,30 @@ def test_a_task_whose_data_is_not_here_is_the_users_error(monkeypatch):
         retrieval_scores(MtebEncoder(encoder), named_task("NFCorpus"))
     with pytest.raises(UserError, match="mteb task NFCorpus: cannot be run"):
         check_data(named_task("NFCorpus"))
+
+
+def test_an_aggregate_is_its_parts():
+    """CQADupstackRetrieval, of BEIR, has no data of its own: that of its twelve parts is looked for."""
+    task = named_task("CQADupstackRetrieval")
+    loaded = []
+    for part in task.tasks:
+        part.load_data = lambda name=part.metadata.name: loaded.append(name)
+    check_data(task)
+    assert len(loaded) == 12
+    assert is_retrieval(task)
+    assert not is_retrieval(named_task("STSBenchmark"))
+
+
+@pytest.mark.parametrize("error", [ValueError("Couldn't find cache"), KeyError("corpus"), RuntimeError("script")])
+def test_a_task_whose_data_is_here_in_part_is_named(error):
+    task = named_task("NFCorpus")
+
+    def load():
+        raise error
+
+    task.load_data = load
+    with pytest.raises(UserError, match="mteb task NFCorpus: cannot be run"):
+        check_data(task)
 
 
 def qa(number, question, answer, **more):
