@@ -210,7 +210,7 @@ class _Job:
         with self.progress.phase("building the index"):
             return Inverted(queries_QD, passages_PD, self.folder / "ivf")
 
-    def write(self, target: Path, *, name: str, origin: dict[str, Any], applied: dict[str, float]) -> dict[str, Any]:
+    def write(self, target: Path, *, name: str, origin: dict[str, Any], applied: dict[str, Any]) -> dict[str, Any]:
         """Write set and reports, with the settings that were `applied`, into `target`; returns report.json."""
         files = sorted((self.folder / "chosen").glob("[0-9]*.npz"))
         with (
