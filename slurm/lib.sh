@@ -129,7 +129,7 @@ supervise() { # supervise COMMAND ...: run it, with signals passed on; its exit 
 # -------------------------------------------------------------------------------------------------------- training ---
 
 train() { # train STAGE RECIPE [key=value ...]
-  local stage=$1 ports output code verdict
+  local stage=$1 begun ports output code verdict
   shift
   [ $# -gt 0 ] || die "no recipe: sbatch slurm/... RECIPE [key=value ...]"
   [[ $LAUNCHER =~ ^(srun|torchrun|ray)$ ]] || die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray"
@@ -138,8 +138,10 @@ train() { # train STAGE RECIPE [key=value ...]
   trap on_usr1 USR1
   trap on_term TERM
   echo "lbr: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${hosts[*]}" >&2
-  ports=$(here -m lbr_dist.launch.slurm begin --stage "$stage" --ports 4 "$@") || failed "$?"
-  read -ra ports <<<"$ports"
+  begun=$(here -m lbr_dist.launch.slurm begin --stage "$stage" --ports 4 "$@") || failed "$?"
+  mapfile -t begun <<<"$begun"
+  read -ra ports <<<"${begun[0]}"
+  [ -z "${begun[1]:-}" ] || set -- "$@" --resume "${begun[1]}" # the last one counts
   output=$(here -m lbr_dist.launch.slurm output "$@")
   export MASTER_ADDR="${hosts[0]}" MASTER_PORT="${ports[0]}"
 

@@ -5,7 +5,8 @@ The scripts in `slurm/` only trap, start and wait; they ask here. Each start and
 after a lost node or a preemption. Only the standard library and the recipe are imported, since this runs several times
 in every job: the steps of checkpoints are read from their manifests without torch.
 
-    python -m lbr_dist.launch.slurm begin --stage generative --ports 1 RECIPE [key=value ...]    prints free ports
+    python -m lbr_dist.launch.slurm begin --stage generative --ports 1 RECIPE [key=value ...]    prints free ports, and
+                                                          below them what to resume from, where it is not what was said
     python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue or stop
     python -m lbr_dist.launch.slurm output RECIPE [key=value ...]                                prints the run folder
     python -m lbr_dist.launch.slurm chain --then STAGE2 STAGE1      prints both run folders, and the second's first set
@@ -95,21 +96,34 @@ def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
     return Decision(True, f"{what}; it goes on from its newest checkpoint")
 
 
-def begin(recipe: Recipe, attempt: Attempt) -> None:
+def begin(recipe: Recipe, attempt: Attempt, resume: str = "auto") -> str:
     """Write down that the job starts.
+
+    Args:
+        recipe: of the run.
+        attempt: this start.
+        resume: what the job was submitted with.
+
+    Returns:
+        What this start is to resume from: `auto` once the job has a checkpoint, or a run folder, of its own.
 
     Raises:
         UserError: it made no progress in too many starts, or the run folder cannot be written.
     """
     folder = Path(recipe.output)
-    step = newest_step(folder)
-    idle = idle_starts(read_rows(folder / HISTORY), attempt.job, step)
+    history = read_rows(folder / HISTORY)
+    sequence, step = newest_checkpoint(folder)
+    idle = idle_starts(history, attempt.job, sequence)
     if idle > attempt.limit:
         raise UserError(
             f"job {attempt.job}: {idle} starts without a new checkpoint (newest: step {step}): not started again; "
             f"look for the cause in this log, then submit a new job, which goes on from there"
         )
-    _append(folder, {"event": "start", **_identity(attempt), "nodes": attempt.nodes, "step": step})
+    newest = {"step": step, "sequence": sequence}
+    _append(folder, {"event": "start", **_identity(attempt), "nodes": attempt.nodes, **newest})
+    found = next((row.get("sequence", 0) for row in _starts(history, attempt.job)), None)  # by the job's first start
+    own = found is not None and (found != sequence or (found == 0 and resume == "never"))
+    return "auto" if own else resume
 
 
 def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision:
@@ -121,21 +135,25 @@ def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision
     folder = Path(recipe.output)
     if code != 0 and word(folder, attempt.job, attempt.restart).exists():
         code = EXIT_USER_ERROR
-    step = newest_step(folder)
-    idle = idle_starts(read_rows(folder / HISTORY), attempt.job, step)
+    sequence, step = newest_checkpoint(folder)
+    idle = idle_starts(read_rows(folder / HISTORY), attempt.job, sequence)
     decision = decide(code, asked=asked, idle=idle, limit=attempt.limit)
     row = {"code": code, "asked": asked, "step": step, "requeue": decision.requeue, "reason": decision.reason}
     _append(folder, {"event": "end", **_identity(attempt), **row})
     return decision
 
 
-def idle_starts(history: Sequence[Mapping[str, Any]], job: int, step: int) -> int:
+def idle_starts(history: Sequence[Mapping[str, Any]], job: int, sequence: int) -> int:
     """Starts of a job that already had as much as there is now."""
-    return sum(row["event"] == "start" and row["job"] == job and row["step"] >= step for row in history)
+    return sum(row.get("sequence", 0) >= sequence for row in _starts(history, job))
 
 
-def newest_step(folder: Path) -> int:
-    """Step of the run's newest committed checkpoint, whether it verifies or not; 0 where there is none."""
+def _starts(history: Sequence[Mapping[str, Any]], job: int) -> list[Mapping[str, Any]]:
+    return [row for row in history if row["event"] == "start" and row["job"] == job]
+
+
+def newest_checkpoint(folder: Path) -> tuple[int, int]:
+    """Sequence number and step of the run's newest committed checkpoint, whether it verifies or not; (0, 0): none."""
     newest = (0, 0)
     for file in folder.glob("checkpoints/step-*/manifest.json"):
         try:
@@ -143,7 +161,7 @@ def newest_step(folder: Path) -> int:
         except (OSError, ValueError):
             continue  # damaged: the run will say so and pass over it
         newest = max(newest, (int(manifest["sequence"]), int(manifest["step"])))
-    return newest[1]
+    return newest
 
 
 def free_ports(count: int, attempt: Attempt, wanted: str | None = None) -> list[int]:
@@ -244,8 +262,11 @@ def _run(given: argparse.Namespace) -> int:
             raise UserError(f"recipe {given.recipe}: stage is {recipe.stage}: submit {_SCRIPTS[recipe.stage]}")
         attempt = Attempt.from_environment(os.environ)
         ports = free_ports(given.ports, attempt, os.environ.get("MASTER_PORT"))
-        begin(recipe, attempt)
+        said = given.resume[-1] if given.resume else "auto"
+        resume = begin(recipe, attempt, said)
         print(*ports)
+        if resume != said:
+            print(resume)
     else:
         decision = end(recipe, Attempt.from_environment(os.environ), given.code, asked=given.asked)
         print(f"lbr: {decision.reason}", file=sys.stderr)

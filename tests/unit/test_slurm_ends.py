@@ -34,7 +34,7 @@ exec "$@"
 """,
     "python": """
 case "$*" in
-  *"slurm begin"*) echo 20000 20001 20002 20003 ;;
+  *"slurm begin"*) echo 20000 20001 20002 20003; cat "$PLACE/resume" 2>/dev/null || true ;;
   *"slurm output"*) echo "$PLACE" ;;
   *"slurm end"*) echo "end $*" >>"$PLACE/calls"; echo requeue ;;
   *"lbr_dist train"*)
@@ -129,6 +129,15 @@ def test_how_rays_nodes_ended_is_left_for_who_waits_for_them(
     running.communicate(timeout=60)
     assert (tmp_path / "ray" / "nodes-7.log").read_text() == "error: no room\n"
     assert any("end" in line and "--code 2" in line for line in calls(tmp_path))
+
+
+def test_what_a_requeued_job_resumes_from_is_the_last_word(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "resume").write_text("auto\n")
+    running = job()
+    running.communicate(timeout=60)
+    assert calls(tmp_path)[1].endswith("-m lbr_dist train recipe.yaml --resume auto")
 
 
 def test_a_task_of_an_array_asks_for_itself(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:

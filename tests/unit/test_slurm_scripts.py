@@ -15,7 +15,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.launch import slurm
 from lbr_dist.launch.mistakes import left
-from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_step
+from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_checkpoint
 from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
 from lbr_dist.launch.slurm_ray import start_options
 from lbr_dist.launch.torchrun import combined
@@ -102,16 +102,42 @@ def test_progress_starts_the_count_again(recipe: Recipe) -> None:
         if restart % 3 == 2:
             commit(recipe, restart)
         assert end(recipe, attempt, 1, asked=False).requeue
-    assert newest_step(Path(recipe.output)) == 11
+    assert newest_checkpoint(Path(recipe.output)) == (11, 11)
+
+
+@pytest.mark.parametrize(
+    ("there", "resume", "told"),
+    [(True, "/run/step-350", ["/run/step-350", "/run/step-350", "auto"]), (False, "never", ["never", "auto", "auto"]),
+     (True, "never", ["never", "never", "auto"]), (True, "auto", ["auto"] * 3)],
+)  # fmt: skip
+def test_a_requeued_job_goes_on_from_its_own_checkpoint(
+    recipe: Recipe, there: bool, resume: str, told: list[str]
+) -> None:
+    """Each start would begin at --resume again; `never` would refuse the run that the job itself has begun."""
+    if there:
+        commit(recipe, 500, sequence=4)
+    begin(recipe, Attempt(6, 0, "n1", limit=3))  # another job's start, which says nothing about this one's
+    heard = [begin(recipe, Attempt(7, restart, "n1", limit=3), resume) for restart in range(2)]
+    commit(recipe, 400, sequence=5)
+    assert [*heard, begin(recipe, Attempt(7, 2, "n1", limit=3), resume)] == told
+
+
+def test_a_run_that_went_back_makes_progress_from_there(recipe: Recipe) -> None:
+    commit(recipe, 500, sequence=4)
+    for restart in range(4):
+        attempt = Attempt(7, restart, "n1", limit=3)
+        begin(recipe, attempt, "/run/step-350")
+        commit(recipe, 360 + 10 * restart, sequence=5 + restart)
+        assert end(recipe, attempt, 1, asked=False).requeue
 
 
 def test_newest_is_what_was_committed_last_and_damage_is_passed_over(recipe: Recipe) -> None:
-    assert newest_step(Path(recipe.output)) == 0
+    assert newest_checkpoint(Path(recipe.output)) == (0, 0)
     commit(recipe, 500, sequence=4)
     commit(recipe, 350, sequence=5)
     commit(recipe, 900, sequence=9)
     (Path(recipe.output) / "checkpoints" / "step-000900" / "manifest.json").write_text('{"step": 9')
-    assert newest_step(Path(recipe.output)) == 350
+    assert newest_checkpoint(Path(recipe.output)) == (5, 350)
 
 
 def test_a_row_torn_by_a_crash_is_left_behind(recipe: Recipe) -> None:
@@ -157,6 +183,10 @@ def test_command_line(
     assert "submit slurm/stage1.sh" in capsys.readouterr().err
     assert main(["begin", "--stage", "generative", "--ports", "3", str(file), "seed=1"]) == 0
     assert len(capsys.readouterr().out.split()) == 3
+    assert main(["begin", str(file), "seed=1", "--resume", "never"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["auto"]
+    assert main(["begin", str(file), "--resume=/run/step-350"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
     assert main(["end", "--code", "75", "--asked", str(file)]) == 0
     assert capsys.readouterr().out == "requeue\n"
     assert main(["output", str(file), "--allow-change", "optim.lr", "output=elsewhere", "--resume=auto"]) == 0
