@@ -1,4 +1,4 @@
-"""Stop requests: the first SIGTERM, SIGUSR1, SIGINT or SIGHUP asks the loop to stop after its step, the second ends at
+"""Stop requests: the first SIGTERM, SIGUSR1, SIGINT or SIGHUP asks the loop to stop after its step, a later one ends at
 once.
 
 Slurm and Ray give notice before they take a machine away. A signal reaches the ranks at different moments, so what it
@@ -12,14 +12,18 @@ a file that appears can stay unseen for a minute.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 FILE = "stop"
+REPEATED_S = 2.0
+"""A signal so soon after the first is the same request: what is sent to all processes, a launcher passes on as well."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -51,7 +55,7 @@ class StopRequest:
 
     def __init__(self, run_dir: Path | None = None) -> None:
         self._run_dir, self._asked = run_dir, ""
-        self._owner = os.getpid()
+        self._owner, self._first_at = os.getpid(), -math.inf
         self._before: dict[int, Any] = {}
 
     def asked(self) -> str:
@@ -79,6 +83,8 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a forked helper: its parent decides
             return
-        if self._asked:
+        now = time.monotonic()
+        if not self._asked:
+            self._asked, self._first_at = signal.Signals(number).name, now
+        elif now - self._first_at > REPEATED_S:
             os._exit(128 + number)
-        self._asked = signal.Signals(number).name

@@ -52,6 +52,46 @@ class TestHangUp:
             signal.signal(signal.SIGHUP, before)
 
 
+class TestRepeated:
+    """What all processes of a job are sent, their launcher passes on to the ranks as well."""
+
+    @pytest.fixture
+    def ended(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Exit codes with which the process would have ended."""
+        codes: list[int] = []
+        monkeypatch.setattr(os, "_exit", codes.append)
+        return codes
+
+    def passes(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = time.monotonic() + seconds
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def test_a_rank_takes_it_for_the_same_request(self, ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        with StopRequest() as stop:
+            for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert (stop.asked(), ended) == ("SIGUSR1", [])
+            self.passes(2.1, monkeypatch)
+            signal.raise_signal(signal.SIGTERM)
+            assert ended == [143]
+
+    def test_a_signal_after_the_stop_file_ends_at_once(self, tmp_path: Path, ended: list[int]) -> None:
+        with StopRequest(tmp_path) as stop:
+            request_stop(tmp_path, "maintenance")
+            assert stop.asked()
+            signal.raise_signal(signal.SIGTERM)
+            assert ended == [143]
+
+    def test_so_does_a_driver(self, ended: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+        stop = Stop()
+        stop._receive(signal.SIGINT, None)
+        stop._receive(signal.SIGTERM, None)
+        assert (stop.asked, ended) == ("SIGINT", [])
+        self.passes(2.1, monkeypatch)
+        stop._receive(signal.SIGINT, None)
+        assert ended == [130]
+
+
 class TestStopFile:
     def test_a_line_in_it_is_a_request(self, tmp_path: Path) -> None:
         with StopRequest(tmp_path) as stop:
