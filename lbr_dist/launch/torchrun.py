@@ -27,7 +27,7 @@ def combined(codes: Collection[int]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Run torchrun's agent; `arguments` are torchrun's."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the ranks set their own handlers
+        signal.signal(number, lambda *_: None)  # for the ranks, which would inherit SIG_IGN until they listen
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it calls a stop on request a failure
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

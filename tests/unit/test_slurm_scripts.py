@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
-from lbr_dist.launch import slurm
+from lbr_dist.launch import slurm, torchrun
 from lbr_dist.launch.mistakes import left
 from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_checkpoint
 from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
@@ -198,6 +199,26 @@ def test_torchruns_ranks_decide_its_exit_code() -> None:
     assert combined([75, -15]) == 1
     assert combined([1, 2]) == 2
     assert combined([-9]) == 1
+
+
+def test_torchruns_agent_lives_on_and_a_rank_that_only_begins_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop request while a rank imports would be lost where the signal is ignored, and there is no second one."""
+    rank = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1)"
+    ended: list[int] = []
+
+    def agent(arguments: list[str]) -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+        ended.append(subprocess.run([sys.executable, "-c", rank], check=False).returncode)
+
+    monkeypatch.setattr("torch.distributed.run.main", agent)
+    before = [signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    try:
+        assert torchrun.main([]) == 0
+    finally:
+        for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    assert ended == [-signal.SIGUSR1]
 
 
 @pytest.mark.parametrize(
