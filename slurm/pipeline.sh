@@ -3,7 +3,8 @@
 # To be run where sbatch is, not by sbatch. Stage 2 starts from stage 1's run whatever its recipe says; the evaluation is
 # on the first set of its recipe; OUT is the exported model (default: model/ in stage 2's run). The sbatch options
 # (--nodes=4 --time=24:00:00, each one word) go to the two training jobs. A job of the chain starts when the one before
-# it has ended well; if that fails for good, those after it are cancelled.
+# it has ended well; if that fails for good, those after it are cancelled. Of several clusters (--clusters), all three go
+# to the one that takes the first: a job depends on jobs of its own cluster only.
 
 set -euo pipefail
 
@@ -40,9 +41,9 @@ ask() ( # ask WHAT RECIPE ...: what recipes say, with the Python of the jobs if 
   PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" "${python[@]}" -m lbr_dist.launch.slurm "$@"
 )
 
-jobs=()
+jobs=() cluster=()
 undo() { # half a chain would train, and nobody would know
-  [ "${#jobs[@]}" = 0 ] || { scancel "${jobs[@]}" && echo "error: not submitted whole; cancelled: ${jobs[*]}" >&2; }
+  [ "${#jobs[@]}" = 0 ] || { scancel "${cluster[@]}" "${jobs[@]}" && echo "error: not submitted whole; cancelled: ${jobs[*]}" >&2; }
 }
 
 found=$(ask chain --then "$2" "$1")
@@ -52,13 +53,16 @@ after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 
 trap undo EXIT
 one=$(sbatch --parsable "${options[@]}" "$LBR_HOME/slurm/stage1.sh" "$1")
+[[ $one != *";"* ]] || cluster=("--clusters=${one#*;}") # where one was asked for: JOB;CLUSTER
+one=${one%%;*}
 jobs+=("$one")
 read -ra chained <<<"$(after "$one")"
-two=$(sbatch --parsable "${chained[@]}" "${options[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "model.start_from=$first")
+two=$(sbatch --parsable "${chained[@]}" "${options[@]}" "${cluster[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "model.start_from=$first")
+two=${two%%;*}
 jobs+=("$two")
 read -ra chained <<<"$(after "$two")"
-three=$(sbatch --parsable "${chained[@]}" "$LBR_HOME/slurm/eval.sh" "$second" --data "$data" -- "${3:-$second/model}")
+three=$(sbatch --parsable "${chained[@]}" "${cluster[@]}" "$LBR_HOME/slurm/eval.sh" "$second" --data "$data" -- "${3:-$second/model}")
 trap - EXIT
 echo "stage 1: job $one -> $first"
 echo "stage 2: job $two -> $second"
-echo "eval:    job $three -> $second/eval, ${3:-$second/model}"
+echo "eval:    job ${three%%;*} -> $second/eval, ${3:-$second/model}"

@@ -23,7 +23,7 @@ def pipeline(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         file.parent.mkdir(exist_ok=True)
         file.write_text(
             f'#!/bin/sh\nenv >>{tmp_path}/seen\necho "{command} $*" >>{tmp_path}/asked\n'
-            'case "$*" in *eval.sh*) [ -z "$REFUSE" ] || exit 1 ;; esac\n[ "${0##*/}" = scancel ] || echo 7\n'
+            'case "$*" in *eval.sh*) [ -z "$REFUSE" ] || exit 1 ;; esac\n[ "${0##*/}" = scancel ] || echo "7$CLUSTER"\n'
         )
         file.chmod(0o755)
     for stage, name in (("generative", "one"), ("contrastive", "two")):
@@ -76,6 +76,23 @@ def test_a_pipeline_that_is_refused_in_part_is_taken_back(
     assert done.stdout == ""
     assert done.stderr == "error: not submitted whole; cancelled: 7 7\n"
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "scancel 7 7"
+
+
+def test_a_chain_stays_on_the_cluster_that_took_its_first_job(
+    tmp_path: Path, pipeline: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """There `sbatch --parsable` says JOB;CLUSTER, which is no job for a dependency, or for scancel."""
+    done = pipeline(LBR_PYTHON=sys.executable, option="--clusters=a,b", CLUSTER=";b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[2] == f"eval:    job 7 -> {tmp_path}/two/eval, {tmp_path}/two/model"
+    one, two, three = (tmp_path / "asked").read_text().splitlines()
+    assert f"--clusters=a,b {PROJECT}/slurm/stage1.sh" in one
+    after = "sbatch --parsable --dependency=afterok:7 --kill-on-invalid-dep=yes"
+    assert two.startswith(f"{after} --clusters=a,b --clusters=b {PROJECT}/slurm/stage2.sh")
+    assert three.startswith(f"{after} --clusters=b {PROJECT}/slurm/eval.sh")
+    (tmp_path / "asked").unlink()
+    assert pipeline(LBR_PYTHON=sys.executable, CLUSTER=";b", REFUSE="1").stderr.endswith("cancelled: 7 7\n")
+    assert (tmp_path / "asked").read_text().splitlines()[-1] == "scancel --clusters=b 7 7"
 
 
 def test_a_pipeline_leaves_the_jobs_to_their_own_settings(
