@@ -176,7 +176,8 @@ train() { # train STAGE RECIPE [key=value ...]
 }
 
 check_nodes() { # check_nodes FOLDER: every node answers, and sees the same files
-  exec "${steps[@]}" "${everywhere[@]}" \
+  trap '' USR1 # it is soon done; a node whose task were ended by the signal would be called bad
+  "${steps[@]}" "${everywhere[@]}" \
     "${python[@]}" -m lbr_dist slurm check --quick --shared "$LBR_SHARED" --shared "$1"
 }
 

@@ -1,8 +1,8 @@
-"""The word that a rank under Slurm leaves when it ends for a mistake.
+"""The word that a rank, or the check of the nodes, leaves under Slurm when it ends for a mistake.
 
 srun reports the highest exit code of its tasks, so that a rank which hangs, and is killed when another has ended with
-2, hides the 2: the job would run again, to end the same way. The word is a file in the run folder, for this start of
-the job.
+2, hides the 2: the job would run again, to end the same way. So does a node that cannot start Python. The word is a
+file in the run folder, for this start of the job.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ def left(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT") or "0"
-        if job.isdigit() and restart.isdigit() and (run_dir / HISTORY).is_file():
-            with contextlib.suppress(OSError):
-                file = word(run_dir, int(job), int(restart))
-                file.parent.mkdir(exist_ok=True)
-                file.touch()
+        leave(run_dir)
         raise
+
+
+def leave(folder: Path) -> None:
+    """Leave the word, where the folder is the run folder of one of the scripts' jobs."""
+    job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT") or "0"
+    if job.isdigit() and restart.isdigit() and (folder / HISTORY).is_file():
+        with contextlib.suppress(OSError):
+            file = word(folder, int(job), int(restart))
+            file.parent.mkdir(exist_ok=True)
+            file.touch()

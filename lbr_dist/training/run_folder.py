@@ -10,7 +10,7 @@
     lock              who is at work here (see run_lock)
     ray/              what Ray Train writes about its attempts
     slurm.jsonl       starts and ends of Slurm jobs, and why each was requeued or not
-    mistakes/         starts of Slurm jobs that a rank ended for a mistake
+    mistakes/         starts of Slurm jobs that a rank, or the check of the nodes, ended for a mistake
 
 A folder belongs to one recipe. Going on with a changed one is refused unless the change cannot alter what the run would
 have been (logging, checkpointing, loader processes, memory layout), or the user allows the field by name.

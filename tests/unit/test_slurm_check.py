@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from lbr_dist.launch import slurm_check
+from lbr_dist.cli.slurm import check
+from lbr_dist.config import Recipe
+from lbr_dist.launch import slurm, slurm_check
 from lbr_dist.launch.local import free_port
 from lbr_dist.launch.slurm_answers import Client
+from lbr_dist.recipes import parse_recipe
 
 
 class Fake(Client):
@@ -58,6 +62,19 @@ class Own(Fake):
     wait = kill
 
 
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    raw = {
+        "stage": "generative",
+        "output": str(tmp_path / "run"),
+        "model": {"path": "m"},
+        "data": {"sets": [{"path": "d"}]},
+        "batch": {"global_batch": 1},
+        "duration": {"steps": 1},
+    }
+    return parse_recipe(raw, "test")
+
+
 @pytest.mark.parametrize("task", ["", "clock", "gpus", "shared", "port", "pair"])
 def test_a_node_that_dies_is_named_and_no_other(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -76,6 +93,23 @@ def test_a_node_that_dies_is_named_and_no_other(
     ]
     assert not [line for line in bad if not line.startswith("bad: b: ")]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_bad_is_a_mistake_also_where_srun_reports_another_code(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that cannot start Python ends with 127, which hides the check's 2."""
+    run = Path(recipe.output)
+    job = slurm.Attempt(7, 0, "n[1-2]", limit=3)
+    slurm.begin(recipe, job)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    for well in (True, False):
+        monkeypatch.setattr(slurm_check, "check", lambda *_, well=well, **__: well)
+        with contextlib.nullcontext() if well else pytest.raises(typer.Exit):
+            check(shared=[tmp_path, run], quick=True)
+        assert slurm.end(recipe, job, 127, asked=False).requeue is well
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}, "only where jobs begin"
 
 
 def test_the_first_nodes_own_client_is_a_process(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ case "$*" in
     wait
     exit 75
     ;;
+  *"slurm check"*) [ ! -e "$PLACE/check" ] || { touch "$PLACE/started"; sleep 1; echo "done" >"$PLACE/check"; } ;;
   *"slurm_ray node"*) echo "error: no room" >&2; exit 2 ;;
   *"slurm_ray wait"*) cd "$PLACE/ray"; until [ -s nodes-7.code ]; do sleep 0.05; done; exit "$(cat nodes-7.code)" ;;
   *"lbr_dist prepare"* | *"lbr_dist eval"*) touch "$PLACE/started"; sleep 1 ;;
@@ -161,6 +162,19 @@ def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
     check, ranks = (line for line in calls(tmp_path) if line.startswith("srun"))
     assert "--gpus-per-node=2 --nodes=2 --ntasks=2 --ntasks-per-node=1 python" in check
     assert "--gpus-per-node=2 --wait=60 --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=3 python" in ranks
+
+
+def test_a_request_to_stop_does_not_end_the_check_of_the_nodes(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """The first node would call the others bad, and the job would not be requeued."""
+    (tmp_path / "check").touch()
+    running = job()
+    wait_for(tmp_path / "started")
+    running.send_signal(signal.SIGUSR1)
+    running.communicate(timeout=60)
+    assert any("end --code 75 --asked" in line for line in calls(tmp_path))
+    assert (tmp_path / "check").read_text() == "done\n"
 
 
 @pytest.mark.parametrize("script", ["eval.sh", "prepare.sh"])
