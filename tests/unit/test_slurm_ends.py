@@ -28,7 +28,7 @@ cat "$PLACE/state"
 """,
     "srun": """
 echo "srun $*" >>"$PLACE/calls"
-env | grep -oE '^(SLURM_|RANK|WORLD)[A-Z_]*' | sort | tr '\\n' ' ' >"$PLACE/environment"
+env | grep -oE '^(SLURM_|SRUN_|RANK|WORLD)[A-Z_]*' | sort | tr '\\n' ' ' >"$PLACE/environment"
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """,
@@ -154,11 +154,24 @@ def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
     """srun would take these for options of its own, and without the export pass nothing on."""
     asked = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_GPUS": "4", "SLURM_GPUS_PER_TASK": "1",
              "SLURM_EXPORT_ENV": "NONE", "SLURM_GPUS_ON_NODE": "2", "SLURM_CPUS_PER_TASK": "4"}  # fmt: skip
-    left = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_MEM_PER_CPU": "100"}  # of the shell that submitted
-    running = job(**asked, **left, SLURM_MEM_PER_NODE="8000")
+    left = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "SLURM_MEM_PER_CPU": "100",
+        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
+        "SLURM_CPU_BIND_LIST": "0x1",
+        "SLURM_MEM_BIND_TYPE": "local",
+        "SLURM_GPU_BIND": "map:0",
+        "SLURM_TRES_BIND": "gres/gpu:map:0",
+        "SLURM_DISTRIBUTION": "cyclic",
+        "SLURM_HINT": "nomultithread",
+        "SRUN_EXPORT_ENV": "NONE",
+    }  # of the shell that submitted, in a step of its own
+    (tmp_path / "site.env").write_text(f"export SLURM_MEM_BIND=local\n. {PROJECT}/slurm/site.env\n")
+    running = job(**asked, **left, SLURM_MEM_PER_NODE="8000", LBR_SITE=str(tmp_path / "site.env"))
     running.communicate(timeout=60)
     seen = set((tmp_path / "environment").read_text().split())
-    assert seen & {*asked, *left} == {"SLURM_GPUS_ON_NODE"}
+    assert seen & {*asked, *left, "SLURM_MEM_BIND"} == {"SLURM_GPUS_ON_NODE", "SLURM_MEM_BIND"}
     check, ranks = (line for line in calls(tmp_path) if line.startswith("srun"))
     assert "--gpus-per-node=2 --nodes=2 --ntasks=2 --ntasks-per-node=1 python" in check
     assert "--gpus-per-node=2 --wait=60 --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=3 python" in ranks
