@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate, and export:   sbatch slurm/eval.sh MODEL ... --data SET [options of lbr eval] [-- OUT [options of lbr export]]
-# What follows the -- exports the first model. Both can be repeated; a lost node starts them again.
+# What follows the -- exports the first model. Both can be repeated: an OUT that is there already is left as it is; a lost
+# node starts them again.
 #SBATCH --job-name=lbr-eval
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
@@ -22,8 +23,10 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   evaluation+=("$1")
   shift
 done
-on_first_node -m lbr_dist eval "${evaluation[@]}"
-if [ $# -gt 1 ]; then
-  shift
-  on_first_node -m lbr_dist export "$model" "$@"
+[ $# = 0 ] || shift
+if [ $# -gt 0 ] && [ -n "$(ls -A -- "$1" 2>/dev/null)" ]; then
+  echo "lbr: $1 is there already: nothing is exported; move it away to export anew" >&2
+  set --
 fi
+on_first_node -m lbr_dist eval "${evaluation[@]}"
+[ $# = 0 ] || on_first_node -m lbr_dist export "$model" "$@"

@@ -64,12 +64,12 @@ def job(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     (tmp_path / "state").write_text("RUNNING\n")
     (tmp_path / "away").write_text("0\n")
 
-    def start(script: str = "stage1.sh", **environ: str) -> subprocess.Popen[str]:
+    def start(script: str = "stage1.sh", *more: str, **environ: str) -> subprocess.Popen[str]:
         slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_ON_NODE": "8",
                  "SLURM_JOB_CPUS_PER_NODE": "8,6"}  # fmt: skip
         own = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PLACE": str(tmp_path), "LBR_HOME": str(PROJECT),
                "LBR_PYTHON": "python", "LAUNCHER": "srun", "LBR_REQUEUE_S": "0.01"}  # fmt: skip
-        command = ["bash", str(PROJECT / "slurm" / script), "recipe.yaml"]
+        command = ["bash", str(PROJECT / "slurm" / script), "recipe.yaml", *more]
         return subprocess.Popen(command, env=slurm | own | environ, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -200,6 +200,26 @@ def test_what_cannot_stop_half_way_uses_the_time_it_has(
     running.send_signal(signal.SIGUSR1)
     running.communicate(timeout=60)
     assert running.returncode == 0
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_evaluation_that_is_repeated_leaves_its_export(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, there: bool
+) -> None:
+    """The export would refuse the folder, after the whole evaluation."""
+    out = tmp_path / "model"
+    out.mkdir()
+    if there:
+        (out / "config.json").touch()
+    running = job("eval.sh", "--data", "set", "--", str(out), "--tokens", "1")
+    said = running.communicate(timeout=60)[1]
+    assert running.returncode == 0
+    evaluation, *export = calls(tmp_path)
+    assert evaluation.endswith("-m lbr_dist eval recipe.yaml --data set")
+    assert [line.rpartition(" -m ")[2] for line in export] == (
+        [] if there else [f"lbr_dist export recipe.yaml {out} --tokens 1"]
+    )
+    assert (f"lbr: {out} is there already: nothing is exported" in said) is there
 
 
 @pytest.mark.parametrize("script", ["stage1.sh", "eval.sh"])
