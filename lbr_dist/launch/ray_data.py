@@ -10,6 +10,7 @@ An exception of ours travels as a result: Ray would retry the task, and wrap the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -159,7 +160,7 @@ class _Reader:
         self._source, self._read, self._here = source, read, here
 
     def __call__(self) -> Iterator[pa.Table]:
-        os.chdir(self._here)
+        _go_to(self._here)
         try:
             for block in self._read(self._source):
                 yield _table(block)
@@ -175,7 +176,7 @@ class _Worker:
         self._key = xxhash.xxh3_128_hexdigest(work)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        os.chdir(self._here)
+        _go_to(self._here)
         if self._key not in _works:
             _works.clear()
             _works[self._key] = pickle.loads(self._work)
@@ -190,6 +191,12 @@ class _Worker:
             if error.errno in FULL:  # the storage is shared: another node would meet the same
                 return _table(error)
             raise
+
+
+def _go_to(here: str) -> None:
+    """The driver's working directory, where this node has it: relative paths are those of the user."""
+    with contextlib.suppress(OSError):
+        os.chdir(here)
 
 
 def _table(value: Any) -> pa.Table:

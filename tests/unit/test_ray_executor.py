@@ -101,6 +101,15 @@ def test_errors_of_readers_and_workers_arrive_as_they_were(sources: list[str], t
     assert str(result) == "no model"
 
 
+def test_a_driver_may_be_in_a_folder_of_its_own_node(tmp_path: Path) -> None:
+    """As in its home: absolute paths need no working directory."""
+    here = str(tmp_path / "only-on-the-head")
+    (block,) = ray_data._Reader("source", lambda source: [source], here)()
+    assert pickle.loads(block[ray_data.COLUMN][0].as_py()) == "source"
+    result = ray_data._Worker(pickle.dumps(len), here)(ray_data._table("block"))
+    assert pickle.loads(result[ray_data.COLUMN][0].as_py()) == 5
+
+
 def test_commands_use_the_current_executor(sources: list[str], tmp_path: Path) -> None:
     elsewhere = Elsewhere()
     with executing(elsewhere):
