@@ -43,7 +43,7 @@ TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token 
 
 @contextmanager
 def cluster(*, dashboard: bool = True) -> Iterator[str]:
-    """Join the cluster of RAY_ADDRESS, or run one on this machine for as long as the context lasts.
+    """Join the cluster of RAY_ADDRESS, or run one on this machine for as long as the context lasts (none, or `local`).
 
     Args:
         dashboard: of a cluster that is run here; Ray Train's own actors ask its state API.
@@ -57,6 +57,8 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
         UserError: there is none at RAY_ADDRESS, or it wants another token.
     """
     address = os.environ.get("RAY_ADDRESS")
+    if address == "local":  # Ray's own word, with which it would start one on another address, without a token
+        address = None
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield f"the cluster at {address}"
         return
@@ -100,6 +102,11 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
 
 def _check_answers(address: str) -> None:
     """Check that somebody listens at the HOST:PORT of a head: Ray itself tries for minutes before it says so."""
+    if address.startswith(("http:", "https:")) or not re.fullmatch(r"auto|[a-z]+://.+|.+:\d+", address):
+        raise UserError(
+            f"RAY_ADDRESS {address}: is no cluster's address: a driver needs its head's HOST:PORT, the port of "
+            "`ray start --port` (6379) and not the dashboard's; or unset RAY_ADDRESS for a cluster on this machine"
+        )
     import ray.util
 
     if not re.fullmatch(r"[^:/]+:\d+", address):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import socket
@@ -220,6 +221,34 @@ def test_a_cluster_that_is_gone_is_not_waited_for(host: str, monkeypatch: pytest
         pass
     with socket.create_server(("127.0.0.1", 0)) as server:
         _check_answers(f"{host}:{server.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "http://127.0.0.1:8265", "https://head", "head:gcs", ":6379 "])
+def test_an_address_that_is_none_is_said_in_a_line(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """http:// is what one exports for `ray job submit`."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS {address}: is no cluster's address: .* HOST:PORT"), cluster():
+        pass
+
+
+def test_a_local_cluster_that_is_asked_for_by_name_is_as_shut_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    seen: dict[str, str] = {}
+
+    def init(address: str, **_: object) -> argparse.Namespace:
+        seen.update(os.environ, given=address)
+        return argparse.Namespace(dashboard_url="")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(os, "environ", {**os.environ, "RAY_ADDRESS": "local"})
+    with cluster() as where:
+        assert where == "this machine"
+    assert seen["given"] == "local"
+    assert seen["RAY_ADDRESS"].startswith("127.0.0.1:")
+    assert seen["RAY_AUTH_MODE"] == "token"
+    assert seen["RAY_AUTH_TOKEN_PATH"]
 
 
 def test_a_cluster_of_another_version_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
