@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lbr_dist.launch import ray_pipeline, ray_stage, ray_train
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
 from lbr_dist.launch.ray_train import Request, Stop
 from lbr_dist.launch.ray_worker import Gauges
-from lbr_dist.recipes import parse_recipe
+from lbr_dist.recipes import load_recipe, parse_recipe
 
 RAW: dict[str, Any] = {
     "stage": "generative",
@@ -98,6 +99,26 @@ class TestRecipe:
         with pytest.raises(UserError, match="absolute path on storage that all nodes share"):
             ray_stage.absolute(parse_recipe(RAW, "test"), copy)
         assert ray_stage.absolute(parse_recipe({**RAW, "output": "/shared/a"}, "test"), copy).output == "/shared/a"
+
+    def test_readmes_job_runs_where_its_relative_paths_are(self, tmp_path: Path) -> None:
+        """Ray would run it in a copy of the working directory, or in a folder of its own."""
+        shared, copy, commands = tmp_path / "shared", tmp_path / ray_stage.UNPACKED / "a", tmp_path / "bin"
+        for folder in (shared / "data" / "domain", copy, commands):
+            folder.mkdir(parents=True)
+        submit = 'while [ "$1" != -- ]; do shift; done\nshift\ncd "$COPY"\nexec "$@"\n'
+        for name, body in (("ray", submit), ("python", 'printf "%s\\n" "$PWD" "$@"\n')):
+            (commands / name).write_text(f"#!/bin/sh\n{body}")
+            (commands / name).chmod(0o755)
+        text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+        (line,) = [line for line in text.splitlines() if line.startswith("ray job submit")]
+        environ = {"PATH": f"{commands}:/usr/bin:/bin", "COPY": str(copy)}
+        done = subprocess.run(["bash", "-c", line], cwd=shared, env=environ, capture_output=True, text=True, check=True)
+        here, script, *arguments = done.stdout.splitlines()
+        given = ray_stage.parser("generative").parse_intermixed_args(arguments)
+        assert (script, given.recipe, given.num_workers) == ("ray_jobs/stage1.py", "stage1.yaml", (8, 16))
+        recipe = ray_stage.absolute(load_recipe("stage1", given.overrides), Path(here))
+        assert recipe.output == str(shared / "runs/stage1")
+        assert recipe.data.sets[0].path == str(shared / "data/domain")
 
     def test_the_other_stages_recipe_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ray_stage.main("contrastive", ["stage1", f"output={tmp_path}/run"]) == 2
