@@ -23,11 +23,14 @@ from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime
-from lbr_dist.training.origin import check_resumed_model, check_start
+from lbr_dist.training.origin import NOT_THE_MODEL, check_resumed_model, check_start
 from lbr_dist.training.run_folder import FOLDERS, SET_PATH, check_folder, covered, flat
 
 OWN = ("output", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib", "tracking", *FOLDERS)
 """Recipe fields that a rank may have for itself. What lies in the folders is compared by content."""
+
+OWN_DISK = ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_param.nvme_path")
+"""DeepSpeed settings that a rank may have for itself."""
 
 COMPILED_MIN = 10
 """What is being compiled for longer is not: an operator takes a minute or two."""
@@ -198,16 +201,25 @@ def _check_build_folder(operator: str) -> None:
 
 
 def same_everywhere(job: Job) -> dict[str, str]:
-    """What all ranks must agree on, by its name in messages: versions, recipe fields, the data and its order."""
+    """What all ranks must agree on, by its name in messages.
+
+    Versions, recipe fields, the data and its order, the model's configuration and what DeepSpeed is given.
+    """
     import deepspeed
     import torch
 
     import lbr_dist
+    from lbr_dist.model.backbone import load_config
 
     fields = flat(job.recipe.model_dump(mode="json"))
     own = {name for name in fields if covered(name, OWN) or SET_PATH.fullmatch(name)}
     versions = {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     named = {**versions, **{name: fields[name] for name in fields if name not in own}, **job.plan.identity}
+    for origin, settings, free in (
+        ("config.json", load_config(job.recipe.model.path, 0).to_dict(), NOT_THE_MODEL),
+        ("DeepSpeed file", job.regime.config, OWN_DISK),
+    ):
+        named |= {f"{origin}: {name}": value for name, value in flat(settings).items() if not covered(name, free)}
     return {"host": socket.gethostname(), **{name: str(value) for name, value in named.items()}}
 
 
@@ -220,7 +232,7 @@ def disagreement(found: Sequence[Mapping[str, str]]) -> str:
             listed = "; ".join(f"{name} is {other.get(name)} and not {first.get(name)}" for name in names[:3])
             return (
                 f"rank {rank} on {other['host']} is set up otherwise than rank 0 on {first['host']} ({listed}): give "
-                "all ranks the same recipe, prepared sets and versions"
+                "all ranks the same recipe, model, DeepSpeed file, prepared sets and versions"
             )
     return ""
 

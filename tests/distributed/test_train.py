@@ -81,6 +81,10 @@ def test_ranks_that_are_set_up_differently(place: tuple[Path, Path, Path]) -> No
     """A machine with a recipe or a copy of the data of its own; loader settings may be its own."""
     folder, model, data = place
     make_set(folder / "other", model, gl=91)
+    turned = shutil.copytree(model, folder / "turned")
+    settings = json.loads((turned / "config.json").read_text())
+    settings["rope_parameters"] = {"rope_theta": 77.0, "rope_type": "default"}
+    (turned / "config.json").write_text(json.dumps(settings))
     here = folder / "ranks-different"
     here.mkdir()
     one = recipe(folder / "agree", model, data, duration={"epochs": 1})
@@ -89,16 +93,18 @@ def test_ranks_that_are_set_up_differently(place: tuple[Path, Path, Path]) -> No
         [all_at_once, all_at_once],
         [one, recipe(folder / "agree", model, data, duration={"epochs": 1}, batch={"global_batch": 6})],
         [one, recipe(folder / "agree", model, folder / "other", duration={"epochs": 1})],
+        [one, recipe(folder / "agree", turned, data, duration={"epochs": 1})],
         [one, recipe(folder / "agree", model, data, duration={"epochs": 1}, tracking={"every_steps": 2})],
     ]
     results = run_ranks(train_each, 2, here, cases, timeout=300)
     assert results[0] == results[1]
-    whole, batch, content, fine = results[0]
+    whole, batch, content, rope, fine = results[0]
     assert whole == {"step": 1, "code": 0}
     said = "an epoch is a single step: batch.global_batch=500 takes all its 90 samples at once"
     assert said in (folder / "big" / "log.txt").read_text()
     assert "rank 1 on " in batch["error"]
     assert "(batch.global_batch is 6 and not 5): give all ranks the same recipe" in batch["error"]
+    assert "(config.json: rope_parameters.rope_theta is 77.0 and not 10000.0)" in rope["error"]
     assert "(data.sets is " in content["error"]
     assert fine["code"] == 0
 
