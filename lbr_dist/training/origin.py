@@ -25,11 +25,13 @@ def check_resumed_model(recipe: Recipe, resume: str, allow_change: Sequence[str]
     """
     from lbr_dist.training.checkpoint_format import list_checkpoints
 
-    known = [path for path, manifest in list_checkpoints(recipe.output) if manifest] if resume == "auto" else []
-    before = (Path(resume) if resume not in ("auto", "never") else known[0] if known else Path()) / "model"
-    if other := _changed_model(before, recipe, allow_change):
+    if resume == "auto":
+        known = [path for path, manifest in list_checkpoints(recipe.output) if manifest]
+    else:
+        known = [Path(resume)] if resume != "never" else []
+    if known and (other := _changed_model(known[0] / "model", recipe, allow_change)):
         raise UserError(
-            f"model {recipe.model.path}: its config.json is not that of {before.parent} ({other}): restore it, choose "
+            f"model {recipe.model.path}: its config.json is not that of {known[0]} ({other}): restore it, choose "
             "another output, or allow it with --allow-change model.path"
         )
 

@@ -46,8 +46,6 @@ class Job:
     tokenization: Tokenization
     plan: Plan
     readers: list[ShardReader]
-    changed: list[str]
-    """Fields that differ from the run in the output folder, and may."""
     allow_change: tuple[str, ...]
 
     @property
@@ -65,7 +63,7 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     import torch
 
     cuda = torch.cuda.is_available()
-    changed = check_folder(recipe, resume=resume, allow_change=allow_change)
+    check_folder(recipe, resume=resume, allow_change=allow_change)
     if "contrastive" in recipe.tasks and recipe.batch.global_batch == 1 and not recipe.contrastive.hard_negatives:
         raise UserError(
             "batch.global_batch is 1: a pair alone has no negatives, and its loss is 0; raise it, or set "
@@ -79,7 +77,7 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     if recipe.model.start_from is not None and not _resumes(recipe, resume):
         check_start(recipe, allow_change)
     plan, readers = open_data(recipe, tokenization)
-    return Job(recipe, environment, regime, tokenization, plan, readers, changed, tuple(allow_change))
+    return Job(recipe, environment, regime, tokenization, plan, readers, tuple(allow_change))
 
 
 def complete(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:

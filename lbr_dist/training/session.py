@@ -27,6 +27,7 @@ from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
 from lbr_dist.training.checkpoint_format import read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
+from lbr_dist.training.origin import check_resumed_model
 from lbr_dist.training.preflight import Job, deep_check, disagreement, same_everywhere
 from lbr_dist.training.random_state import restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
@@ -191,10 +192,12 @@ def on_all_ranks(function: Callable[[], None]) -> None:
 
 
 def _prepare(job: Job, resume: str) -> Path | None:
-    """Rank 0: choose the checkpoint to go on from, and claim the folder."""
+    """Rank 0, which holds the lock: choose the checkpoint to go on from, and claim the folder."""
     recipe = job.recipe
-    for change in job.changed:
+    # again: another start may have had the folder since this one looked
+    for change in run_folder.check_folder(recipe, resume=resume, allow_change=job.allow_change):
         log.info("changed since the last start: %s", change)
+    check_resumed_model(recipe, resume, job.allow_change)
     for entry in (*job.plan.too_long, *job.plan.notes):
         log.info("%s", entry)
     if job.plan.steps_per_epoch(0) == 1:
