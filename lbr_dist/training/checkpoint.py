@@ -200,16 +200,16 @@ class Checkpointer:
             file.slices.append(self._slice(piece))
 
 
-def start_from(engine: Any, path_or_run: str | Path) -> tuple[list[str], list[str]]:
+def start_from(engine: Any, path_or_run: str | Path) -> tuple[Path, list[str], list[str]]:
     """Put a checkpoint's weights into a fresh engine, slice by slice; optimizer and counters stay as they are.
 
     Collective. Parameters are matched by name and shape.
 
     Returns:
-        Names that the checkpoint lacks (left as they are in the engine), and names that only the checkpoint has.
+        The checkpoint, names that it lacks (left as they are in the engine), and names that only it has.
 
     Raises:
-        UserError: nothing to read there, or a parameter has another shape.
+        UserError: nothing to read there, it is damaged, or a parameter has another shape.
     """
     team = GlooTeam()
     found: Any = None
@@ -227,7 +227,7 @@ def start_from(engine: Any, path_or_run: str | Path) -> tuple[list[str], list[st
     if reshaped:
         raise UserError(f"{found}: shapes differ from the model's: {'; '.join(reshaped)}")
     _restore(state, SliceReader(found, manifest), optimizer=False)
-    return missing, unexpected
+    return found, missing, unexpected
 
 
 def _restore(state: EngineState, reader: SliceReader, optimizer: bool) -> None:

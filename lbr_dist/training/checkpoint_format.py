@@ -19,10 +19,13 @@ and a tensor subclass to say what three integers say here, has no checksums, and
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +33,9 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_files import TEMPORARY, checksum
+from lbr_dist.training.checkpoint_files import TEMPORARY, checksum, mark
+
+log = logging.getLogger("lbr")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -173,6 +178,19 @@ def verify(checkpoint: str | Path, deep: bool = True) -> list[str]:
     return problems + [f"{folder / MANIFEST}: {gap}" for gap in gaps(manifest)]
 
 
+def _problems(checkpoint: Path, deep: bool) -> Sequence[str]:
+    """As `verify`, but a process reads a checkpoint once, as long as sizes and times of its files stay."""
+    if not deep:
+        return verify(checkpoint, deep=False)
+    files = sorted(Path(folder, name) for folder, _, names in os.walk(checkpoint) for name in names)
+    return _read_once(checkpoint.absolute(), tuple((path, mark(path)) for path in files))
+
+
+@lru_cache(maxsize=8)
+def _read_once(checkpoint: Path, marks: tuple[tuple[Path, tuple[int, int] | None], ...]) -> tuple[str, ...]:
+    return tuple(verify(checkpoint))
+
+
 def _file_problem(file: Path, entry: FileEntry, deep: bool) -> str | None:
     try:
         size = file.stat().st_size
@@ -243,7 +261,7 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
     ]
     found, known = None, list_checkpoints(run_dir)
     for position, (path, _) in enumerate(known):
-        problems = verify(path, deep)
+        problems = _problems(path, deep)
         if not problems:
             found = path
             reasons += [
@@ -257,13 +275,17 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
 
 
 def resolve(path_or_run: str | Path, deep: bool = True) -> Path:
-    """A checkpoint folder as it is, or the newest verified checkpoint of a run folder; `deep`: every byte of it.
+    """A checkpoint, if it verifies, or the newest one of a run folder that does; `deep`: every byte of it.
+
+    Whatever newer ones are passed over is logged, with the one that was chosen, where every byte was read.
 
     Raises:
-        UserError: neither, or the run has no checkpoint that verifies (the reasons are given).
+        UserError: neither, or no checkpoint that verifies (the reasons are given).
     """
     path = Path(path_or_run)
     if (path / MANIFEST).is_file() or _STEP_NAME.fullmatch(path.name):
+        if problems := _problems(path, deep):
+            raise UserError(f"{path}: this checkpoint cannot be used: {'; '.join(problems)}")
         return path
     if not checkpoints_folder(path).is_dir():
         raise UserError(f"{path}: neither a checkpoint (no {MANIFEST}) nor a run folder (no checkpoints/)")
@@ -271,4 +293,6 @@ def resolve(path_or_run: str | Path, deep: bool = True) -> Path:
     if found is None:
         detail = "; ".join(reasons) or "it has none"
         raise UserError(f"{path}: no checkpoint can be used: {detail}")
+    if reasons and deep:
+        log.warning("%s: %s is used; passed over: %s", path, found.name, "; ".join(reasons))
     return found

@@ -192,9 +192,8 @@ def on_all_ranks(function: Callable[[], None]) -> None:
 
 
 def _prepare(job: Job, resume: str) -> Path | None:
-    """Rank 0, which holds the lock: choose the checkpoint to go on from, and claim the folder."""
+    """Rank 0, with the lock: choose the checkpoint to go on from, and claim the folder, which another may have had."""
     recipe = job.recipe
-    # again: another start may have had the folder since this one looked
     for change in run_folder.check_folder(recipe, resume=resume, allow_change=job.allow_change):
         log.info("changed since the last start: %s", change)
     check_resumed_model(recipe, resume, job.allow_change)
@@ -258,7 +257,7 @@ def _check_versions(checkpoint: Path) -> None:
 
 def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:
     assert recipe.model.start_from is not None
-    missing, unexpected = start_from(engine, recipe.model.start_from)
+    checkpoint, missing, unexpected = start_from(engine, recipe.model.start_from)
     own = ("z", "temperature")
     left, added = [n for n in unexpected if n not in own], [n for n in missing if n not in own]
     if left or added:
@@ -267,7 +266,7 @@ def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:
             f"{(added or ['none'])[0]}; {len(left)} are not used, such as {(left or ['none'])[0]}): set model.path and "
             "model.lora as in that run"
         )
-    log.info("weights from %s", recipe.model.start_from)
+    log.info("weights from %s", checkpoint)
     if "z" in missing:
         log.info("it has no bottleneck tokens: Z starts from the mean embedding")
     if "z" in unexpected:

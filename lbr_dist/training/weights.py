@@ -107,7 +107,7 @@ def iterate_weights(path_or_run: str | Path) -> Iterator[tuple[str, torch.Tensor
         ones as they are. Tied parameters come once, under their first name; `tied_names` has the others.
 
     Raises:
-        UserError: nothing to read there, or a file is missing.
+        UserError: nothing to read there, or it is damaged.
     """
     checkpoint = resolve(path_or_run)
     manifest = read_manifest(checkpoint)

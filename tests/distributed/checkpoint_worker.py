@@ -148,7 +148,7 @@ def perform(job: dict, rank: int, world: int) -> dict:
     engine, stage = make(job, world), job["stage"]
     result: dict = {"losses": []}
     if "start_from" in job:
-        result["differences"] = start_from(engine, job["start_from"])
+        result["differences"] = start_from(engine, job["start_from"])[1:]
     checkpointer = Checkpointer(
         Path(job["run"]), engine, config.Checkpoint(keep_last=9), extra_files={"recipe.yaml": b"seed: 0\n"}
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
+from lbr_dist.training.checkpoint_files import checksum
 from lbr_dist.training.checkpoint_format import (
     MANIFEST,
     OptimizerEntry,
@@ -155,8 +157,44 @@ def test_a_run_without_a_good_checkpoint_is_an_error_that_says_why(tmp_path):
     weights_file(tmp_path, 1).unlink()
     with pytest.raises(UserError, match=r"weights-00000-of-00001.safetensors: missing"):
         list(iterate_weights(tmp_path))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"step-000001: this checkpoint cannot be used: .*safetensors: missing"):
         list(iterate_weights(tmp_path / "checkpoints" / "step-000001"))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_not_used_though_it_is_named(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lbr"), "propagate", True)
+    save(writer(tmp_path), 1, 2)
+    newest = tmp_path / "checkpoints" / "step-000002"
+    assert resolve(newest) == resolve(tmp_path) == newest
+    assert not caplog.records
+    flip(weights_file(tmp_path, 2))
+    assert resolve(newest, deep=False) == newest
+    for use in (resolve, lambda path: list(iterate_weights(path)), lambda path: consolidate(path, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"step-000002: this checkpoint cannot be used: .*weights-.*: damaged"):
+            use(newest)
+    assert not (tmp_path / "out").exists()
+    assert resolve(tmp_path).name == "step-000001"
+    assert "step-000001 is used; passed over: " in caplog.text
+    assert f"{weights_file(tmp_path, 2)}: damaged" in caplog.text
+
+
+def test_a_process_reads_a_checkpoint_once(tmp_path, monkeypatch):
+    """`lbr export` and `eval` take it apart in several steps, each of which resolves it."""
+    save(writer(tmp_path), 1)
+    read = []
+    monkeypatch.setattr(
+        "lbr_dist.training.checkpoint_format.checksum", lambda path: read.append(path) or checksum(path)
+    )
+    checkpoint = resolve(tmp_path)
+    count = len(read)
+    assert resolve(tmp_path) == resolve(checkpoint) == checkpoint
+    assert len(read) == count > 0
 
 
 def test_slices_that_do_not_add_up_are_not_committed(tmp_path):
