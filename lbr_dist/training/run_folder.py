@@ -32,8 +32,9 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes import load_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
-STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl", "mistakes")
-"""What a start that found a mistake leaves in the folder; the next start goes on in it."""
+UNFINISHED = f".{RECIPE}.tmp"
+STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl", "mistakes", UNFINISHED)
+"""What a start that found a mistake, or was killed, leaves in the folder; the next start goes on in it."""
 
 SEEN_AFTER_S = 75.0
 """Network file systems remember for up to a minute that a file was not there."""
@@ -145,13 +146,21 @@ def check_same(folder: Path, recipe: Recipe, allow_change: Sequence[str] = ()) -
 
 
 def claim(recipe: Recipe) -> None:
-    """Make the folder this recipe's."""
+    """Make the folder this recipe's.
+
+    Raises:
+        OSError: the disk is full, or cannot be written; nothing is left behind.
+    """
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RECIPE}.tmp"
-    save_recipe(recipe, temporary)
-    sync(temporary)
-    temporary.replace(folder / RECIPE)
+    temporary = folder / UNFINISHED
+    try:
+        save_recipe(recipe, temporary)
+        sync(temporary)
+        temporary.replace(folder / RECIPE)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(folder)
 
 

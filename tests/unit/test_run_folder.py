@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,23 @@ def test_a_run_folder_is_no_checkpoint_to_resume_from(place: Path) -> None:
     claim(recipe())
     with pytest.raises(UserError, match=r"--resume run: is no checkpoint.*give a folder in run/checkpoints, or auto"):
         check_folder(recipe(), resume="run")
+
+
+def test_a_start_that_failed_or_was_killed_while_it_claimed_the_folder(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lbr_dist.training.run_folder.sync", full)
+        with pytest.raises(OSError, match="No space left"):
+            claim(recipe())
+    assert not list((place / "run").iterdir())
+    (place / "run" / ".recipe.yaml.tmp").write_text("stage: gen")  # as a kill in the middle of a write leaves it
+    assert check_folder(recipe(), resume="auto") == []
+    claim(recipe())
+    assert [path.name for path in (place / "run").iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\0\0", b"stage: [", b"\xff\xfe"])
