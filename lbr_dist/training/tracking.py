@@ -78,8 +78,8 @@ class Tracker:
         if written:
             clean = {key: _number(value) for key, value in values.items()}
             self._file.write(json.dumps(clean) + "\n")
-            if self._wandb:
-                self._wandb.log({key: value for key, value in clean.items() if value is not None}, step=step)
+            given = {key: value for key, value in clean.items() if value is not None}
+            self._to_wandb(lambda run: run.log(given, step=step))
             if self._on_row:
                 self._on_row(clean)
         self._line.show(step, self._describe(values, self._eta(step)), last=step == self._total)
@@ -89,8 +89,22 @@ class Tracker:
         """Finish the files and the line."""
         self._line.close()
         self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, call: Callable[[Any], object]) -> None:
+        """Whatever wandb raises (its helper process may have been killed) ends its use and not the run."""
+        if not self._wandb:
+            return
+        try:
+            call(self._wandb)
+        except Exception as error:
+            self._wandb = None
+            log.warning(
+                "wandb failed (%s: %s) and gets no more rows until the next start; %s has all of them",
+                type(error).__name__,
+                error,
+                self._file.name,
+            )
 
     def _eta(self, step: int) -> float:
         return (time.monotonic() - self._began) / max(1, step - self._start) * (self._total - step)

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,28 @@ def test_wandb_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tracker.close()
     assert "wandb does not answer (timed out): goes on offline" in caplog.text
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{tracker.wandb_id}"))) == 1
+
+
+@pytest.mark.parametrize("call", ["log", "finish"])
+def test_a_wandb_that_dies_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, call) -> None:
+    """Its helper process is killed, say for memory."""
+    import wandb
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+    dying = SimpleNamespace(id="abc", **{"log": lambda *_, **__: None, "finish": lambda: None, call: fail})
+    monkeypatch.setattr(wandb, "init", lambda **_: dying)
+    monkeypatch.setattr("lbr_dist.training.tracking.log.propagate", True)
+    tracker = make_tracker(tmp_path, wandb_project="lbr")
+    for step in range(1, 7):
+        tracker.row(row(step))
+    tracker.close()
+    assert [found["step"] for found in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "wandb failed (ConnectionResetError: Connection lost)" in warning
+    assert "metrics.jsonl has all of them" in warning
+    assert tracker.wandb_id == "abc", "a resumed run goes on with it"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (75, "1 min 15 s"), (3725, "1 h 02 min")])
