@@ -7,6 +7,8 @@ says (learning rates, weight decay, parameter groups) is not in a checkpoint and
 
 from __future__ import annotations
 
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import torch
 
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_format as layout
+from lbr_dist.training.checkpoint_files import mark
 from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest, find_resumable, list_checkpoints, verify
 from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
 from lbr_dist.training.engine_state import WEIGHT, EngineState, Piece
@@ -43,6 +46,19 @@ __all__ = [
 ]
 
 
+@dataclass(frozen=True)
+class _Frozen:
+    """A file of frozen weights in a checkpoint, and its `mark` when it was known to be good."""
+
+    path: Path
+    entry: FileEntry
+    mark: tuple[int, int] | None
+
+    @property
+    def unchanged(self) -> bool:
+        return self.mark is not None and mark(self.path) == self.mark
+
+
 class Checkpointer:
     """Saves a DeepSpeed engine to a run folder and restores it. Collective to make.
 
@@ -62,7 +78,9 @@ class Checkpointer:
         self._parameters = self._state.parameters()
         self._index = {parameter.name: index for index, parameter in enumerate(self._parameters)}
         self._buffers: dict[str, torch.Tensor] = {}
-        self._frozen: tuple[Path, FileEntry] | None = None
+        self._frozen: deque[_Frozen] = deque(maxlen=min(2, settings.keep_last))
+        """This rank's frozen weights in the last checkpoints, oldest first. A save links the oldest, so two copies on
+        disk take turns, and damage to one of them spares every other checkpoint."""
         self._writer = CheckpointWriter(Path(run_dir), self._team, settings.keep_last, settings.keep_every)
 
     def save(
@@ -95,7 +113,7 @@ class Checkpointer:
         self._writer.wait()
         name = self._rank_file("frozen")
         if self._writer.committed is not None and name in self._writer.entries:
-            self._frozen = (self._writer.committed / name, self._writer.entries[name])
+            self._remember(self._writer.committed / name, self._writer.entries[name])
 
     @property
     def busy(self) -> bool:
@@ -122,11 +140,12 @@ class Checkpointer:
         _restore(self._state, SliceReader(path, manifest), optimizer=True)
         self._state.set_counters(manifest.engine)
         self._writer.resumed = manifest.sequence
+        self._frozen.clear()
         if manifest.world_size != self._team.world:
             return manifest.state, None
         name = self._rank_file("frozen")
         if name in manifest.files and manifest.files[name].slices == self._frozen_slices():
-            self._frozen = (path / name, manifest.files[name])
+            self._remember(path / name, manifest.files[name])
         return manifest.state, read_rank_state(path / self._rank_file("rank"))
 
     def _rank_file(self, kind: Kind) -> str:
@@ -134,6 +153,10 @@ class Checkpointer:
 
     def _slice(self, piece: Piece) -> tuple[int, int, int]:
         return self._index[piece.name], piece.own_start, piece.own_end
+
+    def _remember(self, path: Path, entry: FileEntry) -> None:
+        if not self._frozen or self._frozen[-1].path != path:
+            self._frozen.append(_Frozen(path, entry, mark(path)))
 
     def _frozen_slices(self) -> list[tuple[int, int, int]]:
         return [self._slice(piece) for piece in self._state.frozen()]
@@ -177,8 +200,8 @@ class Checkpointer:
     def _snapshot_frozen(self, snapshot: Snapshot) -> None:
         if all(parameter.trained for parameter in self._parameters):
             return
-        if self._frozen is not None:
-            snapshot.linked[self._rank_file("frozen")] = self._frozen
+        if len(self._frozen) == self._frozen.maxlen and (oldest := self._frozen[0]).unchanged:
+            snapshot.linked[self._rank_file("frozen")] = (oldest.path, oldest.entry)
             return
         frozen = TensorFile("frozen", {})
         for piece in self._state.frozen():

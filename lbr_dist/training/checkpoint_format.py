@@ -6,7 +6,7 @@
         manifest.json                 written last; names every other file with its size and checksum
         weights-00000-of-00004.safetensors      float32 master weights: this rank's slices
         optimizer-00000-of-00004.safetensors    optimizer moments of the same slices
-        frozen-00000-of-00004.safetensors       weights that are not trained, if any; hard links after the first save
+        frozen-00000-of-00004.safetensors       weights that are not trained, if any; hard links after two saves
         rank-00000-of-00004.safetensors         this rank's random state
         recipe.yaml, model/...                  what else a reader needs
 
