@@ -64,7 +64,8 @@ class Recipe(Section):
     max_skips: Positive = 10
     """Skipped steps after which the run stops all the same."""
     step_timeout: PositiveFloat = 1800.0
-    """Seconds without a finished step after which every rank writes its Python stacks and ends (a hung rank)."""
+    """Seconds without a finished step after which every rank writes its Python stacks and ends (a hung rank). Two hours
+    at least while a checkpoint is waited for."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -127,11 +127,12 @@ def _full_disk_named(run_dir: Path) -> Iterator[None]:
 
 class _Loop:
     def __init__(self, session: Session, stop: StopRequest, watchdog: Watchdog) -> None:
+        from lbr_dist.training.checkpoint_writer import SLOWEST_WRITE
         from lbr_dist.training.measure import Meter
 
         self._s, self._stop, self._watchdog = session, stop, watchdog
         self._recipe = session.job.recipe
-        self._meter = Meter(session)
+        self._meter, self._write_s = Meter(session), SLOWEST_WRITE.total_seconds()
         self._applied = True
 
     def run(self) -> Outcome:
@@ -199,7 +200,7 @@ class _Loop:
         ids = [id_ for batch in batches for id_ in batch.ids]
         file.write_text(json.dumps({"step": plan.step + 1, "found": found, "ids": ids}))
         s.skipped += 1
-        s.checkpointer.wait()  # so that the run can go on from the newest one
+        self._wait_for_writer()  # so that the run can go on from the newest one
         what = f"step {plan.step + 1}: {found}; its sample ids are in {file}"
         if recipe.on_nan == "stop" or applied:
             raise UserError(f"{what}: look at them, lower optim.lr, or set on_nan=skip")
@@ -207,14 +208,20 @@ class _Loop:
             raise UserError(f"{what}: {s.skipped} steps skipped, more than max_skips={recipe.max_skips}")
         log.warning("%s: skipped", what)
 
+    def _wait_for_writer(self) -> None:
+        """Return when the last checkpoint is committed; its writer has more time than a step."""
+        self._watchdog.alive("waiting for the last checkpoint to be written", self._write_s)
+        self._s.checkpointer.wait()
+        self._watchdog.alive("going on after the last checkpoint")
+
     def _save(self, wait: bool) -> None:
         from lbr_dist.training.random_state import random_state
         from lbr_dist.training.session import on_rank_zero
 
         s = self._s
         there = on_rank_zero(s.lock.check)
-        self._watchdog.alive(f"saving step {s.done}")
         began = time.monotonic()
+        self._wait_for_writer()
         state: dict[str, Any] = {
             "step": s.done,
             "samples": s.samples,
@@ -224,7 +231,9 @@ class _Loop:
             "wandb_id": s.wandb_id,
         }
         s.audit.sync()
+        self._watchdog.alive(f"saving step {s.done}", self._write_s)
         s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait or not there)
+        self._watchdog.alive(f"going on after the save of step {s.done}")
         self._meter.saved(time.monotonic() - began)
         if not there:
             raise UserError(

@@ -25,7 +25,7 @@ GRACE_S = 5.0
 
 
 class Watchdog:
-    """Context that ends the process when `alive`, once called, is not called again for `timeout_s` seconds."""
+    """Context that ends the process when `alive`, once called, is not called again in time (`timeout_s` seconds)."""
 
     def __init__(self, run_dir: Path, rank: int, timeout_s: float) -> None:
         self._file = run_dir / "stacks" / f"rank-{rank}.txt"
@@ -35,9 +35,9 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def alive(self, doing: str) -> None:
-        """Progress was made; `doing` says what comes next, for the report."""
-        self._last, self._doing, self._timeout = time.monotonic(), doing, self._step_timeout
+    def alive(self, doing: str, at_least_s: float = 0.0) -> None:
+        """Progress was made; `doing` says what comes next, for the report, and may take `at_least_s` seconds."""
+        self._last, self._doing, self._timeout = time.monotonic(), doing, max(self._step_timeout, at_least_s)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -17,6 +17,42 @@ with watchdog.Watchdog(Path(sys.argv[1]), 0, 0.5) as watch:
 """
 
 
+SAVES = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from lbr_dist.training import run, session, watchdog
+from lbr_dist.training.random_state import random_state
+watchdog.START_S = watchdog.GRACE_S = 0.5
+
+def slow(*_, **__):
+    time.sleep(5)
+
+session.on_rank_zero = lambda function: function()
+saved = SimpleNamespace(wait=slow, save=slow)
+job = SimpleNamespace(plan=SimpleNamespace(fingerprint="", identity={}))
+loop = object.__new__(run._Loop)
+loop._s = SimpleNamespace(
+    lock=SimpleNamespace(check=lambda: True), done=1, samples=1, skipped=0, wandb_id=None, job=job, checkpointer=saved,
+    audit=SimpleNamespace(sync=lambda: None),
+)
+loop._meter, loop._write_s = SimpleNamespace(saved=lambda _: None), 60.0
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 3.0) as loop._watchdog:
+    loop._save(wait=True)
+    print("saved", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_slow_write_is_no_hang_and_what_follows_may_be(tmp_path: Path) -> None:
+    """Waiting for the last checkpoint and for this one takes longer than a step may."""
+    command = [sys.executable, "-c", SAVES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert "saved" in done.stdout, done.stderr
+    assert "while going on after the save of step 1" in done.stderr
+    assert done.returncode == 1
+
+
 def test_a_rank_ends_though_its_report_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "stacks").write_text("a file where the folder goes")
     command = [sys.executable, "-c", HANGS, str(tmp_path)]
