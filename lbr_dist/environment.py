@@ -79,7 +79,7 @@ def _from_env(environ: Mapping[str, str]) -> Environment:
         world,
         _number(environ, "LOCAL_RANK") if "LOCAL_RANK" in environ else rank,
         _number(environ, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in environ else world,
-        (environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")),
+        (environ["MASTER_ADDR"], _port(environ)),
         source,
     )
 
@@ -92,13 +92,13 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
     address = environ.get("MASTER_ADDR", first_host(nodes))
-    port = environ.get("MASTER_PORT", str(job_port(_number(environ, "SLURM_JOB_ID"))))
+    port = _port(environ) if "MASTER_PORT" in environ else job_port(_number(environ, "SLURM_JOB_ID"))
     return Environment(
         _number(environ, "SLURM_PROCID"),
         world,
         _number(environ, "SLURM_LOCALID"),
         int(re.match(r"\d+", tasks).group()) if re.match(r"\d+", tasks) else world,  # type: ignore[union-attr]
-        (address, int(port)) if world > 1 else None,
+        (address, port) if world > 1 else None,
         f"srun, job {environ['SLURM_JOB_ID']}",
     )
 
@@ -114,6 +114,13 @@ def first_host(nodes: str) -> str:
     if not match:
         raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR")
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match.group())
+
+
+def _port(environ: Mapping[str, str]) -> int:
+    port = _number(environ, "MASTER_PORT")
+    if not 0 < port < 65_536:
+        raise UserError(f"environment: MASTER_PORT={port} is no port: set one of 1 to 65535, or check the launcher")
+    return port
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

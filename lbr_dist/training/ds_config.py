@@ -68,9 +68,12 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     """The configuration that DeepSpeed gets; `given` is not changed.
 
     Raises:
-        UserError: a contradiction; it names the file's setting and the recipe's.
+        UserError: a contradiction; it names the file's setting and the recipe's. Or a setting that does not work.
     """
     for path, (value, setting) in decided(recipe).items():
+        section, dot, _ = path.partition(".")
+        if dot and not isinstance(given.get(section, {}), dict) and given[section] not in ("auto", None):
+            raise UserError(f"{origin}: {section} is {json.dumps(given[section])}: expected an object, or leave it out")
         found = _look_up(given, path)
         if found is not None and found != "auto" and not _equal(found, value):
             raise UserError(
@@ -93,26 +96,49 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     zero = config.setdefault("zero_optimization", {})
     if zero.setdefault("stage", 0) not in range(4):
         raise UserError(f"{origin}: zero_optimization.stage is {json.dumps(zero['stage'])}: expected 0, 1, 2 or 3")
-    for part in ("offload_optimizer", "offload_param"):
-        if not isinstance(zero.setdefault(part, {}), dict):
-            raise UserError(
-                f"{origin}: zero_optimization.{part} is {json.dumps(zero[part])}: expected an object, as "
-                '{"device": "cpu"}'
-            )
-        if not zero[part]:
-            del zero[part]
+    _check_offload(zero, origin)
     if zero["stage"] == 0 and bf16:
         raise UserError(
             f"{origin}: zero_optimization.stage is 0, and with model.dtype = bfloat16 that keeps float32 masters where "
             "no checkpoint can take them: use stage 1 (deepspeed=zero1)"
         )
-    if bf16 and zero["stage"] >= 2:  # stage 1 would get another optimizer, which no checkpoint knows
+    if bf16 and zero["stage"] == 1 and "grad_accum_dtype" in config.get("data_types", {}):
+        raise UserError(
+            f"{origin}: data_types.grad_accum_dtype is fp32, for which DeepSpeed has another optimizer in stage 1 with "
+            "model.dtype = bfloat16, that no checkpoint knows: leave it out, or use stage 2 (deepspeed=zero2)"
+        )
+    if bf16 and zero["stage"] >= 2:
         config["data_types"] = {**config.get("data_types", {}), "grad_accum_dtype": "fp32"}
     if not cuda:
         for part in ("offload_optimizer", "offload_param"):
             if part in zero:
                 zero[part] = {**zero[part], "pin_memory": False}
     return config
+
+
+def _check_offload(zero: dict[str, Any], origin: str) -> None:
+    """Refuse an offload that DeepSpeed would ignore, or fail with later; take out an empty section.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for part, first in (("offload_optimizer", 1), ("offload_param", 3)):
+        name, found = f"{origin}: zero_optimization.{part}", zero.get(part, {})
+        if not isinstance(found, dict):
+            raise UserError(f'{name} is {json.dumps(found)}: expected an object, as {{"device": "cpu"}}')
+        if not found:
+            zero.pop(part, None)
+        if found.get("device", "none") == "none":
+            continue
+        if zero["stage"] < first:
+            raise UserError(
+                f"{name}: DeepSpeed ignores it in stage {zero['stage']}: leave it out, or use stage {first} or above"
+            )
+        if found.get("ratio", 1) != 1:
+            raise UserError(
+                f"{name}.ratio is {json.dumps(found['ratio'])}: that works with an optimizer of DeepSpeed's own alone; "
+                "leave it out, and all of the optimizer's state is offloaded"
+            )
 
 
 def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
@@ -138,6 +164,7 @@ def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "optimizer.params.weight_decay": (optim.weight_decay, f"optim.weight_decay = {optim.weight_decay}"),
         "scheduler.type": ("auto", f"optim.schedule = {optim.schedule}"),
         "data_types.grad_accum_dtype": ("fp32", "gradients summed in float32, whatever model.dtype is"),
+        "zero_optimization.compute_grad_norm": (True, "a gradient norm in every step, for optim.clip and on_nan"),
         "zero_optimization.elastic_checkpoint": (False, "checkpoints of its own, which reshard anyway"),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -118,6 +119,12 @@ def test_agreement_and_auto_pass() -> None:
         ({"stage": 4}, ["zero_optimization.stage is 4", "0, 1, 2 or 3"]),
         ({"stage": "two"}, ['stage is "two"']),
         ({"stage": 3, "offload_optimizer": "cpu"}, ['offload_optimizer is "cpu"', '{"device": "cpu"}']),
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, ["offload_optimizer: DeepSpeed ignores it in stage 0"]),
+        (
+            {"stage": 2, "offload_param": {"device": "nvme"}},
+            ["offload_param: DeepSpeed ignores it in stage 2", "stage 3"],
+        ),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}, ["offload_optimizer.ratio is 0.3"]),
     ],
 )
 def test_values_that_no_deepspeed_takes(zero: dict[str, Any], words: list[str]) -> None:
@@ -125,6 +132,31 @@ def test_values_that_no_deepspeed_takes(zero: dict[str, Any], words: list[str]) 
         resolve({"zero_optimization": zero}, make(), "mine.json", cuda=False)
     for word in ["mine.json", *words]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [({"bf16": True}, "bf16 is true"), ({"data_types": "fp32"}, 'data_types is "fp32"')]
+)
+def test_sections_are_objects(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=rf"^mine\.json: {words}: expected an object, or leave it out"):
+        resolve(given, make(), "mine.json", cuda=True)
+    assert resolve(dict.fromkeys(given, "auto"), make(), "mine.json", cuda=True)["bf16"]["enabled"] is False
+
+
+def test_stage_one_adds_bfloat16_gradients_up_in_bfloat16() -> None:
+    given = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    bf16 = make(model={"path": "m", "dtype": "bfloat16"})
+    with pytest.raises(UserError, match=r"mine\.json: data_types\.grad_accum_dtype is fp32.*deepspeed=zero2"):
+        resolve(given, bf16, "mine.json", cuda=True)
+    assert resolve(given, make(), "mine.json", cuda=True)["data_types"] == {"grad_accum_dtype": "fp32"}
+    given["zero_optimization"] = {"stage": 2}
+    assert resolve(given, bf16, "mine.json", cuda=True)["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_offload_to_none_is_none_in_every_stage() -> None:
+    for stage, none in itertools.product(range(4), [{"device": "none", "ratio": 0.3}, {"pin_memory": True}]):
+        zero = {"stage": stage, "offload_optimizer": none, "offload_param": none}
+        assert resolve({"zero_optimization": zero}, make(), "mine.json", cuda=True)["zero_optimization"] == zero
 
 
 def test_null_is_as_if_it_were_not_there() -> None:

@@ -77,6 +77,13 @@ def test_nonsense_is_named() -> None:
         detect({**TORCHRUN, "RANK": "8"})
 
 
+@pytest.mark.parametrize("environ", [TORCHRUN, SRUN])
+@pytest.mark.parametrize(("port", "words"), [("abc", "is not a number"), ("99999", "is no port"), ("0", "is no port")])
+def test_a_port_that_is_none_is_named(environ: dict[str, str], port: str, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^environment: MASTER_PORT='?{port}'? {words}"):
+        detect({**environ, "MASTER_PORT": port})
+
+
 @pytest.mark.parametrize(
     ("nodes", "first"),
     [
