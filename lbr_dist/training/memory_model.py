@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +14,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.model.head import CHUNK
 
 GIB = 2.0**30
+LAYERS = "model.layers."
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,23 @@ class Shape:
             bool(settings.tie_word_embeddings),
         )
 
+    def matrices(self) -> Iterator[tuple[str, int, int]]:
+        """Module, inputs and outputs of every matrix."""
+        yield "model.embed_tokens", self.vocabulary, self.width
+        if not self.tied:
+            yield "lm_head", self.width, self.vocabulary
+        for layer in range(self.layers):
+            for name, inputs, outputs in (
+                ("self_attn.q_proj", self.width, self.query),
+                ("self_attn.k_proj", self.width, self.key),
+                ("self_attn.v_proj", self.width, self.key),
+                ("self_attn.o_proj", self.query, self.width),
+                ("mlp.gate_proj", self.width, self.inner),
+                ("mlp.up_proj", self.width, self.inner),
+                ("mlp.down_proj", self.inner, self.width),
+            ):
+                yield f"{LAYERS}{layer}.{name}", inputs, outputs
+
     @property
     def per_layer(self) -> int:
         """Elements of one decoder layer's matrices."""
@@ -113,13 +133,27 @@ class Memory:
 def trained_elements(shape: Shape, recipe: Recipe) -> int:
     """Elements that get gradients."""
     lora = recipe.model.lora
-    z = recipe.bottleneck.count * shape.width
-    if lora is None:
-        head = 0 if shape.tied or "generative" in recipe.tasks else shape.table  # see LbrModel.freeze_head
-        return shape.total - head + z
-    ends = [shape.width + shape.query, shape.width + shape.key, shape.width + shape.key, shape.query + shape.width]
-    ends += [shape.width + shape.inner] * 3
-    return shape.layers * lora.r * sum(ends) + z
+    trained = recipe.bottleneck.count * shape.width
+    for name, inputs, outputs in shape.matrices():
+        if name == "lm_head" and "generative" not in recipe.tasks:
+            continue  # see LbrModel.freeze_head
+        if lora is None or _trained_whole(name, lora.train_modules):
+            trained += inputs * outputs
+        elif name.startswith(LAYERS) and (
+            isinstance(lora.target_modules, str) or any(name.endswith(f".{one}") for one in lora.target_modules)
+        ):
+            trained += lora.r * (inputs + outputs)
+    return trained
+
+
+def _trained_whole(matrix: str, modules: list[str]) -> bool:
+    """Whether a matrix is in one of `model.lora.train_modules`, as peft matches them: by the end of a module's name."""
+    above = itertools.accumulate(matrix.split("."), "{}.{}".format)
+    return any(module.endswith(one) for module in above for one in modules)
+
+
+def _offloaded(zero: dict[str, Any], part: str) -> bool:
+    return zero.get(part, {}).get("device") in ("cpu", "nvme")
 
 
 def memory(
@@ -156,9 +190,9 @@ def memory(
         gradients += 4 * trained / world
     optimizer = (4 + moments) * trained / world if stage >= 1 else moments * trained  # stage 0 shares nothing out
     if not host:
-        if "offload_optimizer" in zero:
+        if _offloaded(zero, "offload_optimizer"):
             optimizer = 0
-        if "offload_param" in zero:
+        if _offloaded(zero, "offload_param"):
             weights = size * live
     recomputed = recipe.model.activation_checkpointing
     backward = micro * size * (3 * shape.inner + 2 * shape.width)

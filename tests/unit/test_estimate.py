@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,22 @@ def make(**sections: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        {"r": 4},
+        {"r": 4, "target_modules": ["q_proj", "1.mlp.down_proj"]},
+        {"r": 4, "train_modules": ["embed_tokens", "layers.1.mlp"]},
+    ],
+)
 def test_counts_are_those_of_the_model(tiny_lbr: Callable[..., Any], family: str, lora: dict[str, Any] | None) -> None:
     model = tiny_lbr(family, tied=False, model={"lora": lora})
     shape = Shape.of(model.causal_lm.config)
     recipe = make(model={"path": "model", "lora": lora})
-    matrices = [p for name, p in model.named_parameters() if p.dim() > 1 and "lora_" not in name and name != "z"]
+    matrices = [
+        p for name, p in model.named_parameters() if p.dim() > 1 and not re.search("lora_|modules_to_save|^z$", name)
+    ]
     assert shape.total == sum(p.numel() for p in matrices)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
     assert trained_elements(shape, recipe) == trained
@@ -105,6 +116,8 @@ def test_recomputation_and_offload_save_memory() -> None:
     assert memory(SEVEN, recomputed, machine, world=8, zero=ZERO3, micro=16384).activations < plain.activations / 4
     offload = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
     assert memory(SEVEN, make(), machine, world=8, zero=offload, micro=16384).optimizer == 0
+    none = {"stage": 3, "offload_optimizer": {"device": "none"}, "offload_param": {"pin_memory": True}}
+    assert memory(SEVEN, make(), machine, world=8, zero=none, micro=16384) == plain
 
 
 def test_without_zero_every_rank_holds_all_moments() -> None:
