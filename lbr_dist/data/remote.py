@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shlex
 import signal
 import threading
@@ -32,6 +33,8 @@ BACKOFF_S = 1.0
 STALL_S = 60.0
 """A transfer that brings no byte for this many seconds is ended and tried again."""
 CHUNK = 1 << 16
+FILE = re.compile(r"[0-9a-f]{32}")
+"""Names of the files in a cache: their XXH3-128."""
 CURL = {
     6: "no such host",
     7: "nobody answers there",
@@ -137,12 +140,10 @@ class ShardCache:
             self._usable = True
         path = self.folder / xxh128
         with _locked(self.folder / f"{xxh128}.lock"):
-            if not path.is_file() or path.stat().st_size != size:
+            while (descriptor := _whole(path, size)) is None:
                 for left in self.folder.glob(f".{xxh128}.*.partial"):  # by a process that was killed: we have the lock
                     left.unlink(missing_ok=True)
                 fetch(url, path, size=size, xxh128=xxh128)
-            os.utime(path)
-            descriptor = os.open(path, os.O_RDONLY)  # stays readable if another process evicts the file
         self._evict(keep=path)
         return descriptor
 
@@ -154,7 +155,7 @@ class ShardCache:
         with _locked(self.folder / "evict.lock"):
             files = []
             for entry in self.folder.iterdir():
-                if entry.suffix not in (".lock", ".partial"):
+                if FILE.fullmatch(entry.name) and entry.is_file():  # the folder may hold other files: not ours
                     with contextlib.suppress(FileNotFoundError):  # another process found it damaged
                         status = entry.stat()
                         files.append((status.st_mtime_ns, entry, status.st_size))
@@ -165,6 +166,18 @@ class ShardCache:
                 if entry != keep:
                     entry.unlink(missing_ok=True)
                     total -= size
+
+
+def _whole(path: Path, size: int) -> int | None:
+    """A descriptor of the file, which from now on was used last; None: it is not there, or not whole.
+
+    Another process may evict the file at any moment; what is open stays readable.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_file() and path.stat().st_size == size:
+            os.utime(path)
+            return os.open(path, os.O_RDONLY)
+    return None
 
 
 @contextlib.contextmanager

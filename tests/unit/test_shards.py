@@ -394,6 +394,40 @@ def test_cache_is_bounded_and_drops_the_least_recently_used(prepared: Path, tmp_
         os.close(descriptor)
 
 
+def test_a_cache_leaves_files_alone_that_are_not_its_own(prepared: Path, tmp_path: Path) -> None:
+    opened, folder = open_set(prepared), tmp_path / "cache"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("thesis.tex", "sub"):
+        (folder / name).touch()
+        os.utime(folder / name, (1, 1))  # least recently used
+    cache = remote.ShardCache(folder, 0)
+    for shard in opened.splits["gl"].shards[:2]:
+        os.close(cache.open(f"file://{opened.address(shard.name)}", size=shard.bytes, xxh128=shard.xxh128))
+    kept = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+    assert kept == {"thesis.tex", "sub", opened.splits["gl"].shards[1].xxh128}
+
+
+def test_a_file_that_is_evicted_while_it_is_opened_is_fetched_again(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_set(prepared)
+    shard = opened.splits["gl"].shards[0]
+    url = f"file://{opened.address(shard.name)}"
+    cache = remote.ShardCache(tmp_path / "cache", 1)
+    evictors = ["another process", "and one more"]
+
+    def evict_first(path: Path, real: Callable[[Path], None] = os.utime) -> None:
+        if evictors and evictors.pop():
+            path.unlink()
+        real(path)
+
+    monkeypatch.setattr(os, "utime", evict_first)
+    descriptor = cache.open(url, size=shard.bytes, xxh128=shard.xxh128)
+    assert len(os.pread(descriptor, shard.bytes, 0)) == shard.bytes
+    assert not evictors
+    os.close(descriptor)
+
+
 def test_a_cache_that_cannot_be_written_is_a_mistake_with_a_remedy(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
