@@ -13,11 +13,13 @@ import errno
 import fcntl
 import os
 import re
+import select
 import shlex
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -188,58 +190,70 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _transfer(url: str, out: IO[bytes]) -> tuple[int, str]:
-    from webdataset.gopen import Pipe, gopen
-
     digest = xxhash.xxh3_128()
     got = 0
-    stream: Any = gopen(url, "rb")
-    try:
-        try:
-            with _watchdog(stream.proc.kill if isinstance(stream, Pipe) else None) as alive:
-                while chunk := stream.read(CHUNK):
-                    out.write(chunk)
-                    digest.update(chunk)
-                    got += len(chunk)
-                    alive()
-        finally:
-            stream.close()  # waits for the opener's process; OSError if it failed
-    except OSError as error:
-        if error.errno is None and isinstance(stream, Pipe):  # webdataset's, with the whole command in it
-            raise OSError(_why(url, stream.proc.returncode)) from error
-        raise
+    with contextlib.closing(_chunks(url)) as chunks:
+        for chunk in chunks:
+            out.write(chunk)
+            digest.update(chunk)
+            got += len(chunk)
     return got, digest.hexdigest()
 
 
+def _chunks(url: str) -> Generator[bytes]:
+    """The bytes behind `url`; an opener's process is ended when it stalls, or when they are not read to the end.
+
+    Raises:
+        OSError: it stalled or failed.
+    """
+    from webdataset.gopen import Pipe
+
+    stream: Any = _opened(url)
+    if not isinstance(stream, Pipe):
+        with stream:
+            while chunk := stream.read(CHUNK):
+                yield chunk
+        return
+    descriptor, whole = stream.stream.fileno(), False
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    try:
+        while not whole:
+            if not waiting.poll(STALL_S * 1000):
+                raise OSError(f"no byte came for {STALL_S:g} s")
+            chunk = os.read(descriptor, CHUNK)
+            whole = not chunk
+            if chunk:
+                yield chunk
+    finally:
+        if not whole:
+            _kill(stream.proc)
+        stream.ignore_errors = True  # webdataset's error has the whole command in it
+        stream.close()
+    if stream.status not in stream.ignore_status:
+        raise OSError(_why(url, stream.status))
+
+
+def _opened(url: str) -> Any:
+    """webdataset's stream of `url`, but that the processes of a `pipe:` are a session of their own."""
+    from webdataset import utils
+    from webdataset.gopen import Pipe, gopen, rewrite_url
+
+    place = rewrite_url(url)
+    if not place.startswith("pipe:") or utils.enforce_security:
+        return gopen(url, "rb")
+    return Pipe(place.removeprefix("pipe:"), mode="rb", shell=True, ignore_status=[141], start_new_session=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and, where it leads a session of its own, what it started: a shell's commands outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
 def _why(url: str, status: int) -> str:
-    if status == -signal.SIGKILL:
-        return f"no byte came for {STALL_S:g} s"
     named = CURL.get(status) if url.startswith(("http://", "https://")) else None
     return named or f"the program that reads it ended with exit code {status}"
-
-
-@contextlib.contextmanager
-def _watchdog(kill: Any) -> Iterator[Any]:
-    """Call `kill` when the yielded function has not been called for `STALL_S` seconds."""
-    if kill is None:
-        yield lambda: None
-        return
-    last = time.monotonic()
-    done = threading.Event()
-
-    def alive() -> None:
-        nonlocal last
-        last = time.monotonic()
-
-    def watch() -> None:
-        while not done.wait(min(1.0, STALL_S / 4)):
-            if time.monotonic() - last > STALL_S:
-                kill()
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield alive
-    finally:
-        done.set()
-        thread.join()

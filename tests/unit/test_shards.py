@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.server
 import io
@@ -365,6 +366,38 @@ def test_stalled_transfer_is_ended(server: Server, monkeypatch: pytest.MonkeyPat
         remote.fetch(f"{server.url}/manifest.json", tmp_path / "file")
     assert time.monotonic() - start < 20
     assert not list(tmp_path.glob("*file*"))
+
+
+@pytest.mark.parametrize("command", ["echo begun; sleep 300", "sleep 300 | cat", "(sleep 300 &)"])
+def test_a_stalled_pipe_ends_with_all_its_processes(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "STALL_S", 0.3)
+    monkeypatch.setattr(remote, "ATTEMPTS", 1)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"\(last: no byte came for 0.3 s\)"):
+        remote.fetch(f"pipe:echo $$ > {tmp_path}/group; {command}", tmp_path / "file")
+    assert time.monotonic() - start < 60
+    group = int((tmp_path / "group").read_text())
+    while time.monotonic() - start < 60 and [*_members(group)]:  # killed, but perhaps not yet gone
+        time.sleep(0.05)
+    assert not [*_members(group)]
+
+
+def _members(group: int) -> Iterator[str]:
+    """Names of the processes of a group that are not dead."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = file.read_text().rpartition(")")
+            state, _, of = rest.split()[:3]
+            if int(of) == group and state not in "ZX":
+                yield name
+
+
+def test_a_pipe_that_webdataset_is_told_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("webdataset.utils.enforce_security", True)  # WDS_SECURE
+    with pytest.raises(UserError, match="webdataset has no opener for this address"):
+        remote.fetch("pipe:echo", tmp_path / "file")
 
 
 def test_set_behind_a_pipe(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
