@@ -1,19 +1,21 @@
-"""Source files opened for reading, compressed or not; what was cut short is never taken for whole."""
+"""Source files opened for reading, compressed or not; what was cut short or damaged is never taken for whole."""
 
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 """What a name ends in, in capitals or not, that stands for compression."""
 DAMAGE: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, lzma.LZMAError)
 """What reading a damaged or truncated compressed file raises."""
+CHUNK = 1 << 16
+"""Compressed bytes that are read at once."""
 
 
 def open_file(path: Path, compression: str | None = None) -> IO[bytes]:
@@ -31,11 +33,83 @@ def open_file(path: Path, compression: str | None = None) -> IO[bytes]:
     if ending == ".zst":
         import pyarrow as pa  # zstandard's own reader takes a truncated frame for a whole one
 
-        return io.BufferedReader(cast(io.RawIOBase, pa.input_stream(str(path), compression="zstd")), 1 << 20)
+        return _buffered(pa.input_stream(str(path), compression="zstd"))
     if ending == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
+        return _buffered(_Streams(path, _Gzip, padded=True))
     if ending == ".bz2":
-        return bz2.open(path, "rb")
+        return _buffered(_Streams(path, bz2.BZ2Decompressor, padded=False))
     if ending == ".xz":
-        return lzma.open(path, "rb")
+        return _buffered(_Streams(path, lzma.LZMADecompressor, padded=True))
     return path.open("rb", buffering=1 << 20)
+
+
+def _buffered(raw: Any) -> IO[bytes]:
+    return io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20)
+
+
+class _Streams(io.RawIOBase):
+    """What a file's compressed streams hold, one after another, each of them whole.
+
+    Python's own readers take what follows the first stream, and is none, for the end of the file.
+
+    Args:
+        decompressor: makes one for a stream, with the interface of `bz2.BZ2Decompressor`.
+        padded: zeros may stand at the end of the file, as the formats of gzip and xz allow.
+    """
+
+    def __init__(self, path: Path, decompressor: Callable[[], Any], *, padded: bool) -> None:
+        self._file = path.open("rb")
+        self._new, self._padded = decompressor, padded
+        self._one = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = b""
+        while not found:
+            data = b""
+            if self._one.eof:
+                if not (data := self._behind()):
+                    return 0
+                self._one = self._new()
+            elif self._one.needs_input and not (data := self._file.read(CHUNK)):
+                raise EOFError("it was cut short")
+            found = self._one.decompress(data, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _behind(self) -> bytes:
+        """First bytes of the next stream; empty: there is none."""
+        data = self._one.unused_data or self._file.read(CHUNK)
+        if self._padded and data.startswith(b"\0"):
+            while data and not data.strip(b"\0"):
+                data = self._file.read(CHUNK)
+            if data:
+                raise OSError("zeros stand where a part of it was")
+        return data
+
+
+class _Gzip:
+    """Decompressor of one gzip stream, which bz2 and lzma have and zlib has in another form."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    def decompress(self, data: bytes, most: int) -> bytes:
+        found = self._zlib.decompress(self._zlib.unconsumed_tail + data, most)
+        self.needs_input = len(found) < most
+        return found

@@ -207,8 +207,12 @@ def _tar(part: Part) -> Numbered:
             content = tar.extractfile(member)
             assert content is not None
             row = _join(row, _member(content.read(), extension))
-        while file.read(1 << 20):  # to where a checksum is
-            pass
+        assert tar.fileobj is not None
+        while padding := tar.fileobj.read(1 << 20):  # to the end of the file, where a checksum is
+            if padding.strip(b"\0"):
+                raise tarfile.ReadError(
+                    f"more than zeros follows its end mark, at byte {tar.offset}: were tars joined with cat? name each"
+                )
     if row is not None:
         yield number, row
     elif other:

@@ -77,6 +77,67 @@ def test_several_frames_are_one_file(tmp_path: Path, ending: str) -> None:
         file.read()
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_damaged_part_behind_a_whole_one(tmp_path: Path, ending: str) -> None:
+    """Python's readers of bz2 and xz take it for the end of the file, and zeros in a .gz for padding."""
+    first, second, third = (COMPRESS[ending](lines(count)) for count in (50, 60, 70))
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(first + second + third)
+    assert count(path) == 180
+    for middle in (bytes([second[0] ^ 1]) + second[1:], bytes(len(second)), b"x"):
+        path.write_bytes(first + middle + third)
+        with pytest.raises(UserError, match=f"{path}: damaged or not a jsonl"):
+            count(path)
+    for end in (second[:2], second[:4], b"x", b"\0" * 99 + b"x"):
+        path.write_bytes(first + end)
+        with pytest.raises(UserError, match=f"{path}: damaged or not a jsonl"):
+            count(path)
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz"])
+@pytest.mark.parametrize("zeros", [4, 1 << 18])
+def test_zeros_at_the_end_are_padding(tmp_path: Path, ending: str, zeros: int) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(COMPRESS[ending](lines(50)) + bytes(zeros))
+    assert count(path) == 50
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
+def test_content_of_any_size(tmp_path: Path, ending: str, size: int) -> None:
+    """Sizes at which a buffer is full when the stream ends, of what compresses well and of what does not."""
+    for data in (bytes(size), random.Random(0).randbytes(size)):
+        (tmp_path / f"a{ending}").write_bytes(COMPRESS[ending](data))
+        with open_file(tmp_path / f"a{ending}") as file:
+            assert file.read() == data
+
+
+def test_a_tar_behind_another(tmp_path: Path) -> None:
+    """What cat makes of two: tarfile ends at the first one's end mark."""
+    for ending, compress in {"": bytes, **COMPRESS}.items():
+        path = tmp_path / f"a.tar{ending}"
+        path.write_bytes(compress(tarred(3) + tarred(5)))
+        with pytest.raises(UserError, match="more than zeros follows its end mark, at byte 4608: were tars joined"):
+            count(path)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_padding_of_tars(tmp_path: Path, form: int) -> None:
+    """Zeros to the end of a block of 10,240 bytes, or of another; GNU tar, bsdtar and Python write them."""
+    path, buffer = tmp_path / "a.tar", io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        member = tarfile.TarInfo("deep/" * 30 + "1.json")
+        member.size = 2
+        tar.addfile(member, io.BytesIO(b"{}"))
+    end = len(buffer.getvalue().rstrip(b"\0")) // 512 * 512 + 512
+    for zeros in (512, 1024, 10_240, 1 << 20):
+        path.write_bytes(buffer.getvalue()[:end] + bytes(zeros))
+        assert count(path) == 1
+    for compress, mode in ((gzip.compress, "gz"), (bz2.compress, "bz2"), (lzma.compress, "xz")):
+        path.write_bytes(compress(buffer.getvalue()))  # compressed, and not named so
+        assert count(path) == 1, mode
+
+
 def test_tars_that_end_too_early(tmp_path: Path) -> None:
     """tarfile takes a header that is cut or damaged for the end of the archive."""
     path, data = tmp_path / "a.tar", tarred(5)
