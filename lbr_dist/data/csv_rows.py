@@ -1,9 +1,10 @@
 """Rows of a CSV or TSV file, where one wrong quote costs one row and never those behind it.
 
 A quote that is opened and not closed makes a reader take all that follows for one cell. Here a row that does not end as
-it must, or runs over very many lines, or over several with another number of cells than the header, is bad, and reading
-goes on with the line after the one on which it began. A line without any text in its cells, as spreadsheets write them,
-is a blank one.
+it must, or is very long, or runs over several lines with another number of cells than the header, is bad, and reading
+goes on with the line after the one on which it began. So lines are read twice where quotes are wrong, mostly up to the
+next quote; what files of many such rows cost is bounded. A line without any text in its cells, as spreadsheets write
+them, is a blank one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ from lbr_dist.data.row_values import RowError
 
 SEPARATORS = ";\t|"
 """Taken for the comma of a CSV file (or the tab of a TSV file) whose header has none."""
-MOST_LINES = 1000
-"""Lines that the cells of one row may hold."""
+MOST = 1 << 23
+"""Characters that a row of several lines may hold."""
+LEAST = 1 << 18
+"""The same, where so many characters were read in vain that going on so would take very long."""
+IN_VAIN = 1 << 26
+"""Characters that may be read in vain, besides as many as the good rows hold, before `LEAST` applies."""
+LINE = 64
+"""Characters that a line counts for at least: about what a short one takes in memory."""
 
 
 class _Lines:
@@ -30,23 +37,33 @@ class _Lines:
         self.number = 0
         """Of the line that was handed out last, from 1."""
         self.taken: list[str] = []
-        """Lines handed out since `taken` was last cleared."""
+        """Lines handed out since the row began."""
+        self._size, self._most, self._patience = 0, MOST, IN_VAIN
 
     def __iter__(self) -> _Lines:
         return self
 
     def __next__(self) -> str:
-        if len(self.taken) == MOST_LINES:
-            raise csv.Error(f"a cell runs over more than {MOST_LINES} lines")
+        if self._size > self._most:
+            raise csv.Error(f"a row of more than {self._most} characters, over {len(self.taken)} lines")
         line = self._again.popleft() if self._again else next(self._text)
         self.number += 1
         self.taken.append(line)
+        self._size += max(len(line), LINE)
         return line
+
+    def begin(self) -> None:
+        """A row begins at the next line."""
+        self._patience += self._size
+        self.taken.clear()
+        self._size, self._most = 0, min(MOST, max(LEAST, self._patience))
 
     def back(self) -> None:
         """Go back to the line behind the first of `taken`."""
         self._again.extendleft(reversed(self.taken[1:]))
         self.number -= len(self.taken) - 1
+        self._patience -= self._size
+        self._size = 0
 
 
 def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str, Any] | RowError]]:
@@ -74,7 +91,7 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
     if twice:
         raise ValueError(f"its header names {twice[0]!r} twice")
     while True:
-        lines.taken.clear()
+        lines.begin()
         first = lines.number + 1
         try:
             cells = next(reader, None)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lbr_dist.data.csv_rows import MOST_LINES, csv_rows
+from lbr_dist.data import csv_rows as module
+from lbr_dist.data.csv_rows import csv_rows
 from lbr_dist.data.row_values import RowError
 
 
@@ -38,8 +39,9 @@ def test_blank_lines_before_the_header(before: str) -> None:
 
 @pytest.mark.parametrize("line", ['5,"never closed', '5,"said "so" and went', '"5,x', '5,"x" y'])
 @pytest.mark.parametrize("behind", ["plain", '"quoted"', '"over\ntwo"'])
-def test_a_stray_quote_costs_its_row_alone(line: str, behind: str) -> None:
-    rows = [f"{i},{behind}" for i in range(3 * MOST_LINES)]
+def test_a_stray_quote_costs_its_row_alone(line: str, behind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST", 1 << 16)
+    rows = [f"{i},{behind}" for i in range(3000)]
     rows[5] = line
     text = "q,a\n" + "\n".join(rows) + "\n"
     found = read(text)
@@ -49,6 +51,41 @@ def test_a_stray_quote_costs_its_row_alone(line: str, behind: str) -> None:
     assert "is a quote missing or not doubled?" in problem
     lost = len(rows) - len(good(found))
     assert lost == 1 or (behind != "plain" and lost <= 3)  # a quote behind may close it, and what follows is misread
+
+
+@pytest.mark.parametrize("count", [999, 1200, 50_000])
+def test_a_cell_of_very_many_lines_is_one_cell(count: int) -> None:
+    cell = "".join(f"    put({i}, {i * i})\n" for i in range(count))
+    assert read(f'q,a\n1,x\n2,"T = {{\n{cell}}}"\n3,y\n') == [
+        (2, {"q": "1", "a": "x"}),
+        (3, {"q": "2", "a": f"T = {{\n{cell}}}"}),
+        (count + 5, {"q": "3", "a": "y"}),
+    ]
+
+
+@pytest.mark.parametrize("line", ['{},"never closed', '{} 12",10,"14'])
+@pytest.mark.parametrize("every", [1, 20, 400])
+def test_very_many_wrong_quotes_do_not_take_very_long(line: str, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of these lines closes the quote of the one before and opens another, so each is read to the bound."""
+    for name, bound in (("MOST", 1 << 17), ("LEAST", 1 << 12), ("IN_VAIN", 1 << 18)):
+        monkeypatch.setattr(module, name, bound)
+    rows = [line.format(i) if i % every == 0 else f"{i}," + "x" * 100 for i in range(2000)]
+    handed: list[str] = []
+    real = module._Lines.__next__
+    monkeypatch.setattr(module._Lines, "__next__", lambda lines: handed.append(line := real(lines)) or line)
+    found = good(read("q,a\n" + "\n".join(rows)))
+    wrong = len(range(0, 2000, every))
+    assert sum(map(len, handed)) < (1 << 18) + 3 * sum(map(len, rows)) + wrong * (1 << 12)
+    assert len(found) == 2000 - wrong
+
+
+def test_a_row_of_more_than_the_bound_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST", 1000)
+    (number, problem), *others = read('q,a\n1,"' + "x\n" * 99 + '"\n2,y\n')
+    assert number == 2
+    assert "(a row of more than 1000 characters, over 16 lines)" in str(problem)
+    assert others[-1] == (102, {"q": "2", "a": "y"})
+    assert good(read('q,a\n1,"' + "x" * 9999 + '\n"\n2,y\n')) == {4: "y"}
 
 
 @pytest.mark.parametrize("ends", ['4,5"', '4,5",x,y'])
