@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -36,6 +37,11 @@ FOREIGN = {
 """First bytes of a text file that is none."""
 WIDE = ((0, 1, "UTF-16BE"), (1, 0, "UTF-16LE"))
 """Of two bytes of a text without a byte order mark: the one that is null, the one that is not, and the encoding."""
+LONGEST = 1 << 28
+"""Bytes of the longest block of text."""
+TOO_LONG = (
+    f"a block of more than {LONGEST >> 20} MiB: are there no blank lines? Without --paragraphs a line is a document"
+)
 POINTER = b"version https://git-lfs"
 """First bytes of what a clone without Git LFS holds instead of a file."""
 
@@ -119,17 +125,17 @@ def _lines(file: IO[bytes]) -> Numbered:
 
 
 def _paragraphs(file: IO[bytes]) -> Numbered:
-    first, block = 1, b""
-    for number, line in enumerate(file, 1):
+    first, size, block = 0, 0, list[bytes]()
+    for number, line in enumerate(chain(file, (b"\n",)), 1):
         if not line.isspace():
-            if not block:
-                first = number
-            block += line
-        elif block:
-            yield first, _decoded(block.rstrip())
-            block = b""
-    if block:
-        yield first, _decoded(block.rstrip())
+            first = first or number
+            size += len(line)
+            if size <= LONGEST:
+                block.append(line)
+        elif first:
+            yield first, _decoded(b"".join(block).rstrip()) if size <= LONGEST else RowError("too_long", TOO_LONG)
+            first, size = 0, 0
+            block.clear()
 
 
 def _parquet(path: Path) -> Numbered:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from lbr_dist.data import readers
 from lbr_dist.data.readers import rows
 from lbr_dist.data.row_values import RowError, text
 from lbr_dist.data.sources import Source, expand
@@ -121,6 +122,18 @@ def test_plain_text_by_line_and_by_paragraph(tmp_path: Path) -> None:
     path.write_bytes("eins\r\nzwei\n\n  \ndrei ü".encode())
     assert read(path, tmp_path) == [(1, {"text": "eins"}), (2, {"text": "zwei"}), (5, {"text": "drei ü"})]
     assert read(path, tmp_path, paragraphs=True) == [(1, {"text": "eins\r\nzwei"}), (5, {"text": "drei ü"})]
+
+
+def test_very_long_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "LONGEST", 400_000)
+    path, line = tmp_path / "a.txt", b"x" * 99 + b"\n"
+    path.write_bytes(b"one\n\n" + line * 4000 + b"\n" + line * 4001 + b"\n\nfour")
+    one, two, (number, three), four = read(path, tmp_path, paragraphs=True)
+    assert (one, four) == ((1, {"text": "one"}), (8006, {"text": "four"}))
+    assert two == (3, {"text": (line * 4000).decode().rstrip()})
+    assert number == 4004
+    assert isinstance(three, RowError)
+    assert three.reason == "too_long"
 
 
 def test_plain_text_has_no_questions(tmp_path: Path) -> None:
