@@ -80,10 +80,13 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
 
 
 def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonText]:
-    """Answers that are too common to link records, the most common first."""
+    """Answers that are too common to link records, the most common first; `texts` are of the records that are alive."""
     texts = texts.of(~numbers.is_text & ~numbers.external)
     answers = np.flatnonzero(~texts.first)
-    limit = max(COMMON_RECORDS, COMMON_SHARE * int((~numbers.is_text & ~numbers.external).sum()))
+    answers = answers[np.lexsort((texts.record[answers], texts.hash[answers]))]
+    again = (np.diff(texts.record[answers], prepend=-1) == 0) & (np.diff(texts.hash[answers], prepend=0) == 0)
+    answers = answers[~again]  # a record counts once, in however many forms it has the answer
+    limit = max(COMMON_RECORDS, COMMON_SHARE * int(texts.first.sum()))
     hashes, first, counts = np.unique(texts.hash[answers], return_index=True, return_counts=True)
     found = []
     for position in np.flatnonzero(counts > limit):

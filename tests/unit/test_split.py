@@ -294,6 +294,20 @@ def test_common_short_answers_do_not_glue_everything(tmp_path: Path) -> None:
     assert shared.equal["gl - eval"] == 2  # what the exemption lets through, and nothing else
 
 
+def test_common_answers_are_counted_over_the_records_that_are_there(tmp_path: Path) -> None:
+    records = [
+        *(Record("", question=f"q {i}", answer="Yes", positives=("yes", "YES.")) for i in range(20)),
+        *(qa(f"p {i}", "No") for i in range(21)),
+        *(qa(f"other {i}", f"answer {i}") for i in range(1959)),
+    ]
+    doubled = [*records, *records]
+    for given, alive in ((records, len(records)), (doubled, len(records))):
+        texts, _ = table(tmp_path / str(len(given)), given)
+        present = texts.of(np.arange(len(given)) < alive)  # the others are repetitions
+        found = common_texts(present, numbers(given), Listed(given))  # type: ignore[arg-type]
+        assert [(text.text, text.records) for text in found] == [("No", 21)]
+
+
 def test_a_short_question_with_very_many_answers_links_them(tmp_path: Path) -> None:
     """Of a TREC collection's topics each has hundreds of right documents."""
     records = [qa(f"topic {i // 30}", ["yes", f"document {i}"][i % 2]) for i in range(300)]
