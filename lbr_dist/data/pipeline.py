@@ -93,6 +93,7 @@ class Pipeline:
             self.common = common_texts(texts.of(alive), numbers, spool)
             self.common_hashes = np.array([text.hash for text in self.common], np.uint64)
             side, labels = self._sides(texts.of(alive))
+            self._check_left(side, parts)
             shutil.rmtree(self.folder / "sketches")  # room for those of the proof
             held = texts.of((side == EVAL) | (side == EXTERNAL))
             manifest = self._write(side, held.hash[held.linking(self.common_hashes)].astype(np.int64))
@@ -176,6 +177,21 @@ class Pipeline:
         self.ungrouped = int((records & (numbers.entity == NO_ENTITY)).sum())
         if self.ungrouped == records.sum():
             raise UserError(f"--entity {self.settings.entity}: no record has a value for it; {_first_fields(parts)}")
+
+    def _check_left(self, side: np.ndarray, parts: list[Part]) -> None:
+        """See that a side has a record.
+
+        Raises:
+            UserError: all were dropped.
+        """
+        if np.isin(side, (GL, CL, EVAL, TEXT)).any():
+            return
+        names = ", ".join(part.name for part in parts)
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items() if count)
+        raise UserError(
+            f"{names}: no record is left for gl, cl or eval (dropped: {dropped}): give other sources, another "
+            "--decontaminate or larger sizes"
+        )
 
     def _sides(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Side of each record, int8 [records], and its component, int64 [records]."""

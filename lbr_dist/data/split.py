@@ -55,7 +55,7 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
             rest, is empty where another side is the rest.
 
     Raises:
-        UserError: not such a value, shares of more than 1 in all, or "rest" twice.
+        UserError: not such a value, shares of more than 1 in all, "rest" twice, or nothing for any side.
     """
     parsed: dict[str, int | float | None] = {}
     for side, value in {**DEFAULT_SIZES, **sizes}.items():
@@ -71,6 +71,8 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
             raise UserError(f"--{side} {text}: a share lies between 0 and 1")
     if parsed["gl"] is None and "gl" not in sizes and None in (parsed["cl"], parsed["eval"]):
         parsed["gl"] = 0
+    if all(value == 0 for value in parsed.values()):
+        raise UserError("--gl, --cl and --eval are all 0: give a side a size (plain texts go to gl whatever its size)")
     if sum(value is None for value in parsed.values()) > 1:
         raise UserError("only one of --gl, --cl and --eval can be rest")
     if sum(value for value in parsed.values() if isinstance(value, float)) > 1 + 1e-9:

@@ -39,6 +39,15 @@ def test_decontamination_drops_whole_components(sources: list[str], tmp_path: Pa
     assert not [text for text in texts if normalise(rows[0]["answer"]) in text]
 
 
+def test_a_set_of_which_nothing_is_left(tmp_path: Path) -> None:
+    path = write(tmp_path / "qa.jsonl", domain())
+    with pytest.raises(UserError, match=r"qa.jsonl: no record is left .* \(dropped: \d+ connected_to_external_eval"):
+        run([str(path)], tmp_path / "out", decontaminate=[str(path)])
+    with pytest.raises(UserError, match=r"no record is left .* \(dropped: \d+ left_out_by_sizes\): .* larger sizes"):
+        run([str(path)], tmp_path / "out", sizes={"gl": 0.001, "cl": 0, "eval": 0})
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_corpus_is_decontaminated_of_questions(tmp_path: Path) -> None:
     rng = random.Random(0)
     texts = [{"id": str(i), "text": sentence(rng)} for i in range(60)]

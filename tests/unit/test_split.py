@@ -379,6 +379,7 @@ def test_the_choice_depends_on_the_order_only_through_the_hash() -> None:
         ({"gl": "0.9", "cl": "0.2"}, r"add up to more than 1 \(gl 0.9, cl 0.2, eval 0.05 \(default\)\): lower"),
         ({"gl": "rest", "cl": "rest"}, "only one of"),
         ({"test": "5"}, "--test: no such side"),
+        ({"gl": 0, "cl": "0.0", "eval": "0"}, "--gl, --cl and --eval are all 0: give a side a size"),
     ],
 )
 def test_impossible_sizes(sizes: dict, message: str) -> None:
