@@ -85,11 +85,13 @@ class Part:
         """Identity of the content, with the settings that decide how it is read.
 
         Raises:
-            UserError: the file cannot be read.
+            UserError: the file cannot be read, or a data set is not in files.
         """
         files = [member.path for members in self.members.values() for member in members] or [self.path]
         if self.dataset is not None:
             files = [Path(name) for name in sorted({entry["filename"] for entry in self.dataset.cache_files})]
+            if not files and len(self.dataset):
+                raise UserError(f"{self.name}: datasets holds it in memory: whether it changed could not be found out")
         try:
             digests = [file_xxh128(file) for file in files]
         except OSError as error:
@@ -219,11 +221,11 @@ def _dataset_part(source: Source, path: str, folder: Path | None) -> Part:
     try:
         if folder is not None:
             split = path.rpartition("@")[2] if str(folder) != path.rstrip("/") else ""
-            data = datasets.load_from_disk(str(folder))
+            data = datasets.load_from_disk(str(folder), keep_in_memory=False)
         else:
             address, _, split = path.removeprefix(HUB).partition("@")
             name, _, config = address.partition(":")
-            data = datasets.load_dataset(name, config or None)
+            data = datasets.load_dataset(name, config or None, keep_in_memory=False)
     except Exception as error:  # datasets raises anything from OSError to its own and the hub's types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: datasets cannot load it ({reason})") from None
@@ -234,4 +236,7 @@ def _dataset_part(source: Source, path: str, folder: Path | None) -> Part:
                 f"{path}: has the splits {', '.join(data)}: name one, for example {named}@{next(iter(data))}"
             )
         data = data[split]
+    elif split and split != str(data.split):
+        what = f"the split {data.split} alone" if data.split else "no splits"
+        raise UserError(f"{path}: has {what}: leave out @{split} to read it whole")
     return Part(path, "datasets", folder or Path(), source, dataset=data)

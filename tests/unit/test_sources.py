@@ -20,7 +20,7 @@ import zstandard
 from lbr_dist.data import readers
 from lbr_dist.data.readers import rows
 from lbr_dist.data.row_values import RowError, text
-from lbr_dist.data.sources import Source, expand
+from lbr_dist.data.sources import Part, Source, expand
 from lbr_dist.errors import UserError
 
 ROWS = [{"id": f"r{i}", "question": f"Was ist {i}?", "answer": f"Größe, {i}\nzwei"} for i in range(5)]
@@ -91,8 +91,25 @@ def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
         read(tmp_path / "two", tmp_path)
     with pytest.raises(UserError, match=r"two@dev: has the splits .*, for example [^@]*two@train"):
         read(f"{tmp_path}/two@dev", tmp_path)
-    part = expand(Source(str(tmp_path / "one")), tmp_path / "downloads")[0]
-    assert part.fingerprint()["xxh128"]
+    with pytest.raises(UserError, match=r"one@test: has no splits: leave out @test to read it whole"):
+        read(f"{tmp_path}/one@test", tmp_path)
+    datasets.Dataset.from_list(ROWS, split="dev").save_to_disk(str(tmp_path / "three"))
+    assert len(read(f"{tmp_path}/three@dev", tmp_path)) == len(ROWS)
+    with pytest.raises(UserError, match=r"three@test: has the split dev alone: leave out @test"):
+        read(f"{tmp_path}/three@test", tmp_path)
+
+
+def test_a_saved_dataset_has_the_identity_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 1 << 30)  # HF_DATASETS_IN_MEMORY_MAX_SIZE
+    found = []
+    for name, chosen in (("one", ROWS), ("again/one", ROWS), ("other/one", ROWS[1:])):
+        datasets.Dataset.from_list(chosen).save_to_disk(str(tmp_path / name))
+        found += [expand(Source(str(tmp_path / name)), tmp_path)[0].fingerprint()]
+    assert found[0] == found[1] != found[2]
+    held = Part("held", "datasets", tmp_path, Source("held"), dataset=datasets.Dataset.from_list(ROWS))
+    with pytest.raises(UserError, match="held: datasets holds it in memory"):
+        held.fingerprint()
 
 
 @pytest.mark.parametrize("form", [{"type": "numpy"}, {"type": "torch"}, {"columns": ["id"]}])
