@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lbr_dist.data.chat import CONVERSATIONS
 from lbr_dist.data.field_names import NAMES, RECOGNISED
-from lbr_dist.data.row_values import CONVERT, RowError
+from lbr_dist.data.row_values import CONVERT, RowError, blank
 from lbr_dist.data.sources import Part
 
 ARRAYS = ("data", "rows", "examples", "records", "items", "questions")
@@ -117,7 +117,7 @@ def _nested(row: Row) -> list[Row]:
         if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
             assert not isinstance(row, RowError)
             around = {key: value for key, value in row.items() if key != name}
-            ids = {key: value for key, value in around.items() if key.lower() in NAMES["id"] and value}
+            ids = {key: value for key, value in around.items() if key.lower() in NAMES["id"] and not blank(value)}
             found: list[Row] = []
             for number, item in enumerate(inner, 1):
                 more = {key: f"{value}:{number}" for key, value in ids.items()} if number > 1 else {}

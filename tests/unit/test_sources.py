@@ -276,6 +276,8 @@ def test_lines_with_rows_nested_in_them(tmp_path: Path) -> None:
     texts = [{"text": "one"}, {"text": "two"}, {"id": "own", "text": "three"}]
     (tmp_path / "a.jsonl").write_bytes(lines([{"id": 7, "paragraphs": texts}]))
     assert [row["id"] for _, row in read(tmp_path / "a.jsonl", tmp_path)] == [7, "7:2", "own"]
+    (tmp_path / "a.jsonl").write_bytes(lines([{"id": 0, "qas": PAIRS}, {"id": "", "qas": PAIRS}]))
+    assert [row["id"] for _, row in read(tmp_path / "a.jsonl", tmp_path)] == [0, "0:2", "0:3", "", "", ""]
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "|")])
