@@ -33,6 +33,11 @@ ENDING = re.compile(
 )
 
 
+def is_source(name: str) -> bool:
+    """Whether the name of a file ends as one of `FORMATS`; an address or a command may go on behind the ending."""
+    return any(match.end() == len(name) for match in ENDING.finditer(name))
+
+
 def format_of(name: str) -> str:
     """The format of a file, or of what an address or a command ends in.
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ from lbr_dist.data import remote
 from lbr_dist.data.beir import find_beir, find_files
 from lbr_dist.data.compressed import open_file
 from lbr_dist.data.field_names import KINDS
-from lbr_dist.data.formats import ENDING, FORMATS, UNITS, format_of
+from lbr_dist.data.formats import ENDING, FORMATS, UNITS, format_of, is_source
 from lbr_dist.data.shards import file_xxh128
 from lbr_dist.errors import UserError
 
@@ -142,12 +143,22 @@ def expand(source: Source, downloads: Path, passed_over: Counter[str] | None = N
     elif local.is_file():
         files = [local]
     else:
-        anchor = Path(local.anchor or ".")
-        found = anchor.glob(str(local.relative_to(local.anchor))) if re.search(r"[*?\[]", path) else ()
-        files = sorted(file for file in found if not file.is_dir())
+        files = _matches(local) if re.search(r"[*?\[]", path) else []
     if not files:
         raise UserError(f"{path}: no such file, folder or glob with source files ({', '.join(FORMATS)})")
     return [Part(str(file), format_of(file.name), file, source) for file in files]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """The files that a pattern stands for, sorted; hidden ones, or in hidden folders, where it has the dot too."""
+    found = Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
+    dotted = [part for part in pattern.parts if part.startswith(".")]
+    return sorted(
+        file
+        for file in found
+        if not file.is_dir()
+        and all(any(fnmatchcase(part, name) for name in dotted) for part in file.parts if part.startswith("."))
+    )
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
@@ -173,10 +184,10 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
         for name in names:
             if name.startswith("."):
                 continue
-            file, is_source = folder / name, ENDING.search(name) is not None and format_of(name) != "json"
-            if is_source and not file.exists():
+            file, is_read = folder / name, is_source(name) and format_of(name) != "json"
+            if is_read and not file.exists():
                 raise UserError(f"{file}: is a link to a file that does not exist: mend or remove it")
-            if is_source and file.is_file():
+            if is_read and file.is_file():
                 found.append(file)
             else:
                 passed_over[file.suffix or name] += 1

@@ -358,6 +358,34 @@ def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
         expand(Source(str(folder)), tmp_path)
 
 
+def test_names_that_hold_an_ending_and_do_not_end_in_it(tmp_path: Path) -> None:
+    for name in ("q.txt", "notes.txt summary.docx", "scan.csv (1).zip", "#q.jsonl#", "my notes.csv of 2024.TXT.GZ"):
+        (tmp_path / name).write_bytes(gzip.compress(b"t") if name.endswith("GZ") else b"t")
+    passed_over: Counter[str] = Counter()
+    parts = expand(Source(str(tmp_path)), tmp_path, passed_over)
+    assert [part.path.name for part in parts] == ["my notes.csv of 2024.TXT.GZ", "q.txt"]
+    assert [row["text"] for part in parts for _, row in rows(part)] == ["t", "t"]  # type: ignore[call-overload]
+    assert passed_over == {".docx": 1, ".zip": 1, ".jsonl#": 1}
+
+
+def test_globs_match_what_is_hidden_only_by_its_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (".in/q.txt", ".in/._q.txt", ".in/.old/q.txt", ".in/new/q.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("t")
+
+    def found(pattern: str) -> list[str]:
+        return [part.name.removeprefix(f"{tmp_path}/.in/") for part in expand(Source(pattern), tmp_path)]
+
+    assert found(f"{tmp_path}/.in/*.txt") == ["q.txt"]
+    assert found(f"{tmp_path}/.in/**/*.txt") == ["new/q.txt", "q.txt"]
+    assert found(f"{tmp_path}/.in/._*.txt") == ["._q.txt"]
+    assert found(f"{tmp_path}/.i*/.old/*.txt") == [".old/q.txt"]
+    monkeypatch.chdir(tmp_path / ".in/new")
+    assert found("../*.txt") == ["../q.txt"]
+    with pytest.raises(UserError, match="no such file, folder or glob"):
+        found(f"{tmp_path}/*/q.txt")
+
+
 def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
     days = pa.array([0, 10_000_000], pa.int32()).cast(pa.date32())
     moments = pa.array([1, 2**62], pa.timestamp("us"))
