@@ -10,7 +10,7 @@ die() { echo "error: $*" >&2; exit 2; }
 # What a shell inside a step of another job leaves: srun would bind and place our tasks as that step's. Before site.env,
 # which may say what is wanted here.
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPU_BIND SLURM_TRES_BIND SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE \
-  SLURM_HINT SRUN_EXPORT_ENV
+  SRUN_EXPORT_ENV
 # shellcheck disable=SC2034 # site.env asks for it
 lbr_script=1
 # shellcheck source=slurm/site.env

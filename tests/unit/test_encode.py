@@ -340,7 +340,8 @@ def test_files_are_read_as_sources_are(tmp_path, name):
     default = '{"text": "fever"}\n{"text": "pain"}\n'
     data = b"\xef\xbb\xbf" + content.get(name.rpartition(".")[2], default).encode()
     (tmp_path / name).write_bytes(compressed(data, name))
-    assert list(read_texts(tmp_path / name, "passage")) == [("0", "fever"), ("1", "pain")]
+    second = "2" if name == "a.txt" else "1"  # there the number of its line
+    assert list(read_texts(tmp_path / name, "passage")) == [("0", "fever"), (second, "pain")]
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])

@@ -164,7 +164,6 @@ def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
         "SLURM_GPU_BIND": "map:0",
         "SLURM_TRES_BIND": "gres/gpu:map:0",
         "SLURM_DISTRIBUTION": "cyclic",
-        "SLURM_HINT": "nomultithread",
         "SRUN_EXPORT_ENV": "NONE",
     }  # of the shell that submitted, in a step of its own
     (tmp_path / "site.env").write_text(f"export SLURM_MEM_BIND=local\n. {PROJECT}/slurm/site.env\n")

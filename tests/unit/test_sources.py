@@ -146,7 +146,7 @@ def test_very_long_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path, line = tmp_path / "a.txt", b"x" * 99 + b"\n"
     path.write_bytes(b"one\n\n" + line * 4000 + b"\n" + line * 4001 + b"\n\nfour")
     one, two, (number, three), four = read(path, tmp_path, paragraphs=True)
-    assert (one, four) == ((1, {"text": "one"}), (8006, {"text": "four"}))
+    assert (one, four) == ((1, {"text": "one"}), (8007, {"text": "four"}))
     assert two == (3, {"text": (line * 4000).decode().rstrip()})
     assert number == 4004
     assert isinstance(three, RowError)
