@@ -35,11 +35,11 @@ def open_file(path: Path, compression: str | None = None) -> IO[bytes]:
 
         return _buffered(pa.input_stream(str(path), compression="zstd"))
     if ending == ".gz":
-        return _buffered(_Streams(path, _Gzip, padded=True))
+        return _buffered(_Streams(path.open("rb"), _Gzip, padded=True))
     if ending == ".bz2":
-        return _buffered(_Streams(path, bz2.BZ2Decompressor, padded=False))
+        return _buffered(_Streams(path.open("rb"), bz2.BZ2Decompressor, padded=False))
     if ending == ".xz":
-        return _buffered(_Streams(path, lzma.LZMADecompressor, padded=True))
+        return _buffered(_Streams(path.open("rb"), lzma.LZMADecompressor, padded=True))
     return path.open("rb", buffering=1 << 20)
 
 
@@ -53,13 +53,13 @@ class _Streams(io.RawIOBase):
     Python's own readers take what follows the first stream, and is none, for the end of the file.
 
     Args:
+        file: closed with this.
         decompressor: makes one for a stream, with the interface of `bz2.BZ2Decompressor`.
         padded: zeros may stand at the end of the file, as the formats of gzip and xz allow.
     """
 
-    def __init__(self, path: Path, decompressor: Callable[[], Any], *, padded: bool) -> None:
-        self._file = path.open("rb")
-        self._new, self._padded = decompressor, padded
+    def __init__(self, file: IO[bytes], decompressor: Callable[[], Any], *, padded: bool) -> None:
+        self._file, self._new, self._padded = file, decompressor, padded
         self._one = decompressor()
 
     def readable(self) -> bool:
