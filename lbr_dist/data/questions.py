@@ -45,5 +45,5 @@ def _answers(row: Mapping[str, Any], finder: Finder) -> int:
 
 def _numbered(row: Mapping[str, Any], finder: Finder, at: int) -> dict[str, Any]:
     names = finder.find(row, "id")
-    given = at > 1 and names is not None and names[0] in row and row[names[0]] not in (None, "")
+    given = at > 1 and names is not None and names[0] in row and not blank(row[names[0]])
     return {names[0]: f"{row[names[0]]}:{at}"} if given and names is not None else {}

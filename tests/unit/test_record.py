@@ -8,7 +8,7 @@ from lbr_dist.data.entity import Entity
 from lbr_dist.data.field_names import check_fields
 from lbr_dist.data.fields import Converter
 from lbr_dist.data.record import Record, batches, content_id, normalise, normalised_hash
-from lbr_dist.data.row_values import RowError
+from lbr_dist.data.row_values import RowError, identifier
 from lbr_dist.errors import UserError
 
 
@@ -208,6 +208,15 @@ def test_options_in_columns_end_where_the_rest_is_blank() -> None:
         assert convert(row).answer == "y"
     with pytest.raises(RowError, match="options is empty"):
         convert({**stem, "C": "", "D": "w", "answer": "D"})
+
+
+@pytest.mark.parametrize(("given", "second"), [(7, "7:2"), (0, "0:2"), ("", None), (None, None), (float("nan"), None)])
+def test_the_second_question_of_a_row_has_an_id_of_its_own(given: object, second: str | None) -> None:
+    """Where the row has one: pandas writes NaN where there is none."""
+    row = {"id": given, "questions": ["one", "two"], "answer": "a"}
+    _, other = Converter(None, {}, max_chars=9).questions(row)
+    assert not isinstance(other, RowError)
+    assert identifier(other["id"]) == second
 
 
 @pytest.mark.parametrize("questions", [[{"input_text": "q", "turn_id": 1}], {"a": "q"}, [["q"], [7]]])
