@@ -25,8 +25,8 @@ LEAST = 1 << 18
 """The same, where so many characters were read in vain that going on so would take very long."""
 IN_VAIN = 1 << 26
 """Characters that may be read in vain, besides as many as the good rows hold, before `LEAST` applies."""
-LINE = 64
-"""Characters that a line counts for at least: about what a short one takes in memory."""
+LINE = 16
+"""Characters that a line counts for at least: a short one takes four times as much memory."""
 
 
 class _Lines:
@@ -45,7 +45,7 @@ class _Lines:
 
     def __next__(self) -> str:
         if self._size > self._most:
-            raise csv.Error(f"a row of more than {self._most} characters, over {len(self.taken)} lines")
+            raise csv.Error(f"it runs over more than {len(self.taken)} lines")
         line = self._again.popleft() if self._again else next(self._text)
         self.number += 1
         self.taken.append(line)

@@ -231,7 +231,7 @@ def _dataset_part(source: Source, path: str, folder: Path | None) -> Part:
 
     try:
         if folder is not None:
-            split = path.rpartition("@")[2] if str(folder) != path.rstrip("/") else ""
+            split = "" if folder == Path(path) else path.rpartition("@")[2]
             data = datasets.load_from_disk(str(folder), keep_in_memory=False)
         else:
             address, _, split = path.removeprefix(HUB).partition("@")

@@ -121,7 +121,7 @@ def begin(recipe: Recipe, attempt: Attempt, resume: str = "auto") -> str:
         )
     newest = {"step": step, "sequence": sequence}
     _append(folder, {"event": "start", **_identity(attempt), "nodes": attempt.nodes, **newest})
-    found = next((row.get("sequence", 0) for row in _starts(history, attempt.job)), None)  # by the job's first start
+    found = next((row.get("sequence") for row in _starts(history, attempt.job)), None)  # by the job's first start
     own = found is not None and (found != sequence or (found == 0 and resume == "never"))
     return "auto" if own else resume
 
@@ -173,14 +173,16 @@ def free_ports(count: int, attempt: Attempt, wanted: str | None = None) -> list[
         wanted: `MASTER_PORT`, where the user chose one: the first of the list.
 
     Raises:
-        UserError: the wanted port is taken.
+        UserError: the wanted port is taken, or none.
     """
     blocks = len(PORTS) // BLOCK
     start = (7 * attempt.job + attempt.restart) % blocks * BLOCK
     candidates = [PORTS[(start + offset) % len(PORTS)] for offset in range(len(PORTS))]
     found: list[int] = []
     if wanted:
-        if not wanted.isdigit() or not is_free(int(wanted)):
+        if not wanted.isdecimal() or not 0 < int(wanted) < 65_536:
+            raise UserError(f"MASTER_PORT={wanted}: is no port: unset it, or choose one of 1 to 65535")
+        if not is_free(int(wanted)):
             raise UserError(f"MASTER_PORT={wanted}: taken on {socket.gethostname()}: unset it, or choose another")
         found.append(int(wanted))
     for port in candidates:

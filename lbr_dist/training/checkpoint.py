@@ -113,7 +113,7 @@ class Checkpointer:
         self._writer.wait()
         name = self._rank_file("frozen")
         if self._writer.committed is not None and name in self._writer.entries:
-            self._remember(self._writer.committed / name, self._writer.entries[name])
+            self._remember(self._writer.committed / name, self._writer.entries[name], self._writer.marks[name])
 
     @property
     def busy(self) -> bool:
@@ -145,7 +145,7 @@ class Checkpointer:
             return manifest.state, None
         name = self._rank_file("frozen")
         if name in manifest.files and manifest.files[name].slices == self._frozen_slices():
-            self._remember(path / name, manifest.files[name])
+            self._remember(path / name, manifest.files[name], mark(path / name))
         return manifest.state, read_rank_state(path / self._rank_file("rank"))
 
     def _rank_file(self, kind: Kind) -> str:
@@ -154,9 +154,9 @@ class Checkpointer:
     def _slice(self, piece: Piece) -> tuple[int, int, int]:
         return self._index[piece.name], piece.own_start, piece.own_end
 
-    def _remember(self, path: Path, entry: FileEntry) -> None:
+    def _remember(self, path: Path, entry: FileEntry, known: tuple[int, int] | None) -> None:
         if not self._frozen or self._frozen[-1].path != path:
-            self._frozen.append(_Frozen(path, entry, mark(path)))
+            self._frozen.append(_Frozen(path, entry, known))
 
     def _frozen_slices(self) -> list[tuple[int, int, int]]:
         return [self._slice(piece) for piece in self._state.frozen()]

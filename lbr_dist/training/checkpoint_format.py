@@ -23,9 +23,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +44,10 @@ DISCARDED = ".discarded-"
 _STEP_NAME = re.compile(r"step-(\d{6,})")
 
 Kind = Literal["weights", "optimizer", "frozen", "rank", "extra"]
+WITHOUT_OPTIMIZER: frozenset[Kind] = frozenset({"weights", "frozen", "rank", "extra"})
+
+_good: dict[Path, tuple[bool, list[tuple[Path, tuple[int, int] | None]]]] = {}
+"""Checkpoints that this process has read: whether all of it, and the `mark` of each file then."""
 
 
 class _Frozen(BaseModel):
@@ -158,12 +161,13 @@ def _digest(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, separators=(",", ":"), sort_keys=True).encode())
 
 
-def verify(checkpoint: str | Path, deep: bool = True) -> list[str]:
+def verify(checkpoint: str | Path, deep: bool = True, kinds: Container[Kind] | None = None) -> list[str]:
     """Everything wrong with a checkpoint, each problem named by its file; an empty list means it is good.
 
     Args:
         checkpoint: a `step-*` folder.
         deep: read every byte and compare checksums; False compares existence and sizes only.
+        kinds: files that are read; None: all. Of the others existence and sizes are compared.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -173,22 +177,27 @@ def verify(checkpoint: str | Path, deep: bool = True) -> list[str]:
     except UserError as error:
         return [str(error)]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        checks = pool.map(lambda item: _file_problem(folder / item[0], item[1], deep), manifest.files.items())
+        checks = pool.map(
+            lambda item: _file_problem(folder / item[0], item[1], deep and (kinds is None or item[1].kind in kinds)),
+            manifest.files.items(),
+        )
         problems = [problem for problem in checks if problem]
     return problems + [f"{folder / MANIFEST}: {gap}" for gap in gaps(manifest)]
 
 
-def _problems(checkpoint: Path, deep: bool) -> Sequence[str]:
-    """As `verify`, but a process reads a checkpoint once, as long as sizes and times of its files stay."""
+def _problems(checkpoint: Path, deep: bool, kinds: Container[Kind] | None = None) -> list[str]:
+    """As `verify`, but a process reads a good checkpoint once, as long as sizes and times of its files stay."""
     if not deep:
         return verify(checkpoint, deep=False)
     files = sorted(Path(folder, name) for folder, _, names in os.walk(checkpoint) for name in names)
-    return _read_once(checkpoint.absolute(), tuple((path, mark(path)) for path in files))
-
-
-@lru_cache(maxsize=8)
-def _read_once(checkpoint: Path, marks: tuple[tuple[Path, tuple[int, int] | None], ...]) -> tuple[str, ...]:
-    return tuple(verify(checkpoint))
+    state = (kinds is None, [(path, mark(path)) for path in files])
+    key = checkpoint.absolute()
+    if _good.get(key) in (state, (True, state[1])):
+        return []
+    problems = verify(checkpoint, kinds=kinds)
+    if not problems:
+        _good[key] = state
+    return problems
 
 
 def _file_problem(file: Path, entry: FileEntry, deep: bool) -> str | None:
@@ -275,16 +284,17 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
 
 
 def resolve(path_or_run: str | Path, deep: bool = True) -> Path:
-    """A checkpoint, if it verifies, or the newest one of a run folder that does; `deep`: every byte of it.
+    """A checkpoint, if it verifies, or the newest one of a run folder that does, for its weights.
 
-    Whatever newer ones are passed over is logged, with the one that was chosen, where every byte was read.
+    `deep`: every byte is read, of a checkpoint that is named but for its optimizer. Whatever committed ones are passed
+    over is then logged, with the one that was chosen.
 
     Raises:
         UserError: neither, or no checkpoint that verifies (the reasons are given).
     """
     path = Path(path_or_run)
     if (path / MANIFEST).is_file() or _STEP_NAME.fullmatch(path.name):
-        if problems := _problems(path, deep):
+        if problems := _problems(path, deep, WITHOUT_OPTIMIZER):
             raise UserError(f"{path}: this checkpoint cannot be used: {'; '.join(problems)}")
         return path
     if not checkpoints_folder(path).is_dir():
@@ -293,6 +303,7 @@ def resolve(path_or_run: str | Path, deep: bool = True) -> Path:
     if found is None:
         detail = "; ".join(reasons) or "it has none"
         raise UserError(f"{path}: no checkpoint can be used: {detail}")
-    if reasons and deep:
-        log.warning("%s: %s is used; passed over: %s", path, found.name, "; ".join(reasons))
+    committed = [reason for reason in reasons if f"/{TEMPORARY}" not in reason]  # a run may be writing the others
+    if committed and deep:
+        log.warning("%s: %s is used; passed over: %s", path, found.name, "; ".join(committed))
     return found

@@ -139,6 +139,8 @@ class CheckpointWriter:
         """The checkpoint that this writer committed last."""
         self.entries: dict[str, FileEntry] = {}
         """This rank's files in it."""
+        self.marks: dict[str, tuple[int, int] | None] = {}
+        """Their size and time (`checkpoint_files.mark`) when it was committed."""
         self.resumed: int | None = None
         """Sequence number of the checkpoint that the run goes on from. Later ones of other starts were passed over."""
         self._thread: threading.Thread | None = None
@@ -204,6 +206,7 @@ class CheckpointWriter:
             kind = UserError if problem.mendable else StorageError
             raise kind(f"checkpoint {name} was not written: {problem.text}; earlier checkpoints are intact")
         self.committed, self.entries = self.folder / name, mine
+        self.marks = {file: files.mark(self.committed / file) for file in mine}
 
     def _write_files(self, folder: Path, snapshot: Snapshot) -> tuple[dict[str, FileEntry], _Problem | None]:
         entries: dict[str, FileEntry] = {}

@@ -197,6 +197,40 @@ def test_a_process_reads_a_checkpoint_once(tmp_path, monkeypatch):
     assert len(read) == count > 0
 
 
+def test_a_file_that_could_not_be_read_once_is_read_again(tmp_path, monkeypatch):
+    save(writer(tmp_path), 1)
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+
+    def failing(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lbr_dist.training.checkpoint_format.checksum", failing)
+        with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
+            resolve(checkpoint)
+    assert resolve(checkpoint) == checkpoint
+
+
+def test_whoever_wants_the_weights_reads_no_optimizer(tmp_path):
+    """Each process that embeds would read twice as much as it needs again."""
+    save(writer(tmp_path), 1, 2)
+    newest = tmp_path / "checkpoints" / "step-000002"
+    [optimizer] = newest.glob("optimizer-*")
+    flip(optimizer)
+    assert resolve(newest) == newest
+    assert verify(newest) == [f"{optimizer}: damaged (its checksum does not match)"]
+    assert find_resumable(tmp_path)[0] == tmp_path / "checkpoints" / "step-000001"
+
+
+def test_a_checkpoint_that_is_being_written_is_no_warning(tmp_path, caplog, monkeypatch):
+    """`lbr eval RUN` may be called while the run trains."""
+    monkeypatch.setattr(logging.getLogger("lbr"), "propagate", True)
+    save(writer(tmp_path), 1)
+    (tmp_path / "checkpoints" / ".tmp-step-000002-abc").mkdir()
+    assert resolve(tmp_path).name == "step-000001"
+    assert not caplog.records
+
+
 def test_slices_that_do_not_add_up_are_not_committed(tmp_path):
     target = writer(tmp_path)
     save(target, 1)

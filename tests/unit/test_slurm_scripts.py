@@ -167,6 +167,9 @@ def test_a_taken_port_is_passed_over_and_a_wanted_one_refused() -> None:
         assert free_ports(1, JOB)[0] != first
         with pytest.raises(UserError, match=f"MASTER_PORT={first}: taken"):
             free_ports(1, JOB, str(first))
+    for wrong in ("0", "65536", "99999", "x", "²"):
+        with pytest.raises(UserError, match=f"MASTER_PORT={wrong}: is no port"):
+            free_ports(1, JOB, wrong)
     assert free_ports(2, JOB, str(first))[0] == first
 
 

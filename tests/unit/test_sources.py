@@ -80,12 +80,16 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert [dict(row) for _, row in read(write(tmp_path, name), tmp_path)] == ROWS
 
 
-def test_saved_dataset_and_its_splits(tmp_path: Path) -> None:
+def test_saved_dataset_and_its_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     one = datasets.Dataset.from_list(ROWS)
     one.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": one, "test": one.select([0])}).save_to_disk(str(tmp_path / "two"))
     assert [row for _, row in read(tmp_path / "one", tmp_path)] == ROWS
+    monkeypatch.chdir(tmp_path)
+    for path in ("./one", "one/", f"{tmp_path}//one", "two/../one"):
+        assert len(read(path, tmp_path)) == len(ROWS)
+    assert len(read("./two@test", tmp_path)) == 1
     assert [row for _, row in read(f"{tmp_path}/two@test", tmp_path)] == ROWS[:1]
     with pytest.raises(UserError, match=r"has the splits train, test: name one, for example .*two@train"):
         read(tmp_path / "two", tmp_path)
