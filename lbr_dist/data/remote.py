@@ -95,7 +95,8 @@ def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None
                 with partial.open("wb") as out:
                     got, digest = _transfer(url, out)
             except FileNotFoundError as error:
-                raise UserError(f"{url}: the program that reads it is missing ({error.filename})") from error
+                what = "no such file" if url.startswith("file:") else "the program that reads it is missing"
+                raise UserError(f"{url}: {what} ({error.filename})") from error
             except ValueError as error:
                 raise UserError(f"{url}: webdataset has no opener for this address ({error})") from error
             except OSError as error:

@@ -456,6 +456,8 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
             read(tmp_path / path, tmp_path)
     with pytest.raises(UserError, match="webdataset has no opener"):
         read("s9://bucket/a.jsonl", tmp_path)
+    with pytest.raises(UserError, match=r"file://.*/missing\.jsonl: no such file"):
+        read(f"file://{tmp_path}/missing.jsonl", tmp_path)
 
 
 def test_kind_prefix() -> None:
