@@ -87,27 +87,32 @@ def test_an_error_names_the_record():
         contrastive_loss([rows], [batch_of(list(range(10)))], Contrastive())
 
 
+def load(folder, records, **changes):
+    """The recipe of a set of these records, with `changes`, and the loader of its steps."""
+    make_tokenizer(folder / "tokenizer")
+    tokens = Tokenization.load(str(folder / "tokenizer"))
+    write_set(folder / "set", {"cl": records}, tokens, name="set", shard_records=10)
+    data = {"sets": [{"path": str(folder / "set")}], "bin_tokens": 32, "max_x_tokens": 30, "workers": 0}
+    settings = {
+        "stage": "contrastive",
+        "output": "unused",
+        "model": {"path": str(folder / "tokenizer")},
+        "data": data | changes.pop("data", {}),
+        "bottleneck": {"tokens": 1},
+        "batch": {"global_batch": len(records)},
+        "duration": {"steps": 1},
+    }
+    recipe = Recipe.model_validate(settings | changes)
+    return recipe, Loader(*open_data(recipe, tokens), tokens, recipe)
+
+
 def test_known_positives_come_from_the_records(tmp_path):
-    make_tokenizer(tmp_path / "tokenizer")
-    tokens = Tokenization.load(str(tmp_path / "tokenizer"))
     records = [
         Record(f"r{row}", question=f"question {row}", answer=f"answer {row}", positives=(f"Answer {(row + 1) % 4}. ",))
         for row in range(4)
     ]
-    write_set(tmp_path / "set", {"cl": records}, tokens, name="set", shard_records=10)
-    recipe = Recipe.model_validate(
-        {
-            "stage": "contrastive",
-            "output": "unused",
-            "model": {"path": str(tmp_path / "tokenizer")},
-            "data": {"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 32, "max_x_tokens": 30, "workers": 0},
-            "bottleneck": {"tokens": 1},
-            "batch": {"global_batch": 4},
-            "duration": {"steps": 1},
-        }
-    )
-    plan, readers = open_data(recipe, tokens)
-    ((_, batches),) = list(Loader(plan, readers, tokens, recipe))
+    recipe, loader = load(tmp_path, records)
+    ((_, batches),) = list(loader)
     assert len(batches) > 1
     assert {known for batch in batches for known in batch.known_M2[:, 1].tolist()} == {
         normalised_hash(f"answer {row}") for row in range(4)
@@ -120,25 +125,11 @@ def test_known_positives_come_from_the_records(tmp_path):
 @pytest.mark.parametrize("term", [{}, {"query_query": True}, {"passage_passage": True}])
 def test_right_answers_of_the_same_question_are_no_negatives(tmp_path, term):
     """Two records may ask the same: `lbr eval` counts both answers as right, and so does the loss."""
-    make_tokenizer(tmp_path / "tokenizer")
-    tokens = Tokenization.load(str(tmp_path / "tokenizer"))
     records = [
         Record(f"r{row}", question=f"question {row // 2}{'?' * row}", answer=f"answer {row}") for row in range(6)
     ]
-    write_set(tmp_path / "set", {"cl": records}, tokens, name="set", shard_records=10)
-    recipe = Recipe.model_validate(
-        {
-            "stage": "contrastive",
-            "output": "unused",
-            "model": {"path": str(tmp_path / "tokenizer")},
-            "data": {"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 32, "max_x_tokens": 30, "workers": 0},
-            "bottleneck": {"tokens": 1},
-            "batch": {"global_batch": 6},
-            "duration": {"steps": 1},
-            "contrastive": term,
-        }
-    )
-    ((_, batches),) = list(Loader(*open_data(recipe, tokens), tokens, recipe))
+    recipe, loader = load(tmp_path, records, contrastive=term)
+    ((_, batches),) = list(loader)
     leaves = [torch.randn(len(batch.ids), 6) for batch in batches]
     _, stats = contrastive_loss(leaves, batches, recipe.contrastive)
     assert stats["masked_same_question"] == stats["masked_share"] == pytest.approx(1 / 5)
@@ -171,29 +162,15 @@ def test_a_learned_temperature_comes_as_one_more_column():
 
 def test_drawn_positives_reach_the_loss(tmp_path):
     """The text, its hash, and the mask of what was not drawn, in two epochs."""
-    make_tokenizer(tmp_path / "tokenizer")
-    tokens = Tokenization.load(str(tmp_path / "tokenizer"))
     texts = [(f"answer {row}", f"first other {row}", f"second other {row}") for row in range(6)]
     records = [
         Record(f"r{row}", question=f"question {row}", answer=answer, positives=tuple(others), domain=f"d{row % 2}")
         for row, (answer, *others) in enumerate(texts)
     ]
-    write_set(tmp_path / "set", {"cl": records}, tokens, name="set", shard_records=10)
-    recipe = Recipe.model_validate(
-        {
-            "stage": "contrastive",
-            "output": "unused",
-            "model": {"path": str(tmp_path / "tokenizer")},
-            "data": {"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 64, "max_x_tokens": 30, "workers": 0},
-            "bottleneck": {"tokens": 1},
-            "batch": {"global_batch": 6},
-            "contrastive": {"positives": "draw", "homogeneous": "domain"},
-            "duration": {"epochs": 2},
-        }
-    )
-    plan, readers = open_data(recipe, tokens)
+    drawn_by_domain = {"positives": "draw", "homogeneous": "domain"}
+    _, loader = load(tmp_path, records, contrastive=drawn_by_domain, data={"bin_tokens": 64}, duration={"epochs": 2})
     seen = set()
-    for step, batches in Loader(plan, readers, tokens, recipe):
+    for step, batches in loader:
         assert {ref.row % 2 for ref in step.refs()} in ({0}, {1})
         known, drawn = {}, {}
         for batch in batches:
