@@ -6,9 +6,12 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from lbr_dist.config import Recipe
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is looked for on this machine alone, at once
 os.environ["TQDM_DISABLE"] = "1"
@@ -130,3 +133,19 @@ def tiny_lbr(tiny_model_dir: Callable[..., Path]) -> Callable[..., Any]:
         return LbrModel.build(parse_recipe(raw, "test"))
 
     return factory
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Of a run in `tmp_path / "run"`, whose model and data are not there."""
+    from lbr_dist.recipes import parse_recipe
+
+    raw = {
+        "stage": "generative",
+        "output": str(tmp_path / "run"),
+        "model": {"path": "m"},
+        "data": {"sets": [{"path": "d"}], "max_x_tokens": 8, "max_y_tokens": 8, "bin_tokens": 32},
+        "batch": {"global_batch": 1},
+        "duration": {"steps": 1},
+    }
+    return parse_recipe(raw, "test")

@@ -14,22 +14,9 @@ import pytest
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch import local
-from lbr_dist.recipes import parse_recipe, save_recipe
+from lbr_dist.recipes import save_recipe
 
 JOB_STEP = {"STEP_ID": "0", "JOB_ID": "7", "PROCID": "1", "LOCALID": "0", "NTASKS": "2", "STEP_NUM_TASKS": "2"}
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    raw = {
-        "stage": "generative",
-        "output": str(tmp_path / "run"),
-        "model": {"path": "m"},
-        "data": {"sets": [{"path": "d"}], "max_x_tokens": 8, "max_y_tokens": 8, "bin_tokens": 32},
-        "batch": {"global_batch": 1},
-        "duration": {"steps": 1},
-    }
-    return parse_recipe(raw, "test")
 
 
 def test_ranks_of_another_launcher_do_not_start_runs_of_their_own(

@@ -18,7 +18,6 @@ from lbr_dist.config import Recipe
 from lbr_dist.launch import slurm, slurm_check
 from lbr_dist.launch.local import free_port
 from lbr_dist.launch.slurm_answers import Client
-from lbr_dist.recipes import parse_recipe
 
 
 class Fake(Client):
@@ -60,19 +59,6 @@ class Own(Fake):
         pass
 
     wait = kill
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    raw = {
-        "stage": "generative",
-        "output": str(tmp_path / "run"),
-        "model": {"path": "m"},
-        "data": {"sets": [{"path": "d"}]},
-        "batch": {"global_batch": 1},
-        "duration": {"steps": 1},
-    }
-    return parse_recipe(raw, "test")
 
 
 @pytest.mark.parametrize("task", ["", "clock", "gpus", "shared", "port", "pair"])

@@ -21,24 +21,10 @@ from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
 from lbr_dist.launch.slurm_ray import start_options
 from lbr_dist.launch.torchrun import combined
 from lbr_dist.logs import read_rows
-from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.run_folder import check_folder
 
 PROJECT = Path(__file__).parents[2]
 JOB = Attempt(job=7, restart=0, nodes="n[1-2]", limit=3)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    raw = {
-        "stage": "generative",
-        "output": str(tmp_path / "run"),
-        "model": {"path": "m"},
-        "data": {"sets": [{"path": "d"}], "max_x_tokens": 8, "max_y_tokens": 8, "bin_tokens": 32},
-        "batch": {"global_batch": 1},
-        "duration": {"steps": 1},
-    }
-    return parse_recipe(raw, "test")
 
 
 def commit(recipe: Recipe, step: int, sequence: int = 0) -> None:
