@@ -121,6 +121,10 @@ class Assembler:
         ]
         ids = [record["id"] for record in records]
         answers = [self._answer_hash(s, record) for s, record in zip(job.samples, records, strict=True)]
+        questions = [
+            normalised_hash(record["question"]) if planned.side == "query" else 0
+            for planned, record in zip(job.samples, records, strict=True)
+        ]
         known = [
             (planned.pair - job.first_pair, normalised_hash(text))
             for planned, record in zip(job.samples, records, strict=True)
@@ -135,12 +139,7 @@ class Assembler:
             pair_S=torch.tensor([s.pair - job.first_pair if s.pair >= 0 else -1 for s in job.samples]),
             global_pair_S=torch.tensor([s.pair for s in job.samples]),
             answer_hash_S=torch.tensor(answers),
-            question_hash_S=torch.tensor(
-                [
-                    normalised_hash(record["question"]) if planned.side == "query" else 0
-                    for planned, record in zip(job.samples, records, strict=True)
-                ]
-            ),
+            question_hash_S=torch.tensor(questions),
             known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),
             task=job.task,
         )

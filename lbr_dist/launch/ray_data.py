@@ -10,7 +10,6 @@ An exception of ours travels as a result: Ray would retry the task, and wrap the
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from lbr_dist.data.execute import Block, Result, Source, alone
 from lbr_dist.disk import FULL
 from lbr_dist.errors import UserError
 from lbr_dist.launch.ray_cluster import Bundle, check_room, living_nodes
+from lbr_dist.launch.ray_worker import go_to
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,7 +160,7 @@ class _Reader:
         self._source, self._read, self._here = source, read, here
 
     def __call__(self) -> Iterator[pa.Table]:
-        _go_to(self._here)
+        go_to(self._here)
         try:
             for block in self._read(self._source):
                 yield _table(block)
@@ -176,7 +176,7 @@ class _Worker:
         self._key = xxhash.xxh3_128_hexdigest(work)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        _go_to(self._here)
+        go_to(self._here)
         if self._key not in _works:
             _works.clear()
             _works[self._key] = pickle.loads(self._work)
@@ -191,12 +191,6 @@ class _Worker:
             if error.errno in FULL:  # the storage is shared: another node would meet the same
                 return _table(error)
             raise
-
-
-def _go_to(here: str) -> None:
-    """The driver's working directory, where this node has it: relative paths are those of the user."""
-    with contextlib.suppress(OSError):
-        os.chdir(here)
 
 
 def _table(value: Any) -> pa.Table:

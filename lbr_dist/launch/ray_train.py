@@ -9,7 +9,6 @@ whenever a checkpoint was made in between, so that a run of weeks survives many 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import signal
@@ -26,7 +25,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
 from lbr_dist.launch.ray_worker import CONTROLLER, claimed, is_ours, work
-from lbr_dist.training.signals import REPEATED_S, stop_signals
+from lbr_dist.training.signals import REPEATED_S, FirstSignal, stop_signals
 
 MAX_FAILURES = 3
 """Failures in a row without a new checkpoint that a run may recover from."""
@@ -60,11 +59,8 @@ class Request:
         return self.min_workers < self.max_workers
 
 
-class Stop:
-    """The driver's signals: the first one is passed on to the run, a later one ends the driver at once."""
-
-    def __init__(self) -> None:
-        self.asked, self._first_at = "", -math.inf
+class Stop(FirstSignal):
+    """The driver's signals: the first one is passed on to the run."""
 
     def listen(self) -> None:
         """Take over the signals, also from Ray, which sets its own when it starts."""
@@ -72,14 +68,9 @@ class Stop:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.asked:
-            if now - self._first_at > REPEATED_S:
-                os._exit(128 + number)
-            return
-        self.asked, self._first_at = signal.Signals(number).name, now
-        how = f"stopping after the step under way; once more, after {REPEATED_S:g} s, ends at once"
-        print(f"{self.asked}: {how}", file=sys.stderr, flush=True)
+        if self.receive(number):
+            how = f"stopping after the step under way; once more, after {REPEATED_S:g} s, ends at once"
+            print(f"{self.asked}: {how}", file=sys.stderr, flush=True)
 
 
 def run_stage(

@@ -36,8 +36,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         UserError, ContactLostError: see `train`.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
-    with contextlib.suppress(OSError):  # a folder of the driver's node alone
-        os.chdir(config["here"])
+    go_to(config["here"])
     environment = this_rank(config["source"])
     from lbr_dist.recipes import parse_recipe
     from lbr_dist.training.run import train
@@ -53,6 +52,12 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         on_claim=lambda: started.write_text(holder(run_dir), encoding="utf-8"),
     )
     return {"step": outcome.step, "total_steps": outcome.total_steps, "exit_code": outcome.exit_code}
+
+
+def go_to(here: str) -> None:
+    """Enter the driver's working directory, where this node has it: relative paths are those of the user."""
+    with contextlib.suppress(OSError):
+        os.chdir(here)
 
 
 def claimed(attempt: Path) -> str:

@@ -47,10 +47,6 @@ class Loader(yaml.SafeLoader):
 class Dumper(yaml.SafeDumper):
     """A SafeDumper that quotes whatever text `Loader`, or a reader of YAML 1.1, would take for something else."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (as its base declares it)
-        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
-    }
-
 
 _DIGITS = "[0-9]+(_[0-9]+)*"
 _INTEGER = rf"([-+]?{_DIGITS}|0x[0-9a-f]+)$"

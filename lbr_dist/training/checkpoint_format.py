@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +45,8 @@ _STEP_NAME = re.compile(r"step-(\d{6,})")
 Kind = Literal["weights", "optimizer", "frozen", "rank", "extra"]
 WITHOUT_OPTIMIZER: frozenset[Kind] = frozenset({"weights", "frozen", "rank", "extra"})
 
-_good: dict[Path, tuple[bool, list[tuple[Path, tuple[int, int] | None]]]] = {}
-"""Checkpoints that this process has read: whether all of it, and the `mark` of each file then."""
+_sound: dict[Path, tuple[str, tuple[int, int] | None]] = {}
+"""Files that this process has read and found to be as they were written: checksum, and `mark` then."""
 
 
 class _Frozen(BaseModel):
@@ -161,13 +160,16 @@ def _digest(body: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(body, separators=(",", ":"), sort_keys=True).encode())
 
 
-def verify(checkpoint: str | Path, deep: bool = True, kinds: Container[Kind] | None = None) -> list[str]:
+def verify(
+    checkpoint: str | Path, deep: bool = True, *, kinds: Container[Kind] | None = None, again: bool = True
+) -> list[str]:
     """Everything wrong with a checkpoint, each problem named by its file; an empty list means it is good.
 
     Args:
         checkpoint: a `step-*` folder.
         deep: read every byte and compare checksums; False compares existence and sizes only.
         kinds: files that are read; None: all. Of the others existence and sizes are compared.
+        again: read also what this process has read and found sound, and whose size and time are still the same.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
@@ -178,35 +180,25 @@ def verify(checkpoint: str | Path, deep: bool = True, kinds: Container[Kind] | N
         return [str(error)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         checks = pool.map(
-            lambda item: _file_problem(folder / item[0], item[1], deep and (kinds is None or item[1].kind in kinds)),
+            lambda item: _file_problem(
+                folder / item[0], item[1], deep and (kinds is None or item[1].kind in kinds), again
+            ),
             manifest.files.items(),
         )
         problems = [problem for problem in checks if problem]
     return problems + [f"{folder / MANIFEST}: {gap}" for gap in gaps(manifest)]
 
 
-def _problems(checkpoint: Path, deep: bool, kinds: Container[Kind] | None = None) -> list[str]:
-    """As `verify`, but a process reads a good checkpoint once, as long as sizes and times of its files stay."""
-    if not deep:
-        return verify(checkpoint, deep=False)
-    files = sorted(Path(folder, name) for folder, _, names in os.walk(checkpoint) for name in names)
-    state = (kinds is None, [(path, mark(path)) for path in files])
-    key = checkpoint.absolute()
-    if _good.get(key) in (state, (True, state[1])):
-        return []
-    problems = verify(checkpoint, kinds=kinds)
-    if not problems:
-        _good[key] = state
-    return problems
-
-
-def _file_problem(file: Path, entry: FileEntry, deep: bool) -> str | None:
+def _file_problem(file: Path, entry: FileEntry, deep: bool, again: bool) -> str | None:
     try:
         size = file.stat().st_size
         if size != entry.bytes:
             return f"{file}: {size} bytes, expected {entry.bytes} ({'truncated' if size < entry.bytes else 'too long'})"
-        if deep and checksum(file) != entry.xxh128:
-            return f"{file}: damaged (its checksum does not match)"
+        known = (entry.xxh128, mark(file))
+        if deep and (again or _sound.get(file.absolute()) != known):
+            if checksum(file) != entry.xxh128:
+                return f"{file}: damaged (its checksum does not match)"
+            _sound[file.absolute()] = known
     except FileNotFoundError:
         return f"{file}: missing"
     except OSError as error:
@@ -270,7 +262,7 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
     ]
     found, known = None, list_checkpoints(run_dir)
     for position, (path, _) in enumerate(known):
-        problems = _problems(path, deep)
+        problems = verify(path, deep, again=False)
         if not problems:
             found = path
             reasons += [
@@ -294,7 +286,7 @@ def resolve(path_or_run: str | Path, deep: bool = True) -> Path:
     """
     path = Path(path_or_run)
     if (path / MANIFEST).is_file() or _STEP_NAME.fullmatch(path.name):
-        if problems := _problems(path, deep, WITHOUT_OPTIMIZER):
+        if problems := verify(path, deep, kinds=WITHOUT_OPTIMIZER, again=False):
             raise UserError(f"{path}: this checkpoint cannot be used: {'; '.join(problems)}")
         return path
     if not checkpoints_folder(path).is_dir():

@@ -82,21 +82,22 @@ class Shape:
         if not self.tied:
             yield "lm_head", self.width, self.vocabulary
         for layer in range(self.layers):
-            for name, inputs, outputs in (
-                ("self_attn.q_proj", self.width, self.query),
-                ("self_attn.k_proj", self.width, self.key),
-                ("self_attn.v_proj", self.width, self.key),
-                ("self_attn.o_proj", self.query, self.width),
-                ("mlp.gate_proj", self.width, self.inner),
-                ("mlp.up_proj", self.width, self.inner),
-                ("mlp.down_proj", self.inner, self.width),
-            ):
+            for name, inputs, outputs in self._in_a_layer():
                 yield f"{LAYERS}{layer}.{name}", inputs, outputs
+
+    def _in_a_layer(self) -> Iterator[tuple[str, int, int]]:
+        yield "self_attn.q_proj", self.width, self.query
+        yield "self_attn.k_proj", self.width, self.key
+        yield "self_attn.v_proj", self.width, self.key
+        yield "self_attn.o_proj", self.query, self.width
+        yield "mlp.gate_proj", self.width, self.inner
+        yield "mlp.up_proj", self.width, self.inner
+        yield "mlp.down_proj", self.inner, self.width
 
     @property
     def per_layer(self) -> int:
         """Elements of one decoder layer's matrices."""
-        return 2 * self.width * (self.query + self.key) + 3 * self.width * self.inner
+        return sum(inputs * outputs for _, inputs, outputs in self._in_a_layer())
 
     @property
     def table(self) -> int:
@@ -106,7 +107,7 @@ class Shape:
     @property
     def total(self) -> int:
         """All elements (norms and biases left out: less than a thousandth)."""
-        return self.layers * self.per_layer + self.table * (1 if self.tied else 2)
+        return sum(inputs * outputs for _, inputs, outputs in self.matrices())
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,25 @@ def stop_requested(run_dir: Path) -> str:
         return ""
 
 
+class FirstSignal:
+    """The first signal asks to stop; a repetition within `REPEATED_S` changes nothing, a later one ends the process."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        """Name of the signal, or of whoever else asked."""
+        self._at = -math.inf
+
+    def receive(self, number: int) -> bool:
+        """Take a signal; whether it is the first request."""
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._at = signal.Signals(number).name, now
+            return True
+        if now - self._at > REPEATED_S:
+            os._exit(128 + number)
+        return False
+
+
 class StopRequest:
     """Context in which stop signals, and the `stop` file of a run folder, are noticed instead of ending the process.
 
@@ -54,15 +73,15 @@ class StopRequest:
     """
 
     def __init__(self, run_dir: Path | None = None) -> None:
-        self._run_dir, self._asked = run_dir, ""
-        self._owner, self._first_at = os.getpid(), -math.inf
+        self._run_dir, self._signal = run_dir, FirstSignal()
+        self._owner = os.getpid()
         self._before: dict[int, Any] = {}
 
     def asked(self) -> str:
         """Who asked this rank to stop; "": nobody."""
-        if not self._asked and self._run_dir is not None:
-            self._asked = stop_requested(self._run_dir)
-        return self._asked
+        if not self._signal.asked and self._run_dir is not None:
+            self._signal.asked = stop_requested(self._run_dir)
+        return self._signal.asked
 
     def obeyed(self) -> None:
         """The run has stopped: its file asks for nothing more."""
@@ -81,10 +100,5 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a forked helper: its parent decides
-            return
-        now = time.monotonic()
-        if not self._asked:
-            self._asked, self._first_at = signal.Signals(number).name, now
-        elif now - self._first_at > REPEATED_S:
-            os._exit(128 + number)
+        if os.getpid() == self._owner:  # in a forked helper its parent decides
+            self._signal.receive(number)
