@@ -177,7 +177,7 @@ def test_a_preempted_job_whose_node_crashes_later(
     wait_for(lambda: cluster.facts(job)["JobState"] == "PENDING", LONG, lambda: cluster.log(job))
     cluster.mini("node-up", "n2")
     facts = cluster.finish(job)
-    assert facts["Restarts"] == "2"
+    assert facts["Restarts"] == "2", cluster.log(job)
     assert [row["event"] for row in history(run)] == ["start", "start", "start", "end"]
     steps = [row["step"] for row in history(run)]
     assert steps[0] < 20 <= steps[1] < 40 <= steps[2] < steps[3] == STEPS
