@@ -28,6 +28,7 @@ class Converter:
         max_chars: longest question, answer, option or text, in characters.
         domain, source: for rows that have no such field.
         cells: the rows are of a CSV file, where a list can only be written as a text.
+        detected: an earlier row told `kind`, not the user.
         external: the rows are of an evaluation set from elsewhere, to which `fields` need not apply.
     """
 
@@ -40,10 +41,11 @@ class Converter:
         domain: str = "",
         source: str = "",
         cells: bool = False,
+        detected: bool = False,
         external: bool = False,
     ) -> None:
         self.kind, self.max_chars = kind, max_chars
-        self._told = kind is not None
+        self._told = kind is not None and not detected
         self.domain, self.source = domain, source
         self._cells = cells
         self._finder = Finder(fields, lenient=external)
@@ -62,6 +64,8 @@ class Converter:
         row = self._unfolded(row)
         if self.kind is None:
             self.kind = self._kind_of(row)
+        elif not self._told:
+            self._refuse_other(row)
         if self.kind == "corpus":
             text = self._joined(self._get(row, "text"), "text")
             return Record(id=self._id(row, text), text=text)
@@ -98,7 +102,7 @@ class Converter:
             if self.kind == "corpus":
                 return None
             question = self._text(self._get(row, "question"), "question")
-            if self._finder.find(row, "options") is not None:
+            if self._holds(row, "options"):
                 options, _ = row_values.options(self._get(row, "options"), self.max_chars)
                 question = self._with_options(question, options)
             return Record(id=self._id(row, question), text=question)
@@ -114,8 +118,8 @@ class Converter:
         return self._kind_of(self._unfolded(row))
 
     def _kind_of(self, row: Mapping[str, Any]) -> str:
-        has = {role: self._finder.find(row, role) is not None for role in ("question", "answer", "options", "text")}
-        if has["question"] and has["options"]:
+        has = {role: self._finder.find(row, role) is not None for role in ("question", "answer", "text")}
+        if has["question"] and self._holds(row, "options"):
             return "multiple-choice"
         if has["question"] and has["answer"]:
             return "question-answer"
@@ -129,6 +133,28 @@ class Converter:
             f"cannot tell question, answer or text among the fields {listed(row)}: name them, for example "
             "--field question=prompt" + self._cells * " (the first line of a CSV file has to hold their names)",
         )
+
+    def _refuse_other(self, row: Mapping[str, Any]) -> None:
+        """See that the row holds nothing that its kind, which an earlier row told, would leave out."""
+        if self.kind == "multiple-choice":
+            return
+        roles = ("question", "answer") if self.kind == "corpus" else ("options",)
+        role = next((role for role in roles if self._holds(row, role)), None)
+        if role is None or (self.kind == "corpus" and not self._holds(row, "text")):
+            return
+        if role == "answer":
+            self._refuse_unasked(row)
+        else:
+            raise RowError(
+                "wrong_type",
+                f"the row has {role} ({','.join(self._finder.find(row, role) or ())}), and an earlier one told that "
+                f"these are of kind {self.kind}: give those of another kind a file of their own, or name one kind for "
+                "all (--kind)",
+            )
+
+    def _holds(self, row: Mapping[str, Any], role: str) -> bool:
+        names = self._finder.find(row, role)
+        return names is not None and not row_values.nothing(field_names.value(row, names))
 
     def _refuse_unasked(self, row: Mapping[str, Any]) -> None:
         """See that no answer would be left out with the question that is not recognised."""

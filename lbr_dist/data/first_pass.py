@@ -67,6 +67,8 @@ class RowBlock:
     """Of the part, for messages, with its unit."""
     kind: str | None
     """Kind of the part's rows as far as it is known before the first row of the block."""
+    detected: bool
+    """The rows tell the kind, not the user."""
     fields: Mapping[str, str]
     base: str
     cells: bool
@@ -121,8 +123,8 @@ def row_blocks(job: PartJob, *, paragraphs: bool, folder: Path, most: int) -> It
         name = f"{part.name} {part.unit}"
         kept = [] if is_committed(numbers_file(folder, job.number, number)) else held
         return RowBlock(
-            job.number, number, name, known, part.source.fields, part.base, part.format in ("csv", "tsv"),
-            job.external, kept,
+            job.number, number, name, known, job.kind is None, part.source.fields, part.base,
+            part.format in ("csv", "tsv"), job.external, kept,
         )  # fmt: skip
 
     def numbered() -> Iterator[tuple[int, Row]]:
@@ -159,7 +161,7 @@ class DigestRows:
                 return _summary(block, known)
         convert = Converter(
             block.kind, block.fields, max_chars=self._max_chars, domain=self._domain, source=block.base,
-            cells=block.cells, external=block.external,
+            cells=block.cells, detected=block.detected, external=block.external,
         )  # fmt: skip
         bad, columns = BadRows(), {name: list[int]() for name in COLUMNS}
         sizes, digests, negatives = array("q"), list[TextDigest](), list[tuple[int, int]]()

@@ -98,6 +98,13 @@ def blank(value: Any) -> bool:
     return nothing or (isinstance(value, str) and not value.strip())
 
 
+def nothing(value: Any) -> bool:
+    """Whether a value is blank, or a list or an object of what is blank or empty."""
+    value = parsed(value)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+    return all(blank(part) or part in ([], {}) for part in parts)
+
+
 def holds_list(value: Any) -> bool:
     """Whether a value is an object with a list under `text`."""
     return isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple)

@@ -112,6 +112,19 @@ def test_withheld_answers_leave_the_question(tmp_path: Path, withheld: Any) -> N
     assert any("9 --decontaminate rows have no usable answer" in line for line in report.lines)
 
 
+def test_choices_behind_an_open_question_are_kept_out_too(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = [{"question": f"which one {i}", "options": [sentence(rng, 3) for _ in "ABCD"], "answer": "D"}
+            for i in range(60)]  # fmt: skip
+    own = write(tmp_path / "own.jsonl", rows)
+    outside = write(tmp_path / "exam.jsonl", [{"question": sentence(rng), "answer": sentence(rng)}, *rows[:10]])
+    report = run([str(own)], tmp_path / "out", decontaminate=[str(outside)])
+    assert report.data["dropped"]["connected_to_external_evaluation"] == 10
+    assert report.data["decontaminate"] == {"read": 11, "by_question_alone": 10}
+    with pytest.raises(UserError, match=r"10 of 11 rows are bad.* the row has options .*, and an earlier one told"):
+        run([str(outside)], tmp_path / "other")
+
+
 def test_withheld_choices_leave_the_question_with_its_options(tmp_path: Path) -> None:
     rng = random.Random(1)
     rows = [{"question": sentence(rng), **OPTIONS, "cop": i % 4} for i in range(200)]

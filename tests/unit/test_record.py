@@ -409,6 +409,48 @@ def test_a_kind_that_an_earlier_row_told_is_named() -> None:
         converter({"question": "q", "answer": "a"})
 
 
+QA, MC = {"question": "q", "answer": "a"}, {"question": "q", "options": ["a", "b"], "answer": "B"}
+FIELD_AND_KIND = r"the row has {} \({}\), and an earlier one told that these are of kind {}: .*--kind"
+
+
+@pytest.mark.parametrize(
+    ("first", "row", "left_out"),
+    [
+        (QA, MC, ("options", "options", "question-answer")),
+        (QA, {"question": "q", "answer": "A", "Opa": "a", "opb": "b", "opc": "", "opd": ""},
+         ("options", "Opa,opb,opc,opd", "question-answer")),
+        ({"query": "q", "text": "t"}, {**MC, "text": "t"}, ("options", "options", "query-document")),
+        ({"text": "t"}, {**QA, "passage": "p"}, ("question", "question", "corpus")),
+        ({"text": "t"}, {"query": "q", "text": "t"}, ("question", "query", "corpus")),
+    ],
+)  # fmt: skip
+def test_a_row_of_another_kind_than_the_first_is_bad(first: dict, row: dict, left_out: tuple[str, ...]) -> None:
+    converter = Converter(None, {}, max_chars=100)
+    converter(first)
+    later = Converter(converter.kind, {}, max_chars=100, detected=True)  # of a later block
+    for each in (converter, later):
+        with pytest.raises(RowError, match=FIELD_AND_KIND.format(*left_out)):
+            each(row)
+        each(first)
+    Converter(converter.kind, {}, max_chars=100)(row)  # the user named the kind
+
+
+@pytest.mark.parametrize("options", [None, [], "", "[]", {}, {"A": None, "B": " "}, {"text": [], "label": []}])
+def test_options_of_nothing_are_none(options: object) -> None:
+    converter = Converter(None, {}, max_chars=100)
+    for row in ({**QA, "options": options}, QA, {**QA, "choices": options}):
+        assert converter(row).answer == "a"
+    assert converter.kind == "question-answer"
+    found = converter.question_alone({"question": "q", "options": options, "answer": None})
+    assert found is not None
+    assert found.text == "q"
+    texts = Converter(None, {}, max_chars=100)
+    for row in ({"text": "t"}, {"text": "t", "question": None, "answer": ""}, {"text": "t", "document": "d"}):
+        assert texts(row).text == "t"
+    with pytest.raises(RowError, match=r"an answer \(answer\) and no question"):
+        texts({"text": "t", "answer": "a"})
+
+
 @pytest.mark.parametrize("row", [{"text": "a clause", "answer": "Yes"}, {"Title": "t", "Body": "q?", "Answers": ["a"]}])
 def test_an_answer_without_a_question_is_not_left_out(row: dict) -> None:
     with pytest.raises(RowError, match=r"an answer \([aA]nswers?\) and no question .*--field question=text"):
