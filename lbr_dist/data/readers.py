@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from lbr_dist.data import beir, compressed
 from lbr_dist.data.csv_rows import csv_rows
@@ -212,7 +212,7 @@ def _tar(part: Part) -> Numbered:
                 number, key, row = number + 1, folder + slash + stem, {}
             content = tar.extractfile(member)
             assert content is not None
-            row = _join(row, _member(content.read(), extension))
+            row = _join(row, _member(content.read(), extension), member.name)
         assert tar.fileobj is not None
         while padding := tar.fileobj.read(1 << 20):  # to the end of the file, where a checksum is
             if padding.strip(b"\0"):
@@ -235,7 +235,20 @@ def _member(data: bytes, extension: str) -> Row:
     return text if isinstance(text, RowError) else {field_name or "text": text["text"]}
 
 
-def _join(row: Row | None, more: Row) -> Row:
+def _join(row: Row | None, more: Row, name: str) -> Row:
+    """The sample with its member `name`."""
     if row is None or isinstance(row, RowError):
         return row if row is not None else more
-    return more if isinstance(more, RowError) else {**row, **more}
+    if isinstance(more, RowError):
+        return more
+    if twice := [key for key in more if key in row and not _same(row[key], more[key])]:
+        return RowError(
+            "wrong_type",
+            f"{name} has another {twice[0]} than the members before it, which are of the same sample, as its name ends at "
+            "its first dot: rename them, or unpack the tar and name the folder",
+        )
+    return {**row, **more}
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b or (isinstance(a, str) and isinstance(b, str) and a.strip() == b.strip())

@@ -178,6 +178,20 @@ def test_tar_samples_of_several_members(tmp_path: Path) -> None:
     assert isinstance(read_rows[2][1], RowError)
 
 
+def test_tar_members_that_are_one_sample_by_their_names_alone(tmp_path: Path) -> None:
+    path = tmp_path / "papers.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, row in enumerate(ROWS[:3]):
+            add(tar, f"x/2101.{number}.json", json.dumps(row).encode())
+        add(tar, "1.json", b'{"text": "same", "id": 1}')
+        add(tar, "1.txt", b"same\n")
+        add(tar, "1.more.json", b'{"id": 1, "domain": "d"}')
+    (_, bad), (number, good) = read(path, tmp_path)
+    assert isinstance(bad, RowError)
+    assert re.match(r"x/2101\.1\.json has another id than the members before it, .* first dot: rename", bad.detail)
+    assert (number, good) == (2, {"text": "same\n", "id": 1, "domain": "d"})
+
+
 def test_tar_members_that_are_no_samples(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
