@@ -13,9 +13,11 @@ input or context, on a line of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
-from lbr_dist.data.row_values import parsed
+from lbr_dist.data.field_names import MOST_FORMS
+from lbr_dist.data.row_values import blank, parsed
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 INPUTS = ("input", "context")
@@ -32,16 +34,30 @@ def unfold(row: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ValueError: the conversation has another form, or no reply to anything.
     """
+    names = _names(tuple(row))
     for name in CONVERSATIONS:
-        if name in row and "question" not in row:
-            question, answer = _pair(name, row[name])
-            return {**{key: value for key, value in row.items() if key != name}, "question": question, "answer": answer}
+        if name in names and "question" not in names:
+            question, answer = _pair(names[name], row[names[name]])
+            return {**_without(row, names[name]), "question": question, "answer": answer}
+    if "instruction" not in names:
+        return row
+    told = row[names["instruction"]]
     for name in INPUTS:
-        more = row.get(name)
-        if isinstance(more, str) and more and isinstance(row.get("instruction"), str):
-            return {**{key: value for key, value in row.items() if key != name},
-                    "instruction": f"{row['instruction']}\n{more}"}  # fmt: skip
+        more = row[names[name]] if name in names else None
+        if isinstance(more, str) and not blank(more) and (isinstance(told, str) or blank(told)):
+            asked = more if blank(told) else f"{told}\n{more}"
+            return {**_without(row, names[name]), names["instruction"]: asked}
     return row
+
+
+@lru_cache(MOST_FORMS)
+def _names(fields: tuple[str, ...]) -> dict[str, str]:
+    """The fields by their names in small letters; the first of two, but one that is in small letters before all."""
+    return {**{str(name).lower(): name for name in reversed(fields)}, **{name: name for name in fields}}
+
+
+def _without(row: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key != name}
 
 
 def _pair(name: str, turns: Any) -> tuple[str, str]:
@@ -51,7 +67,7 @@ def _pair(name: str, turns: Any) -> tuple[str, str]:
     said: list[tuple[str, str]] = []
     for number, turn in enumerate(turns, 1):
         role, text = _turn(turn)
-        if role is not None and text is None and any(turn.get(call) for call in CALLS):
+        if role is not None and blank(text) and any(turn.get(call) for call in CALLS):
             continue
         if role is None or not isinstance(text, str):
             raise ValueError(f"{name}, turn {number}: not an object with role and content (text), or from and value")

@@ -244,8 +244,8 @@ def _join(row: Row | None, more: Row, name: str) -> Row:
     if twice := [key for key in more if key in row and not _same(row[key], more[key])]:
         return RowError(
             "wrong_type",
-            f"{name} has another {twice[0]} than the members before it, which are of the same sample, as its name ends at "
-            "its first dot: rename them, or unpack the tar and name the folder",
+            f"{name} has another {twice[0]} than the members before it, which are of the same sample, as its name ends "
+            "at its first dot: rename them, or unpack the tar and name the folder",
         )
     return {**row, **more}
 

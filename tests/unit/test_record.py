@@ -158,17 +158,25 @@ def test_conversations() -> None:
     assert convert(alpaca).question == "Answer the patient.\nfever?"
     assert convert({**alpaca, "input": ""}).question == "Answer the patient."
     assert convert(alpaca, fields={"question": "input"}).question == "fever?"
+    for told in ("", " ", None):
+        assert convert({**alpaca, "instruction": told}).question == "fever?"
+    for row in (openai, sharegpt, dolly, alpaca):  # as a spreadsheet writes them
+        assert convert({name.title(): value for name, value in row.items()}) == convert(row)
+    assert convert({"Messages": None, **openai}).answer == "rest"
+    assert convert({**openai, "Question": "q", "Answer": "a"}).answer == "a"
 
 
-def test_conversations_with_parts_and_tools() -> None:
+@pytest.mark.parametrize("said", [None, "", "\n", []])
+def test_conversations_with_parts_and_tools(said: object) -> None:
     turns: list[dict] = [
         {"role": "user", "content": [{"type": "text", "text": "how much"}, {"type": "text", "text": "is 6 x 7?"}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": said, "tool_calls": [{"id": "1"}]},
         {"role": "tool", "content": "42"},
         {"role": "assistant", "content": "It is 42."},
     ]
     found = convert({"messages": turns})
     assert (found.question, found.answer) == ("how much\nis 6 x 7?\n42", "It is 42.")
+    assert convert({"messages": [*turns, turns[2], turns[1]]}) == found
 
 
 @pytest.mark.parametrize(
