@@ -35,6 +35,8 @@ class Entity:
     def of(self, row: Mapping[str, Any], record: Record) -> str | None:
         """The row's group; None: it has none (no such field, nothing in it, no match) and stands alone."""
         value = record.id if self.field == "id" else look_up(row, self.field)
+        if isinstance(value, float) and value.is_integer():  # pandas makes whole numbers so where a row has none
+            value = int(value)
         if value in (None, [], {}) or not (text := str(value)).strip():
             return None
         if self.pattern is None:

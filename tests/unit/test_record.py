@@ -474,6 +474,8 @@ def test_entity() -> None:
     assert Entity.parse("id~(.*):").of({}, record) == "chem:CHEBI:1"
     assert Entity.parse("id~CHEBI:\\d+").of({}, record) == "CHEBI:1"
     assert Entity.parse("patient").of({"patient": 3}, record) == "3"
+    assert Entity.parse("patient").of({"patient": 3.0}, record) == "3"  # as pandas writes it where a row has none
+    assert Entity.parse("patient").of({"patient": 1.5}, record) == "1.5"
     assert Entity.parse("patient").of({}, record) is None
     assert Entity.parse("id~nothing").of({}, record) is None
     with pytest.raises(UserError, match="not a regular expression"):
