@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from lbr_dist.data import beir, compressed
 from lbr_dist.data.csv_rows import csv_rows
 from lbr_dist.data.json_rows import Numbered, Row, json_lines, json_object, json_rows
-from lbr_dist.data.row_values import CONVERT, RowError
+from lbr_dist.data.row_values import CONVERT, RowError, unseen
 from lbr_dist.data.sources import Part
 from lbr_dist.errors import UserError
 
@@ -37,6 +37,8 @@ FOREIGN = {
 """First bytes of a text file that is none."""
 WIDE = ((0, 1, "UTF-16BE"), (1, 0, "UTF-16LE"))
 """Of two bytes of a text without a byte order mark: the one that is null, the one that is not, and the encoding."""
+HEAD = 64
+"""Bytes of a line that mostly tell whether it is blank."""
 LONGEST = 1 << 28
 """Bytes of the longest block of text."""
 TOO_LONG = (
@@ -118,16 +120,23 @@ def _decoded(data: bytes) -> Row:
         return RowError("invalid_utf8", f"byte {error.start}{CONVERT}")
 
 
+def _blank(line: bytes) -> bool:
+    """Whether nothing is seen of a line: in HTML U+00A0 stands on those between paragraphs, in Chinese U+3000."""
+    if line.isascii():
+        return line.isspace()
+    return unseen(line[:HEAD].decode("utf-8", "ignore")) and unseen(line.decode("utf-8", "replace"))
+
+
 def _lines(file: IO[bytes]) -> Numbered:
     for number, line in enumerate(file, 1):
-        if not line.isspace():
+        if not _blank(line):
             yield number, _decoded(line.rstrip(b"\r\n"))
 
 
 def _paragraphs(file: IO[bytes]) -> Numbered:
     first, size, block = 0, 0, list[bytes]()
     for number, line in enumerate(chain(file, (b"\n",)), 1):
-        if not line.isspace():
+        if not _blank(line):
             first = first or number
             size += len(line)
             if size <= LONGEST:

@@ -64,7 +64,7 @@ def text(value: Any, role: str, max_chars: int) -> str:
             raise RowError("empty", f"{role} is null")
         hint = f": name a field in it, for example --field {role}=FIELD.PART" if isinstance(value, Mapping) else ""
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a text{hint}")
-    if not value or value.isspace() or not (value.isascii() or INVISIBLE.sub("", value).strip()):
+    if unseen(value):
         raise RowError("empty", f"{role} is empty")
     if len(value) > max_chars:
         raise RowError("too_long", f"{role} has {len(value)} characters, more than --max-chars {max_chars}")
@@ -90,6 +90,11 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a list of texts")
     return tuple(text(item, role, max_chars) for item in value if not blank(item))
+
+
+def unseen(value: str) -> bool:
+    """Whether a text has nothing but spaces and what is invisible."""
+    return not value or value.isspace() or not (value.isascii() or INVISIBLE.sub("", value).strip())
 
 
 def blank(value: Any) -> bool:

@@ -145,6 +145,17 @@ def test_plain_text_by_line_and_by_paragraph(tmp_path: Path) -> None:
     assert read(path, tmp_path, paragraphs=True) == [(1, {"text": "eins\r\nzwei"}), (5, {"text": "drei ü"})]
 
 
+@pytest.mark.parametrize("blank", ["\u00a0", "\u3000" * 99, " \u200b\t", "\ufeff\r"])
+def test_blank_lines_with_the_spaces_of_html_and_chinese(tmp_path: Path, blank: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"{blank}\neins\n{blank}\n\u3000\u3000二\n".encode())
+    expected = [(2, {"text": "eins"}), (4, {"text": "\u3000\u3000二"})]
+    assert read(path, tmp_path) == read(path, tmp_path, paragraphs=True) == expected
+    path.write_bytes(b"\xa0\n" + f"{blank * 30}x".encode())  # Latin-1
+    (_, bad), (_, good) = read(path, tmp_path)
+    assert (bad.reason, good) == ("invalid_utf8", {"text": f"{blank * 30}x".removeprefix("\ufeff")})
+
+
 def test_very_long_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "LONGEST", 400_000)
     path, line = tmp_path / "a.txt", b"x" * 99 + b"\n"
