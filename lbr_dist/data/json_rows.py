@@ -95,12 +95,18 @@ def _items(document: Mapping[str, Any]) -> list[Any]:
         if len({len(value) for value in values}) == 1 and not any(name in document for name in CONVERSATIONS):
             return [dict(zip(document, row, strict=True)) for row in zip(*values, strict=True)]
     elif values and all(isinstance(value, dict) and value for value in values):
-        if all(list(value) == _counted(len(values[0])) for value in values):
+        keys = list(values[0])  # 0, 1, 2 ..., or of a frame that was filtered or shuffled any numbers
+        counted = keys == _counted(len(keys)) or (_known(document) and all(key.isdecimal() for key in keys))
+        if counted and all(list(value) == keys for value in values):
             return [dict(zip(document, row, strict=True)) for row in zip(*map(dict.values, values), strict=True)]
-        if not any(name.lower() in RECOGNISED for name in document):
+        if not _known(document):
             known = list(document) == _counted(len(document))  # numbers of rows, which another file has too
             return values if known else [{"id": name, **value} for name, value in document.items()]
     return [document]
+
+
+def _known(document: Mapping[str, Any]) -> bool:
+    return any(name.lower() in RECOGNISED for name in document)
 
 
 def _counted(count: int) -> list[str]:

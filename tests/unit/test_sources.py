@@ -274,6 +274,7 @@ NUMBERED = {str(i): row for i, row in enumerate(PAIRS)}
     [
         ({"columns": ["question", "answer"], "index": [0, 1, 2], "data": [list(row.values()) for row in PAIRS]}, PAIRS),
         ({name: {i: row[name] for i, row in NUMBERED.items()} for name in PAIRS[0]}, PAIRS),
+        ({name: {i: NUMBERED[i][name] for i in "20"} for name in PAIRS[0]}, [PAIRS[2], PAIRS[0]]),
         ({name: [row[name] for row in PAIRS] for name in PAIRS[0]}, PAIRS),
         (NUMBERED, PAIRS),
         ({f"pm{i}": row for i, row in NUMBERED.items()}, [{"id": f"pm{i}", **row} for i, row in NUMBERED.items()]),
@@ -284,6 +285,7 @@ NUMBERED = {str(i): row for i, row in enumerate(PAIRS)}
         ),
         # one row each, which only looks like one of these
         ({"question": {"text": "q"}, "answer": {"text": "a"}}, None),
+        ({"question": {"1": "q", "2": "r"}, "answer": {"1": "a"}}, None),
         ({"questions": ["q", "p"], "answer": "a"}, None),
         ({"questions": ["q", "p"], "answers": ["a"]}, None),
         ({"messages": [{}, {}], "tools": [{}, {}]}, None),
