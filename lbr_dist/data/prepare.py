@@ -61,7 +61,9 @@ class PrepareReport:
     def _notes(self) -> Iterator[str]:
         if passed := self.data["passed_over"]:
             listed = ", ".join(f"{count} {ending}" for ending, count in passed.items())
-            yield f"passed over in folders: {listed} (a file is read if it is named, or a quoted glob matches it)"
+            named = any(ending.lower() == ".json" for ending in passed)
+            hint = " (a .json file is read if it is named, or a quoted glob matches it)" * named
+            yield f"passed over in folders: {listed}{hint}"
         if empty := self.data["empty_sources"]:
             yield f"sources without a row: {len(empty)} (first: {empty[0]})"
         if common := self.data["isolation"]["shared_common_texts"]:

@@ -27,7 +27,6 @@ from lbr_dist.errors import UserError
 MOST_LISTED = 10
 """Endings of files in a message."""
 HUB = "hub:"
-DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,9 @@ def printable(text: str) -> str:
 
 
 def _is_dataset(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).is_file() for name in DATASET_FILES)
+    """Whether `datasets` saved it, asked as `load_from_disk` asks: other tools have a state.json too."""
+    parts = [(folder / name).is_file() for name in ("dataset_info.json", "state.json")]
+    return all(parts) or (folder / "dataset_dict.json").is_file()
 
 
 def _beir_part(source: Source, folder: Path, split: str) -> Part:

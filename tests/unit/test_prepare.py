@@ -336,6 +336,16 @@ def test_empty_sources(tmp_path: Path) -> None:
     assert f"note: sources without a row: 1 (first: {tmp_path}/a.jsonl)" in run(sources, tmp_path / "out").lines
 
 
+def test_files_that_a_folder_passes_over_are_told(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in/qa.jsonl", domain())
+    (tmp_path / "in/README.md").touch()
+    assert "note: passed over in folders: 1 .md" in run([str(tmp_path / "in")], tmp_path / "out").lines
+    (tmp_path / "in/squad.JSON").touch()
+    note = "1 .JSON, 1 .md (a .json file is read if it is named, or a quoted glob matches it)"
+    assert f"note: passed over in folders: {note}" in run([str(tmp_path / "in")], tmp_path / "two").lines
+
+
 def test_rows_that_two_files_hold_do_not_depend_on_their_order(tmp_path: Path) -> None:
     rows = [{"question": f"q {i}", "answer": f"a {i}"} for i in range(60)]
     sources = [str(write(tmp_path / "a.jsonl", rows)), str(write(tmp_path / "b.jsonl", rows[20:]))]

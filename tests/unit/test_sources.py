@@ -389,6 +389,14 @@ def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
         expand(Source(str(folder)), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+def test_a_folder_with_the_state_of_another_tool_is_no_saved_data_set(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in", "a.jsonl")
+    (tmp_path / "in" / name).write_text("{}")
+    assert [row for _, row in read(tmp_path / "in", tmp_path)] == ROWS
+
+
 def test_names_that_hold_an_ending_and_do_not_end_in_it(tmp_path: Path) -> None:
     for name in ("q.txt", "notes.txt summary.docx", "scan.csv (1).zip", "#q.jsonl#", "my notes.csv of 2024.TXT.GZ"):
         (tmp_path / name).write_bytes(gzip.compress(b"t") if name.endswith("GZ") else b"t")
