@@ -148,6 +148,8 @@ class Pipeline:
         self.dropped["repeated_row"] = int((again & ~conflict).sum())
         alive = np.ones(len(numbers.is_text), bool)
         alive[own[again]] = False
+        self.original = np.arange(len(alive))  # of each record the one that it repeats whole, else itself
+        self.original[own[again & ~conflict]] = original[again & ~conflict]
         return alive
 
     def _check_fields(self, alive: np.ndarray, parts: list[Part]) -> None:
@@ -200,7 +202,9 @@ class Pipeline:
         alive[texts.record] = True
         common = self.common_hashes
         with self.progress.phase("linking records"):
-            labels = components(texts, numbers, sketches, alive=alive, similarity=similarity, common=common)
+            labels = components(
+                texts, numbers, sketches, alive=alive, original=self.original, similarity=similarity, common=common
+            )
         usable = alive & ~numbers.is_text & ~numbers.external
         outside = np.zeros(len(labels), bool)
         outside[labels[numbers.external]] = True

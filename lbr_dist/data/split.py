@@ -101,13 +101,22 @@ def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonTex
 
 
 def components(
-    texts: Texts, numbers: Numbers, sketches: Sketches, *, alive: np.ndarray, similarity: float, common: np.ndarray
+    texts: Texts,
+    numbers: Numbers,
+    sketches: Sketches,
+    *,
+    alive: np.ndarray,
+    original: np.ndarray | None = None,
+    similarity: float,
+    common: np.ndarray,
 ) -> np.ndarray:
     """Connected components over question-answer records, those of external evaluation sets included.
 
     Args:
         texts: texts of the records that are alive.
         alive: bool [records]: the others are repetitions.
+        original: int64 [records]: the record that each repeats whole, which is of its group too, else itself; None:
+            there are no such repetitions.
         similarity: estimated Jaccard similarity from which two texts are near-duplicates.
         common: uint64 hashes of answers that do not link.
 
@@ -118,8 +127,10 @@ def components(
     texts = texts.of(~numbers.is_text)
     linking = texts.linking(common)
     labels = _link_equal(labels, texts.record[linking], texts.hash[linking])
-    named = np.flatnonzero((numbers.entity != NO_ENTITY) & ~numbers.is_text & alive)
-    labels = _link_equal(labels, named, numbers.entity[named])
+    original = np.arange(len(alive)) if original is None else original
+    repeats = original != np.arange(len(alive))
+    named = np.flatnonzero((numbers.entity != NO_ENTITY) & ~numbers.is_text & (alive | repeats))
+    labels = _link_equal(labels, original[named], numbers.entity[named])
     sketched = np.flatnonzero(texts.sketch >= 0)
     _, first = np.unique(texts.hash[sketched], return_index=True)
     sketched = sketched[first]  # by hash: the order of the sources must not matter

@@ -437,6 +437,26 @@ def test_entity_values_that_are_blank_group_nothing(tmp_path: Path) -> None:
     assert "note: 150 question-answer records have no --entity and stand alone" in report.lines
 
 
+def test_a_row_that_is_repeated_in_another_group_links_the_two(tmp_path: Path) -> None:
+    """As a question on two pages; a row that is bad for its id links nothing."""
+    rows = [{"id": f"p{i // 2}:{i % 2}", "question": f"q {i}", "answer": f"a {i}", "page": i // 2} for i in range(80)]
+    shared = [{"question": f"both {i}", "answer": f"c {i}"} for i in range(20)]
+    rows += [{**row, "page": page} for i, row in enumerate(shared) for page in (2 * i, 2 * i + 1)]
+    rows += [{"id": "p0:0", "question": "q", "answer": "a", "page": 39}]
+    path = write(tmp_path / "qa.jsonl", rows)
+    sizes = {"gl": 0.4, "cl": 0.3, "eval": 0.3}
+    data = run([str(path)], tmp_path / "out", entity="page", sizes=sizes, max_bad_share=0.1).data
+    assert (data["dropped"]["repeated_row"], data["rows"]["bad"]["total"]) == (20, 1)
+    pages = [
+        {int(row["id"][1:].split(":")[0]) for row in side if ":" in row["id"]}
+        | {2 * int(row["answer"][2:]) for row in side if row["answer"].startswith("c ")}
+        for side in everything(tmp_path / "out").values()
+    ]
+    assert all(pages)
+    assert sum(map(len, pages)) == 40
+    assert (data["components"]["count"], data["components"]["largest"]) == (20, 5)
+
+
 @pytest.mark.parametrize("entity", ["gruppe", "question~(never)", "blank"])
 def test_entity_that_no_row_has(tmp_path: Path, entity: str) -> None:
     rows = [{"question": f"q {i}", "answer": f"a {i}", "blank": ""} for i in range(80)]
