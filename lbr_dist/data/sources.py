@@ -179,6 +179,11 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(identity)
+        if "qrels" in folders and find_beir(str(folder)) is not None:  # by file, its questions are texts to learn
+            raise UserError(
+                f"{folder}: is a benchmark, in a folder of sources: name it by itself, as {folder}@SPLIT, or for its "
+                "texts its corpus, and leave it out of that folder"
+            )
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if name.startswith("."):

@@ -132,6 +132,16 @@ def test_a_split_is_named_where_there_are_several(folder: Path) -> None:
             expand(Source(source), Path())
 
 
+def test_a_benchmark_in_a_folder_of_sources_is_not_read_by_file(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nfcorpus: is a benchmark, .* name it by itself, as .*/nfcorpus@SPLIT"):
+        expand(Source(str(tmp_path)), Path())
+    (folder / "qrels").rename(folder / ".qrels")
+    assert len(expand(Source(str(tmp_path)), Path())) == 2
+    (folder / "notes/qrels").mkdir(parents=True)
+    write(folder / "notes/qrels/a.jsonl", DOCUMENTS)
+    assert len(expand(Source(str(tmp_path)), Path())) == 3
+
+
 def test_its_texts_alone_are_a_file(folder: Path) -> None:
     with pytest.raises(UserError, match=r"@test: .* not of kind corpus: for the texts alone name .*corpus\.jsonl"):
         expand(Source.parse(f"corpus={folder}@test", None, {}), Path())
