@@ -217,8 +217,26 @@ class Converter:
         """Stem and options, one per line with a letter, as the question; the right option as the answer."""
         stem = self._text(self._get(row, "question"), "question")
         options, labels = row_values.options(self._get(row, "options"), self.max_chars)
-        right = row_values.choose(self._get(row, "right"), options, labels)
-        return self._with_options(stem, options), options[right]
+        return self._with_options(stem, options), options[self._right(row, options, labels)]
+
+    def _right(self, row: Mapping[str, Any], options: list[str], labels: list[str]) -> int:
+        """Number of the right option; a label, which may mean something else, must agree with an answer beside it."""
+        value = self._get(row, "right")
+        right = row_values.choose(value, options, labels)
+        [name, *_] = self._finder.find(row, "right") or ()
+        if name.lower() == "label" and name != self._finder.fields.get("answer"):
+            answer = field_names.look_up(row, "answer")
+            try:
+                agrees = row_values.blank(answer) or row_values.choose(answer, options, labels) == right
+            except RowError:
+                agrees = True  # it is no option: an explanation
+            if not agrees:
+                raise RowError(
+                    "bad_option",
+                    f"answer is {str(answer)[:40]!r} and {name} is {value!r}, another option: name the field of the "
+                    "right one (--field answer=NAME)",
+                )
+        return right
 
     def _with_options(self, stem: str, options: list[str]) -> str:
         lines = [f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(options)]

@@ -393,6 +393,19 @@ def test_a_letter_or_number_beside_the_labels_is_no_place(options: object, right
         convert({"question": "q", "options": options, "answer": right})
 
 
+def test_a_label_and_an_answer_that_are_different_options() -> None:
+    row = {"question": "q", "options": ["a", "b", "c"], "answer": "C", "Label": 0}
+    with pytest.raises(
+        RowError, match=r"answer is 'C' and Label is 0, another option: .*--field answer=NAME"
+    ) as caught:
+        convert(row)
+    assert caught.value.reason == "bad_option"
+    assert convert(row, fields={"answer": "answer"}).answer == "c"
+    assert convert(row, fields={"answer": "Label"}).answer == "a"
+    for answer in ("a", "A", 0, "", None, "as everybody knows", ["c"]):
+        assert convert({**row, "answer": answer}).answer == "a"
+
+
 def test_a_right_option_that_is_not_found_says_how_to_name_it() -> None:
     with pytest.raises(RowError, match=r"no right option \(--field answer=NAME\): looked for answer_idx"):
         convert({"question": "q", "options": ["a", "b"], "gold": 1})
