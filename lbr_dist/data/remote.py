@@ -37,7 +37,10 @@ STALL_S = 60.0
 CHUNK = 1 << 16
 FILE = re.compile(r"[0-9a-f]{32}")
 """Names of the files in a cache: their XXH3-128."""
+BY_CURL = re.compile(r"(?:https?|sftp|ftps|scp)://[^/?#]*")
+"""What an address begins with that curl transfers."""
 CURL = {
+    3: "the address is malformed",
     6: "no such host",
     7: "nobody answers there",
     18: "the transfer ended early",
@@ -240,6 +243,8 @@ def _opened(url: str) -> Any:
     from webdataset import utils
     from webdataset.gopen import Pipe, gopen, rewrite_url
 
+    if host := BY_CURL.match(url):  # a space ends the address for curl, and brackets and braces make several of it
+        url = host[0] + re.sub(r"[][{} ]", lambda found: f"%{ord(found[0]):02X}", url[host.end() :])
     place = rewrite_url(url)
     if not place.startswith("pipe:") or utils.enforce_security:
         return gopen(url, "rb")

@@ -221,7 +221,8 @@ def _read_manifest(root: str) -> dict[str, Any]:
         version, recorded = manifest["format"], manifest["fingerprint"]
         intact = version > FORMAT or manifest_fingerprint(manifest) == recorded
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{root}/manifest.json: not the manifest of a prepared set: prepare the set again") from error
+        remedy = "see what the address gives (a login page?)" if remote.is_url(root) else "prepare the set again"
+        raise UserError(f"{root}/manifest.json: not the manifest of a prepared set: {remedy}") from error
     if version > FORMAT:
         raise UserError(f"{root}: prepared by a newer lbr (format {version}, this one reads {FORMAT}): update lbr")
     if not intact or set(manifest["splits"]) != set(SPLITS):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow.parquet as pq
 import pytest
@@ -290,6 +291,23 @@ def test_remote_set_through_dropped_connections(prepared: Path, server: Server) 
     server.requests.clear()
     assert ShardReader(open_set(server.url), "gl").read([12])  # a second reader finds shard and index in the cache
     assert server.requests == ["manifest.json"]
+
+
+def test_an_address_is_taken_as_it_is_written(prepared: Path, server: Server, tmp_path: Path) -> None:
+    names = {"a b.json": "one", "p[1-2].json": "two", "{x,y}.json?v=[1]": "three"}
+    for name, text in names.items():
+        found = tmp_path / "found"
+        (prepared / quote(name, safe="?=,")).write_text(text)  # the server does not decode
+        remote.fetch(f"{server.url}/{name}", found)
+        assert found.read_text() == text
+    with pytest.raises(UserError, match=r"\(last: the address is malformed\)"):
+        remote.fetch("http://127.0.0.1:port/a", tmp_path / "none")
+
+
+def test_a_login_page_is_no_manifest(prepared: Path, server: Server) -> None:
+    (prepared / "manifest.json").write_text("<html>")
+    with pytest.raises(UserError, match=r"not the manifest of a prepared set: see what the address gives"):
+        open_set(server.url)
 
 
 def test_connections_that_always_drop_name_the_address(server: Server) -> None:
