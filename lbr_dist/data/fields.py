@@ -128,9 +128,12 @@ class Converter:
         if has["text"]:
             self._refuse_unasked(row)
             return "corpus"
+        named = self._finder.fields.items()
+        lacking = [f"{role}={name}" for role, name in named if name and self._finder.find(row, role) is None]
+        also = f", which have none of --field {', '.join(lacking)}" * bool(lacking)
         raise RowError(
             "missing_field",
-            f"cannot tell question, answer or text among the fields {listed(row)}: name them, for example "
+            f"cannot tell question, answer or text among the fields {listed(row)}{also}: name them, for example "
             "--field question=prompt" + self._cells * " (the first line of a CSV file has to hold their names)",
         )
 

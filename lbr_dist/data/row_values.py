@@ -82,7 +82,7 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
     value = parsed(value)
     _refuse_python_list(value, role)
     if holds_list(value):
-        value = value["text"]
+        value = _titled(value)
     if blank(value):
         return ()
     if isinstance(value, str):
@@ -90,6 +90,17 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a list of texts")
     return tuple(text(item, role, max_chars) for item in value if not blank(item))
+
+
+def _titled(value: Mapping[str, Any]) -> list[Any]:
+    """The texts of an object of lists, which `datasets` makes of a list of objects; with titles, where it has them."""
+    items, titles = value["text"], value.get("title")
+    if not isinstance(titles, list | tuple) or len(titles) != len(items):
+        return list(items)
+    return [
+        {"title": title, "text": item} if isinstance(item, str) and not blank(title) else item
+        for title, item in zip(titles, items, strict=True)
+    ]
 
 
 def unseen(value: str) -> bool:
@@ -215,6 +226,7 @@ def identifier(value: Any) -> str | None:
 def type_name(value: Any) -> str:
     """What a value is, in words."""
     names = {
+        type(None): "null",
         bool: "true or false",
         int: "a number",
         float: "a number",

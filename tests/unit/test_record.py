@@ -256,6 +256,8 @@ def test_forms_of_well_known_sets() -> None:
     }
     found = convert(tevatron)
     assert (found.answer, found.positives, found.negatives) == ("T one", ("two",), ("N three",))
+    columns = {"docid": ["1", "2", "4"], "title": ["T", "", None], "text": ["one", "two", ""]}
+    assert convert({**tevatron, "positive_passages": columns}) == found
     mined = {"anchor": "q", "positive": "a", "negative_1": "x", "negative_2": "y"}
     assert convert(mined).negatives == ("x", "y")
     assert convert({"question": "q", "context": {}, "long_answer": "long", "final_decision": "yes"}).answer == "long"
@@ -416,6 +418,8 @@ def test_a_right_option_that_is_not_found_says_how_to_name_it() -> None:
 def test_unrecognised_fields_are_listed_with_the_remedy() -> None:
     with pytest.raises(RowError, match=r"among the fields foo, bar: .*--field question=prompt"):
         convert({"foo": "q", "bar": "a"})
+    with pytest.raises(RowError, match=r"fields Foo, answer, which have none of --field question=foo: name them"):
+        convert({"Foo": "q", "answer": "a"}, fields={"question": "foo", "answer": "answer"})
     with pytest.raises(RowError, match=r"c0, c1, .* \.\.\. \(5000 fields\)") as caught:
         convert({f"c{i}": "x" for i in range(5000)})
     assert len(str(caught.value)) < 500
