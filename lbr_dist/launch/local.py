@@ -24,7 +24,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.environment import detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.recipes import load_recipe, save_recipe
-from lbr_dist.training.signals import stop_signals
+from lbr_dist.training.signals import FirstSignal, stop_signals
 
 GRACE_S = 3.0
 """Time that the other ranks have to say their last words once one has failed."""
@@ -37,8 +37,8 @@ TAIL_LINES = 40
 def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Sequence[str] = ()) -> int:
     """Run `train` on `nproc` ranks; returns the exit code.
 
-    SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to every rank. Rank 0 writes to this process's output, the others'
-    is kept and shown if they are the cause of a failure.
+    SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to every rank; a second one, later, ends them all. Rank 0 writes
+    to this process's output, the others' is kept and shown if they are the cause of a failure.
 
     Raises:
         UserError: this process is one of several ranks itself.
@@ -76,7 +76,7 @@ def _check_alone(nproc: int) -> None:
 class _Ranks:
     def __init__(self, folder: Path) -> None:
         self._folder, self._processes = folder, list[subprocess.Popen[bytes]]()
-        self._asked = 0
+        self._asked, self._signal = 0, FirstSignal(sys.exit)
 
     def start(self, arguments: list[str], nproc: int) -> None:
         shared = {
@@ -153,7 +153,12 @@ class _Ranks:
         return self._folder / f"rank-{rank}.txt"
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """Pass a signal on, all but SIGUSR1 as SIGTERM: of SIGINT a rank that still imports would make a traceback."""
+        """Pass a signal on, all but SIGUSR1 as SIGTERM: of SIGINT a rank that still imports would make a traceback.
+
+        The second request is obeyed here: a rank that waits for a hung one, within a call, notices no signal.
+        """
+        if not self._signal.receive(number):
+            return
         number = self._asked = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
         for process in self._processes:
             if process.poll() is None:

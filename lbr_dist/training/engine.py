@@ -63,6 +63,7 @@ def start_distributed(environment: Environment, timeout_s: float) -> torch.devic
     os.environ.update(
         RANK=str(environment.rank), WORLD_SIZE=str(environment.world), LOCAL_RANK=str(local_rank)
     )  # DeepSpeed takes the last one for the number of its device
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # an outer mpirun's, with which DeepSpeed would compare it
     return device
 
 

@@ -39,16 +39,13 @@ def holder(folder: Path) -> str:
         return ""
 
 
-def _myself() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
 class RunLock:
     """Context that gives the lock back, if `take` was called."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / LOCK
         self._file: IO[str] | None = None
+        self._mine = f"process {os.getpid()} on {socket.gethostname()}"  # a machine's name may change
         self._ended = threading.Event()
 
     def __enter__(self) -> RunLock:
@@ -102,9 +99,9 @@ class RunLock:
             return False
         except OSError:  # storage that fails says nothing about the lock
             return True
-        if now != _myself():
+        if now != self._mine:
             raise UserError(
-                f"output {self._folder}: {now or 'another run'} took the folder over while this run ({_myself()}) was "
+                f"output {self._folder}: {now or 'another run'} took the folder over while this run ({self._mine}) was "
                 "suspended or cut off: that one goes on, from the newest checkpoint"
             )
         return True
@@ -127,7 +124,7 @@ class RunLock:
             file.close()
             return False
         file.truncate(0)
-        file.write(f"{_myself()}\n")
+        file.write(f"{self._mine}\n")
         file.flush()
         os.fsync(file.fileno())  # other machines ask `holder`
         self._file = file

@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -47,12 +48,16 @@ def stop_requested(run_dir: Path) -> str:
 
 
 class FirstSignal:
-    """The first signal asks to stop; a repetition within `REPEATED_S` changes nothing, a later one ends the process."""
+    """The first signal asks to stop; a repetition within `REPEATED_S` changes nothing, a later one ends the process.
 
-    def __init__(self) -> None:
+    Args:
+        end: called with the exit code to end it.
+    """
+
+    def __init__(self, end: Callable[[int], Any] = os._exit) -> None:
         self.asked = ""
         """Name of the signal, or of whoever else asked."""
-        self._at = -math.inf
+        self._at, self._end = -math.inf, end
 
     def receive(self, number: int) -> bool:
         """Take a signal; whether it is the first request."""
@@ -61,7 +66,7 @@ class FirstSignal:
             self.asked, self._at = signal.Signals(number).name, now
             return True
         if now - self._at > REPEATED_S:
-            os._exit(128 + number)
+            self._end(128 + number)
         return False
 
 

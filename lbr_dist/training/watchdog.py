@@ -20,6 +20,8 @@ from typing import Self
 EXIT_HUNG = 1
 START_S = 3600.0
 """Time to load a model and compare checksums, before the first step."""
+AWAY_S = 1.0
+"""A thread that slept so much longer than it meant to was not run: the process was suspended, and no step was made."""
 GRACE_S = 5.0
 """Between report and end: the other ranks started to wait a little later, and must not see a dead rank first."""
 
@@ -49,8 +51,13 @@ class Watchdog:
         self._ended.set()
 
     def _watch(self) -> None:
-        while not self._ended.wait(min(1.0, self._step_timeout / 4)):
-            if time.monotonic() - self._last > self._timeout:
+        pause, seen = min(1.0, self._step_timeout / 4), time.monotonic()
+        while not self._ended.wait(pause):
+            now = time.monotonic()
+            away, seen = now - seen - pause, now
+            if away > AWAY_S:
+                self._last = min(now, self._last + away)
+            if now - self._last > self._timeout:
                 threading.Thread(target=self._report, daemon=True).start()  # a file system may be what hangs
                 time.sleep(GRACE_S)
                 os._exit(EXIT_HUNG)

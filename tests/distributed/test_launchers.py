@@ -45,7 +45,10 @@ def test_torchrun_then_env_variables(tmp_path: Path, tiny_model_dir: Callable[..
     ranks = [
         subprocess.Popen(
             [sys.executable, *train, "duration.steps=4"],
-            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            env=environment(
+                **{"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+                OMPI_COMM_WORLD_LOCAL_RANK="7",  # left by an mpirun that started the shell
+            ),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch import local
 from lbr_dist.recipes import save_recipe
+from lbr_dist.training.signals import REPEATED_S
 
 JOB_STEP = {"STEP_ID": "0", "JOB_ID": "7", "PROCID": "1", "LOCALID": "0", "NTASKS": "2", "STEP_NUM_TASKS": "2"}
 
@@ -39,6 +42,29 @@ def test_ranks_do_not_look_for_the_store_of_an_outer_torchrun(tmp_path: Path, mo
     ranks.start([], 2)
     assert [environ["RANK"] for environ in seen] == ["0", "1"]
     assert not any("TORCHELASTIC_USE_AGENT_STORE" in environ for environ in seen)
+
+
+def test_a_second_request_ends_ranks_that_hear_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that waits for a hung rank, within a call, runs no handler of Python's."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(); time.sleep(600)"
+    ranks = list[subprocess.Popen[bytes]]()
+
+    def ask() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(REPEATED_S + 0.5)
+
+    def start(self: local._Ranks, *_: Any) -> None:
+        ranks.append(subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE))
+        self._processes = ranks
+        assert ranks[0].stdout is not None
+        ranks[0].stdout.readline()
+        threading.Thread(target=ask).start()
+
+    monkeypatch.setattr(local._Ranks, "start", start)
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGINT)):
+        local.launch(recipe, 1)
+    assert ranks[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.usefixtures("a_terminal")

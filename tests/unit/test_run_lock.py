@@ -93,6 +93,13 @@ def test_a_file_system_without_locks(
     assert "no lock to be had" in caplog.text
 
 
+def test_a_machine_that_gets_another_name_keeps_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        monkeypatch.setattr("socket.gethostname", lambda: "renamed")
+        assert lock.check()
+
+
 def test_a_holder_learns_that_it_was_taken_over_or_its_folder_removed(tmp_path: Path) -> None:
     with RunLock(tmp_path / "run") as lock:
         assert lock.check()  # it holds none

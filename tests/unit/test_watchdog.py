@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HANGS = """
@@ -42,6 +44,33 @@ with watchdog.Watchdog(Path(sys.argv[1]), 0, 3.0) as loop._watchdog:
     print("saved", flush=True)
     time.sleep(60)
 """
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from lbr_dist.training import watchdog
+watchdog.START_S = watchdog.GRACE_S = 0.5
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 4.0) as watch:
+    watch.alive("running step 2")
+    print("running", flush=True)
+    for _ in range(30):  # a sleep would be over, however long it was suspended for
+        time.sleep(0.1)
+    watch.alive("running step 3")
+    print("done", flush=True)
+"""
+
+
+def test_a_run_that_was_suspended_did_not_hang(tmp_path: Path) -> None:
+    """It is woken, and its step, which takes 3 of the 4 s that it may, goes on."""
+    run = subprocess.Popen([sys.executable, "-c", SUSPENDED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "running\n"
+    run.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    run.send_signal(signal.SIGCONT)
+    assert run.communicate(timeout=30)[0] == "done\n"
+    assert run.returncode == 0
 
 
 def test_a_slow_write_is_no_hang_and_what_follows_may_be(tmp_path: Path) -> None:
