@@ -155,13 +155,13 @@ def one_start(recipe_file: str, times_file: str) -> None:
     stop_after = raw.pop("stop_after")
     finished = run._Loop._step
 
-    def step(self: Any, plan: Any, batches: Any) -> bool:
-        asked = finished(self, plan, batches)
+    def step(self: Any, plan: Any, batches: Any) -> tuple[bool, bool]:
+        asked, unsaved = finished(self, plan, batches)
         if "whole" not in parts.spent:
             wall, cpu = time.time() - float(os.environ["BENCHMARK_BEGAN"]), time.process_time()
             covered = [sum(values) for values in zip(*parts.spent.values(), strict=True)]
             parts.spent |= {"the rest": [wall - covered[0], cpu - covered[1]], "whole": [wall, cpu]}
-        return asked or plan.step + 1 == stop_after
+        return asked or plan.step + 1 == stop_after, unsaved
 
     run._Loop._step = step  # type: ignore[method-assign]
     run.train(parse_recipe(raw, "startup"))

@@ -158,7 +158,7 @@ def check_spec(spec: str) -> None:
     elif is_run(path):
         from lbr_dist.training.checkpoint_format import resolve
 
-        resolve(path, deep=False)
+        resolve(path, kinds=())
         return
     folder = Path(path)
     if problem := _no_model(folder):

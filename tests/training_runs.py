@@ -81,11 +81,17 @@ def losses(output: str) -> list[float]:
 
 def cut_off(finished: str, output: Path, step: int = CUT) -> str:
     """What a run that was killed after its checkpoint at `step` leaves behind (it had gone on for a while)."""
-    shutil.copytree(finished, output)
+    copied(finished, output)
     for checkpoint in (output / "checkpoints").glob("step-*"):
         if checkpoint.name != f"step-{step:06d}":
             shutil.rmtree(checkpoint)
     (output / "checkpoints" / "latest").write_text(f"step-{step:06d}")
+    return str(output)
+
+
+def copied(finished: str, output: Path) -> str:
+    """A copy of a run in another folder."""
+    shutil.copytree(finished, output)
     (output / "recipe.yaml").write_text(
         (output / "recipe.yaml").read_text().replace(f"output: {finished}", f"output: {output}")
     )

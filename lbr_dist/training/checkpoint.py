@@ -120,6 +120,11 @@ class Checkpointer:
         """Whether this rank is still writing the last save."""
         return self._writer.busy
 
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the last save could not be written; `wait` says why."""
+        return self._writer.failed
+
     def load(self, path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Restore the engine from a checkpoint, written at any world size and ZeRO stage. Collective.
 
@@ -147,6 +152,10 @@ class Checkpointer:
         if name in manifest.files and manifest.files[name].slices == self._frozen_slices():
             self._remember(path / name, manifest.files[name], mark(path / name))
         return manifest.state, read_rank_state(path / self._rank_file("rank"))
+
+    def go_back_to(self, path: Path) -> None:
+        """Rank 0: have later starts go on from this checkpoint of the run, not from one that was committed after it."""
+        self._writer.go_back_to(path)
 
     def _rank_file(self, kind: Kind) -> str:
         return layout.rank_file(kind, self._team.rank, self._team.world)

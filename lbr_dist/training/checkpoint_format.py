@@ -152,6 +152,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
         return Manifest.model_validate(body)
     except FileNotFoundError:
         raise UserError(f"{file}: missing, so this is not a complete checkpoint") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, AttributeError, ValidationError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__})") from None
 
@@ -187,6 +189,15 @@ def verify(
         )
         problems = [problem for problem in checks if problem]
     return problems + [f"{folder / MANIFEST}: {gap}" for gap in gaps(manifest)]
+
+
+def is_sound(checkpoint: Path, name: str) -> bool:
+    """Whether a checkpoint has a file of this name, as it was written; the others are not looked at."""
+    try:
+        entry = read_manifest(checkpoint).files.get(name)
+    except UserError:
+        return False
+    return entry is not None and _file_problem(checkpoint / name, entry, deep=True, again=False) is None
 
 
 def _file_problem(file: Path, entry: FileEntry, deep: bool, again: bool) -> str | None:
@@ -250,10 +261,11 @@ def _age(path: Path, manifest: Manifest | None) -> tuple[int, int]:
     return (manifest.sequence, step) if manifest else (2**62, step)  # unreadable ones first, so that they are reported
 
 
-def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None, list[str]]:
+def find_resumable(run_dir: str | Path, kinds: Container[Kind] | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why others were passed over.
 
-    Reads every byte of the checkpoints it tries: call it on one rank and send the answer to the others.
+    Reads every byte of the checkpoints it tries, or of their files of some kinds: call it on one rank and send the
+    answer to the others.
     """
     run_dir = Path(run_dir)
     reasons = [
@@ -262,7 +274,7 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
     ]
     found, known = None, list_checkpoints(run_dir)
     for position, (path, _) in enumerate(known):
-        problems = verify(path, deep, again=False)
+        problems = verify(path, kinds=kinds, again=False)
         if not problems:
             found = path
             reasons += [
@@ -275,27 +287,29 @@ def find_resumable(run_dir: str | Path, deep: bool = True) -> tuple[Path | None,
     return found, reasons
 
 
-def resolve(path_or_run: str | Path, deep: bool = True) -> Path:
+def resolve(path_or_run: str | Path, kinds: Container[Kind] | None = None) -> Path:
     """A checkpoint, if it verifies, or the newest one of a run folder that does, for its weights.
 
-    `deep`: every byte is read, of a checkpoint that is named but for its optimizer. Whatever committed ones are passed
-    over is then logged, with the one that was chosen.
+    Args:
+        path_or_run: either.
+        kinds: files that are read; of the others existence and sizes are compared. None: all, of a checkpoint that is
+            named but for its optimizer; what committed ones are passed over is then logged, with the one chosen.
 
     Raises:
         UserError: neither, or no checkpoint that verifies (the reasons are given).
     """
     path = Path(path_or_run)
     if (path / MANIFEST).is_file() or _STEP_NAME.fullmatch(path.name):
-        if problems := verify(path, deep, kinds=WITHOUT_OPTIMIZER, again=False):
+        if problems := verify(path, kinds=WITHOUT_OPTIMIZER if kinds is None else kinds, again=False):
             raise UserError(f"{path}: this checkpoint cannot be used: {'; '.join(problems)}")
         return path
     if not checkpoints_folder(path).is_dir():
         raise UserError(f"{path}: neither a checkpoint (no {MANIFEST}) nor a run folder (no checkpoints/)")
-    found, reasons = find_resumable(path, deep)
+    found, reasons = find_resumable(path, kinds)
     if found is None:
         detail = "; ".join(reasons) or "it has none"
         raise UserError(f"{path}: no checkpoint can be used: {detail}")
     committed = [reason for reason in reasons if f"/{TEMPORARY}" not in reason]  # a run may be writing the others
-    if committed and deep:
+    if committed and kinds is None:
         log.warning("%s: %s is used; passed over: %s", path, found.name, "; ".join(committed))
     return found

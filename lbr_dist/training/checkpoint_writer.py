@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lbr_dist.disk import sync
+from lbr_dist.disk import FULL, sync
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
@@ -29,7 +29,7 @@ from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
 
 log = logging.getLogger("lbr")
 
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+MENDABLE = (*FULL, errno.EACCES, errno.EPERM)
 """What a restart meets again, and the user can mend; anything else may be storage that comes back."""
 SLOWEST_WRITE = timedelta(hours=2)
 """How long a rank waits for the others' files; a rank that died is noticed at once."""
@@ -153,6 +153,17 @@ class CheckpointWriter:
             self._sequence, attempt = max(known, default=0), os.urandom(4).hex()
         self.attempt: str = team.broadcast(attempt)
 
+    def go_back_to(self, checkpoint: Path) -> None:
+        """Rank 0: make a checkpoint of this folder, if it is one, the one that was committed last."""
+        manifest = layout.read_manifest(checkpoint)
+        if manifest.sequence == self._sequence or checkpoint.parent.resolve() != self.folder.resolve():
+            return
+        self._sequence += 1
+        newest = manifest.model_copy(update={"sequence": self._sequence})
+        files.replace_bytes(checkpoint / layout.MANIFEST, layout.encode_manifest(newest))
+        files.replace_bytes(self.folder / layout.LATEST, f"{checkpoint.name}\n".encode())
+        self.resumed = self._sequence
+
     def submit(self, snapshot: Snapshot) -> None:
         """Start to write; waits for the one before, and raises its error."""
         self.wait()
@@ -163,6 +174,11 @@ class CheckpointWriter:
     def busy(self) -> bool:
         """Whether a snapshot is being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last snapshot could not be written; `wait` says why."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Return when nothing is being written.

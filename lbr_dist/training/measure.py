@@ -39,6 +39,8 @@ class Reached(NamedTuple):
     flops: float
     stop: bool
     """Some rank was asked to stop."""
+    unsaved: bool
+    """Some rank knows that the last checkpoint could not be written."""
 
 
 class Meter:
@@ -67,7 +69,9 @@ class Meter:
         self._saving += seconds
         self._step_began += seconds  # the stall is not part of the next step's data wait
 
-    def gather(self, part: Tensor | None, plan: StepPlan, batches: Sequence[LocalBatch], *, stop: bool) -> Reached:
+    def gather(
+        self, part: Tensor | None, plan: StepPlan, batches: Sequence[LocalBatch], *, stop: bool, unsaved: bool
+    ) -> Reached:
         """Compare notes. Collective.
 
         Args:
@@ -75,8 +79,9 @@ class Meter:
             plan: of the step.
             batches: of this rank.
             stop: this rank was asked to stop.
+            unsaved: this rank knows that the last checkpoint could not be written.
         """
-        mine = torch.zeros(5, dtype=torch.float64, device=self._device)
+        mine = torch.zeros(6, dtype=torch.float64, device=self._device)
         mine[0] = float("nan") if part is None else part
         mine[1:] = torch.tensor(
             [
@@ -84,13 +89,14 @@ class Meter:
                 self._capacity * len(batches),
                 sum(self._flops.of_samples(batch.samples) for batch in batches),
                 float(stop),
+                float(unsaved),
             ],
             dtype=torch.float64,
         )
         if self._session.job.environment.world > 1:
             dist.all_reduce(mine)
-        loss, tokens, capacity, flops, wishes = mine.tolist()
-        return Reached(loss, int(tokens), tokens / capacity, flops, wishes > 0)
+        loss, tokens, capacity, flops, wishes, failures = mine.tolist()
+        return Reached(loss, int(tokens), tokens / capacity, flops, wishes > 0, failures > 0)
 
     def log(
         self,

@@ -23,15 +23,17 @@ def check_resumed_model(recipe: Recipe, resume: str, allow_change: Sequence[str]
     Raises:
         UserError: the configuration there is not the one in the checkpoint.
     """
-    from lbr_dist.training.checkpoint_format import list_checkpoints
+    from lbr_dist.training.checkpoint_format import is_sound, list_checkpoints
 
     if resume == "auto":
-        known = [path for path, manifest in list_checkpoints(recipe.output) if manifest]
+        known = [path for path, _ in list_checkpoints(recipe.output)]
     else:
         known = [Path(resume)] if resume != "never" else []
-    if known and (other := _changed_model(known[0] / "model", recipe, allow_change)):
+    # A damaged one is passed over, or refused, when all of it is read
+    sound = next((path for path in known if is_sound(path, "model/config.json")), None)
+    if sound is not None and (other := _changed_model(sound / "model", recipe, allow_change)):
         raise UserError(
-            f"model {recipe.model.path}: its config.json is not that of {known[0]} ({other}): restore it, choose "
+            f"model {recipe.model.path}: its config.json is not that of {sound} ({other}): restore it, choose "
             "another output, or allow it with --allow-change model.path"
         )
 
@@ -40,7 +42,7 @@ def _changed_model(before: Path, recipe: Recipe, allow_change: Sequence[str]) ->
     """In words, how the configuration in `model.path` differs from an earlier one; "" where it does not, or may."""
     from lbr_dist.model.backbone import load_config
 
-    if covered("model.path", allow_change) or not (before / "config.json").is_file():
+    if covered("model.path", allow_change):
         return ""
     old, new = (load_config(str(path), 0).to_dict() for path in (before, recipe.model.path))
     changed = [key for key in sorted({*old, *new} - set(NOT_THE_MODEL)) if old.get(key) != new.get(key)]
@@ -57,7 +59,7 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
     from lbr_dist.training.checkpoint_format import resolve
 
     assert recipe.model.start_from is not None
-    start = resolve(Path(recipe.model.start_from), deep=False)  # on every rank; one of them reads it all later
+    start = resolve(Path(recipe.model.start_from), kinds={"extra"})  # on every rank; one of them reads it all later
     before = load_run_recipe(start)
     if other := _changed_model(start / "model", recipe, allow_change):
         raise UserError(

@@ -7,7 +7,6 @@ ranks (stop, skip, which checkpoint) comes out of one collective call per step, 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.config import Recipe
+from lbr_dist.disk import FULL
 from lbr_dist.environment import Environment, detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.training import tracking
@@ -117,11 +117,11 @@ def _full_disk_named(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise UserError(
-            f"{error.filename or run_dir}: {error.strerror}: make room and run again; the run goes on from its newest "
-            "checkpoint"
+            f"{error.filename or run_dir}: {error.strerror}: see to it that more can be written there, and run again; "
+            "the run goes on from its newest checkpoint"
         ) from error
 
 
@@ -148,9 +148,9 @@ class _Loop:
             due = False
             for plan, batches in loader:
                 self._watchdog.alive(f"running step {plan.step + 1}")
-                asked = self._step(plan, batches)
+                asked, unsaved = self._step(plan, batches)
                 last = s.done == total
-                due = due or s.done % self._recipe.checkpoint.every_steps == 0
+                due = due or unsaved or s.done % self._recipe.checkpoint.every_steps == 0
                 if asked or last or (due and self._applied):  # weights that give nan must not rotate good ones away
                     self._save(wait=asked or last)
                     due = False
@@ -165,8 +165,8 @@ class _Loop:
             self._meter.summary(outcome.step)
         return outcome
 
-    def _step(self, plan: StepPlan, batches: list[LocalBatch]) -> bool:
-        """One optimizer step; returns whether any rank was asked to stop."""
+    def _step(self, plan: StepPlan, batches: list[LocalBatch]) -> tuple[bool, bool]:
+        """One optimizer step; returns whether any rank was asked to stop, and whether the last save failed."""
         from lbr_dist.objectives.infonce import DegenerateEmbeddingError
         from lbr_dist.training.engine import apply_gradients
         from lbr_dist.training.optimizer import set_rate
@@ -177,21 +177,22 @@ class _Loop:
         set_rate(s.engine.optimizer, share)
         figures: dict[str, float] = {}
         cause = ""
+        news = {"stop": bool(self._stop.asked()), "unsaved": s.checkpointer.failed}
         try:
             part, figures = s.objective(plan, [batch.to(s.device) for batch in batches])
-            reached = self._meter.gather(part, plan, batches, stop=bool(self._stop.asked()))
+            reached = self._meter.gather(part, plan, batches, **news)
             norm, applied = apply_gradients(s.engine)
         except DegenerateEmbeddingError as error:
             cause = f" ({error})"
             s.engine.zero_grad()
-            reached = self._meter.gather(None, plan, batches, stop=bool(self._stop.asked()))
+            reached = self._meter.gather(None, plan, batches, **news)
             norm, applied = math.nan, False
         s.done, s.samples, self._applied = plan.step + 1, s.samples + plan.samples, applied
         if not (applied and math.isfinite(reached.loss)):
             self._not_finite(plan, batches, f"loss {reached.loss:g}, gradient norm {norm:g}{cause}", applied)
         s.audit.step(plan.step, plan.epoch, batches)
         self._meter.log(plan, reached, norm, share * recipe.optim.lr, figures, skipped=not applied)
-        return reached.stop
+        return reached.stop, reached.unsaved
 
     def _not_finite(self, plan: StepPlan, batches: list[LocalBatch], found: str, applied: bool) -> None:
         """Write down the step's samples; then stop, or go on without its gradient."""
@@ -215,13 +216,19 @@ class _Loop:
         self._watchdog.alive("going on after the last checkpoint")
 
     def _save(self, wait: bool) -> None:
+        from lbr_dist.training.checkpoint_writer import StorageError
         from lbr_dist.training.random_state import random_state
         from lbr_dist.training.session import on_rank_zero
 
         s = self._s
         there = on_rank_zero(s.lock.check)
         began = time.monotonic()
-        self._wait_for_writer()
+        try:
+            self._wait_for_writer()
+        except (UserError, StorageError) as error:  # the same one on every rank
+            if s.job.environment.rank == 0:
+                log.warning("%s; trying once more, with step %d", error, s.done)
+            wait = True
         state: dict[str, Any] = {
             "step": s.done,
             "samples": s.samples,

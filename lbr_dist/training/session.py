@@ -118,6 +118,8 @@ def start(
     own = None
     if checkpoint is not None:
         state, own = checkpointer.load(checkpoint)
+        if state["step"] < job.total_steps:  # else what was run stays on record
+            on_rank_zero(lambda: _go_on(job, resume, checkpointer, checkpoint))
     seed_rank(recipe.seed, environment.rank, state["step"])
     if own is not None:
         restore_random_state(own)
@@ -192,7 +194,7 @@ def on_all_ranks(function: Callable[[], None]) -> None:
 
 
 def _prepare(job: Job, resume: str) -> Path | None:
-    """Rank 0, with the lock: choose the checkpoint to go on from, and claim the folder, which another may have had."""
+    """Rank 0, with the lock: choose the checkpoint to go on from, and claim a folder that has no run yet."""
     recipe = job.recipe
     for change in run_folder.check_folder(recipe, resume=resume, allow_change=job.allow_change):
         log.info("changed since the last start: %s", change)
@@ -206,10 +208,10 @@ def _prepare(job: Job, resume: str) -> Path | None:
     reasons: list[str] = []
     if resume not in ("auto", "never"):
         checkpoint = Path(resume)
-        run_folder.check_same(checkpoint, recipe, job.allow_change)
         problems = verify(checkpoint)
         if problems:
             raise UserError(f"--resume {resume}: cannot be resumed from: {'; '.join(problems)}")
+        run_folder.check_same(checkpoint, recipe, job.allow_change)
     elif resume == "auto" and run_folder.has_run(Path(recipe.output)):
         checkpoint, reasons = find_resumable(recipe.output)
     for reason in reasons:
@@ -223,9 +225,17 @@ def _prepare(job: Job, resume: str) -> Path | None:
         _check_plan(job, checkpoint)
         _check_versions(checkpoint)
         log.info("resuming from %s", checkpoint)
-    if checkpoint is None or read_manifest(checkpoint).step < job.total_steps:  # else what was run stays on record
+    if checkpoint is None or not run_folder.has_run(Path(recipe.output)):
         run_folder.claim(recipe)
     return checkpoint
+
+
+def _go_on(job: Job, resume: str, checkpointer: Checkpointer, checkpoint: Path) -> None:
+    """Rank 0: the engine has taken the checkpoint. Before rows of later steps are dropped, write down that the run goes
+    on from there, and with which recipe: a start that is killed before its first save is not to be forgotten."""
+    if resume != "auto":
+        checkpointer.go_back_to(checkpoint)
+    run_folder.claim(job.recipe)
 
 
 def _check_plan(job: Job, checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from training_runs import CUT, cut_off, losses, make_set, recipe, train_all
+from training_runs import CUT, copied, cut_off, losses, make_set, recipe, train_all
 
 from lbr_dist.logs import read_rows
 from lbr_dist.model.bottleneck import LbrModel
@@ -191,6 +191,38 @@ def test_resumed_equals_uninterrupted(both: dict[str, dict[str, Any]], place: tu
         found = audit(again)
         assert found.problems == []
         assert (found.attempts, found.redone) == (2, len(losses(raw["output"])) - CUT)
+
+
+def test_going_back_is_not_forgotten_by_a_start_that_saved_nothing(
+    both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]
+) -> None:
+    """Sent back, with another rate, and ended before a save: the next start goes on from there."""
+    folder = place[0]
+    raw = {**both["one"], "output": copied(both["one"]["output"], folder / "back")}
+    older = folder / "back" / "checkpoints" / f"step-{CUT:06d}"
+    allowed = {**raw, "train.allow_change": ["optim"]}
+    wild = {**allowed, "train.resume": str(older), "optim": {**raw["optim"], "lr": 1e30, "clip": 0}}
+    ended, result = run(folder, 1, [wild, allowed])
+    assert f"step {CUT + 2}: loss" in ended["error"]
+    assert result.get("code") == 0, result
+    assert losses(raw["output"]) == pytest.approx(losses(both["one"]["output"]), rel=1e-4)
+    found = audit(raw["output"])
+    assert found.problems == []
+    assert found.steps == len(losses(raw["output"]))
+
+
+def test_a_start_that_is_refused_does_not_take_the_folder(
+    both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]
+) -> None:
+    """What is allowed may still not fit the checkpoint; the run's own recipe must then go on as before."""
+    folder = place[0]
+    raw = {**both["one"], "output": copied(both["one"]["output"], folder / "refused"), "duration": {"epochs": 4}}
+    before = (folder / "refused" / "recipe.yaml").read_bytes()
+    other = {**raw, "optim": {**raw["optim"], "name": "sgd"}, "train.allow_change": ["optim"]}
+    refused, longer = run(folder, 1, [other, {**raw, "train.resume": "auto"}])
+    assert "holds the state of adam" in refused["error"]
+    assert longer.get("code") == 0, longer
+    assert before != (folder / "refused" / "recipe.yaml").read_bytes()  # of the longer run, now
 
 
 def test_bfloat16_keeps_float32_masters(both: dict[str, dict[str, Any]]) -> None:

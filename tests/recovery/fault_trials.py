@@ -135,7 +135,7 @@ class Trials:
         raw = {**self.calm, "output": str(self.folder / name)}
         shutil.copytree(self.calm["output"], raw["output"])
         newest = list_checkpoints(raw["output"])[0][0]
-        file = self.rng.choice(sorted(p for p in newest.iterdir() if p.is_file()))
+        file = self.rng.choice(sorted(p for p in newest.rglob("*") if p.is_file()))
         if kind == "truncated":
             os.truncate(file, self.rng.randrange(file.stat().st_size))
         elif kind == "flipped":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import time
 from pathlib import Path
@@ -18,13 +20,16 @@ def train_with(rank: int, world: int, fault: str, recipes: list[dict[str, Any]])
     """Train with one fault.
 
     `nan STEP`: an infinite loss on the last rank. `hang STEP`: the last rank. `signal STEP NUMBER`: the last rank gets
-    it in that step. `vanish STEP PATH`: a file goes away after that step. `none`.
+    it in that step. `vanish STEP PATH`: a file goes away after that step. `unwritten`: the first file of the last rank
+    finds no room. `none`.
     """
     kind, *details = fault.split()
     if kind == "none" or (kind != "vanish" and rank != world - 1):
         return train_all(rank, world, recipes)
     if kind == "vanish":
         return _vanish(rank, world, int(details[0]), Path(details[1]), recipes)
+    if kind == "unwritten":
+        return _unwritten(rank, world, recipes)
     from lbr_dist.training import steps
 
     real, seen = steps.Generative.__call__, [0]
@@ -42,6 +47,16 @@ def train_with(rank: int, world: int, fault: str, recipes: list[dict[str, Any]])
         return real(self, plan, batches)
 
     with mock.patch.object(steps.Generative, "__call__", faulty):
+        return train_all(rank, world, recipes)
+
+
+def _unwritten(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    from lbr_dist.training import checkpoint_writer
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
+    effects = itertools.chain([full], itertools.repeat(mock.DEFAULT))
+    write = checkpoint_writer._write_tensor_file
+    with mock.patch.object(checkpoint_writer, "_write_tensor_file", mock.Mock(wraps=write, side_effect=effects)):
         return train_all(rank, world, recipes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,6 +85,25 @@ def test_a_full_disk_during_a_save_is_named_and_the_run_goes_on(trials: Trials) 
     assert trials.full_disk("disk") == CLEAR
 
 
+def test_a_save_that_failed_in_the_background_is_made_up_for(
+    place: tuple[Path, Path, Path], calm: dict[str, Any]
+) -> None:
+    """Not at the next save, but after the step that is under way when it is known."""
+    every = (len(rows(calm)) - 1) // 2
+    checkpoint = {"every_steps": every, "keep_last": 9}
+    raw = {**calm, "output": str(place[0] / "unwritten"), "checkpoint": checkpoint}
+    (result,) = ranks(place[0], 2, train_with, "unwritten", [raw])
+    assert result.get("code") == 0, result
+    log = (Path(raw["output"]) / "log.txt").read_text()
+    told = re.findall(
+        r"step-(\d+) was not written: rank 1: weights: No space left .*; trying once more, with step (\d+)", log
+    )
+    ((failed, again),) = [tuple(map(int, steps)) for steps in told]
+    assert failed == every < again < 2 * every
+    assert f"step-{again:06d}" in [path.name for path, _ in list_checkpoints(raw["output"])]
+    assert_same_run(raw, calm)
+
+
 def damage_truncated(checkpoint: Path) -> None:
     file = next(checkpoint.glob("weights-00001-*"))
     os.truncate(file, file.stat().st_size - 1)
@@ -100,7 +120,12 @@ def damage_missing(checkpoint: Path) -> None:
     next(checkpoint.glob("rank-00001-*")).unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_truncated, damage_flipped, damage_missing])
+def damage_config(checkpoint: Path) -> None:
+    file = checkpoint / "model" / "config.json"
+    file.write_text(file.read_text().replace('"hidden_size": ', '"hidden_size": 1'))
+
+
+@pytest.mark.parametrize("damage", [damage_truncated, damage_flipped, damage_missing, damage_config])
 def test_damaged_checkpoint_is_passed_over(
     place: tuple[Path, Path, Path], calm: dict[str, Any], damage: Callable[[Path], None]
 ) -> None:

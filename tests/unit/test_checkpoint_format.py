@@ -120,8 +120,10 @@ def test_a_checkpoint_reads_back(tmp_path):
 
 
 def test_every_kind_of_damage_is_named_and_passed_over(tmp_path):
-    save(writer(tmp_path), 1, 2, 3, 4, 5, 6, 7)
+    save(writer(tmp_path), 1, 2, 3, 4, 5, 6, 7, 8)
     folder = tmp_path / "checkpoints"
+    (folder / "step-000008" / MANIFEST).unlink()
+    (folder / "step-000008" / MANIFEST).symlink_to(MANIFEST)  # no file system that fails is at hand
     with weights_file(tmp_path, 7).open("r+b") as file:
         file.truncate(1000)
     with weights_file(tmp_path, 6, "optimizer").open("r+b") as file:
@@ -134,11 +136,12 @@ def test_every_kind_of_damage_is_named_and_passed_over(tmp_path):
     manifest = folder / "step-000003" / MANIFEST
     manifest.write_bytes(manifest.read_bytes().replace(b'"global_steps":3', b'"global_steps":4'))
     (folder / "step-000002" / MANIFEST).write_bytes(b'{"format": 1')
-    (folder / ".tmp-step-000008-ab").mkdir()
+    (folder / ".tmp-step-000009-ab").mkdir()
 
     found, reasons = find_resumable(tmp_path)
     assert found == folder / "step-000001"
     text = "\n".join(reasons)
+    assert f"{folder / 'step-000008' / MANIFEST}: cannot be read (Too many levels of symbolic links)" in text
     assert f"{weights_file(tmp_path, 7)}: 1000 bytes, expected" in text
     assert "truncated" in text
     assert f"{weights_file(tmp_path, 6, 'optimizer')}: damaged (its checksum does not match)" in text
@@ -146,8 +149,8 @@ def test_every_kind_of_damage_is_named_and_passed_over(tmp_path):
     assert f"{folder / 'step-000004' / MANIFEST}: missing" in text
     assert f"{manifest}: damaged (its checksum does not match)" in text
     assert f"{folder / 'step-000002' / MANIFEST}: damaged" in text
-    assert f"{folder / '.tmp-step-000008-ab'}: never committed" in text
-    assert len(reasons) == 7
+    assert f"{folder / '.tmp-step-000009-ab'}: never committed" in text
+    assert len(reasons) == 8
 
 
 def test_a_run_without_a_good_checkpoint_is_an_error_that_says_why(tmp_path):
@@ -174,7 +177,7 @@ def test_a_damaged_checkpoint_is_not_used_though_it_is_named(tmp_path, caplog, m
     assert resolve(newest) == resolve(tmp_path) == newest
     assert not caplog.records
     flip(weights_file(tmp_path, 2))
-    assert resolve(newest, deep=False) == newest
+    assert resolve(newest, kinds=()) == newest
     for use in (resolve, lambda path: list(iterate_weights(path)), lambda path: consolidate(path, tmp_path / "out")):
         with pytest.raises(UserError, match=r"step-000002: this checkpoint cannot be used: .*weights-.*: damaged"):
             use(newest)
