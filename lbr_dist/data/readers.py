@@ -161,14 +161,28 @@ def _parquet(path: Path) -> Numbered:
 def _columns(batches: Iterator[pa.RecordBatch | pa.Table]) -> Numbered:
     import pyarrow as pa
 
-    number, dates = 0, (pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)
+    number = 0
     for batch in batches:
-        plain = pa.schema(  # as texts, dates need not lie in the years that Python knows
-            field.with_type(pa.string()) if any(kind(field.type) for kind in dates) else field for field in batch.schema
-        )
-        for row in _dicts(batch.cast(plain)):
+        for row in _dicts(batch.cast(pa.schema(map(_dateless, batch.schema)))):
             number += 1
             yield number, row
+
+
+def _dateless(field: pa.Field) -> pa.Field:
+    """The field with texts for dates, inside it too: so they need not lie in the years that Python knows."""
+    import pyarrow as pa
+    from pyarrow import types
+
+    kind = field.type
+    if any(is_one(kind) for is_one in (types.is_date, types.is_time, types.is_timestamp, types.is_duration)):
+        kind = pa.string()
+    elif types.is_struct(kind):
+        kind = pa.struct([_dateless(kind.field(number)) for number in range(kind.num_fields)])
+    elif types.is_list(kind):
+        kind = pa.list_(_dateless(kind.value_field))
+    elif types.is_large_list(kind):
+        kind = pa.large_list(_dateless(kind.value_field))
+    return field.with_type(kind)
 
 
 def _dicts(batch: pa.RecordBatch | pa.Table) -> list[Row]:

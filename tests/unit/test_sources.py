@@ -433,10 +433,14 @@ def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
     first, second = (row for _, row in read(tmp_path / "a.parquet", tmp_path))
     assert (first["day"], first["at"]) == ("1970-01-01", "1970-01-01 00:00:00.000001")
     assert second["question"] == "r"
-    inside = pa.StructArray.from_arrays([days], ["day"])
-    pq.write_table(pa.table({"question": ["q", "r"], "about": inside}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match=r"b.parquet: damaged or not a parquet file"):
-        read(tmp_path / "b.parquet", tmp_path)
+    inside = pa.StructArray.from_arrays([days, pa.array([1, 2**62], pa.duration("us"))], ["day", "took"])
+    listed = [pa.ListArray.from_arrays([0, 1, 2], inside), pa.LargeListArray.from_arrays([0, 1, 2], inside)]
+    names = ["question", "about", "list", "large"]
+    pq.write_table(pa.table([table["question"], inside, *listed], names), tmp_path / "b.parquet")
+    first, second = (row for _, row in read(tmp_path / "b.parquet", tmp_path))
+    held = {"day": "1970-01-01", "took": "1"}
+    assert first == {"question": "q", "about": held, "list": [held], "large": [held]}
+    assert second["question"] == "r"
 
 
 def test_a_parquet_string_that_is_not_utf8_is_a_bad_row_and_no_more(tmp_path: Path) -> None:
