@@ -48,7 +48,7 @@ undo() { # half a chain would train, and nobody would know
 
 found=$(ask chain --then "$2" "$1")
 mapfile -t found <<<"$found"
-first=${found[0]} second=${found[1]} data=${found[2]}
+first=${found[0]} second=${found[1]} data=${found[2]} start=${found[3]}
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 
 trap undo EXIT
@@ -57,7 +57,7 @@ one=$(sbatch --parsable "${options[@]}" "$LBR_HOME/slurm/stage1.sh" "$1")
 one=${one%%;*}
 jobs+=("$one")
 read -ra chained <<<"$(after "$one")"
-two=$(sbatch --parsable "${chained[@]}" "${options[@]}" "${cluster[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "model.start_from=$first")
+two=$(sbatch --parsable "${chained[@]}" "${options[@]}" "${cluster[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "$start")
 two=${two%%;*}
 jobs+=("$two")
 read -ra chained <<<"$(after "$two")"

@@ -18,7 +18,7 @@ from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_cluster import cluster, living_nodes
 from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_stage, requested
 from lbr_dist.launch.ray_train import run_stage
-from lbr_dist.recipes import load_recipe
+from lbr_dist.recipes import load_recipe, override
 from lbr_dist.training.run_folder import check_apart
 from lbr_dist.training.signals import stop_signals
 
@@ -59,7 +59,7 @@ def recipes(first: str, second: str, here: Path) -> tuple[Recipe, Recipe]:
     from lbr_dist.export import fixed_tokens
 
     one = absolute(load_recipe(first), here)
-    two = absolute(load_recipe(second, [f"model.start_from={one.output}"]), here)
+    two = absolute(load_recipe(second, [override("model.start_from", one.output)]), here)
     check_stage(one, "generative", first)
     check_stage(two, "contrastive", second)
     fixed_tokens(two)

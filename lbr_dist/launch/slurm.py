@@ -29,7 +29,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.launch.mistakes import HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
-from lbr_dist.recipes import load_recipe
+from lbr_dist.recipes import load_recipe, override
 from lbr_dist.training.run_folder import check_apart
 
 MAX_RESTARTS = 3
@@ -258,7 +258,8 @@ def _run(given: argparse.Namespace) -> int:
     elif given.command == "chain":
         second = load_recipe(given.then)
         check_chain((recipe, given.recipe), (second, given.then))
-        print(recipe.output, second.output, second.data.sets[0].path, sep="\n")
+        start = override("model.start_from", recipe.output)
+        print(recipe.output, second.output, second.data.sets[0].path, start, sep="\n")
     elif given.command == "begin":
         if given.stage and _SCRIPTS[recipe.stage] != _SCRIPTS[given.stage]:
             raise UserError(f"recipe {given.recipe}: stage is {recipe.stage}: submit {_SCRIPTS[recipe.stage]}")

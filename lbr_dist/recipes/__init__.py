@@ -9,6 +9,7 @@ package; `lbr recipes` lists and copies them.
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for item in overrides or []:
         _override(raw, item)
     return parse_recipe(raw, str(file))
+
+
+def override(key: str, text: str) -> str:
+    """An override that sets a text as it is, whatever YAML would read in it: a path with ` #` or `: `."""
+    return f"{key}={json.dumps(text, ensure_ascii=False)}"
 
 
 def parse_recipe(raw: Any, origin: str) -> Recipe:

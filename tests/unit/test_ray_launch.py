@@ -139,6 +139,11 @@ class TestPipeline:
         one, two = ray_pipeline.recipes(str(files / "one.yaml"), str(files / "two.yaml"), files)
         assert two.model.start_from == one.output == str(files / "runs/a")
 
+    def test_a_folder_whose_name_yaml_would_read_otherwise(self, files: Path) -> None:
+        (files / "one.yaml").write_text(yaml.safe_dump({**RAW, "output": "runs/a #1: x"}))
+        one, two = ray_pipeline.recipes(str(files / "one.yaml"), str(files / "two.yaml"), files)
+        assert two.model.start_from == one.output == str(files / "runs/a #1: x")
+
     @pytest.mark.parametrize(
         ("second", "message"),
         [("one", "its stage is generative"), ("same", "its output is also that of"), ("ratio", "pass --tokens")],

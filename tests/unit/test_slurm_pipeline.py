@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lbr_dist.launch.slurm import main
+from lbr_dist.recipes import load_recipe
 
 PROJECT = Path(__file__).parents[2]
 SITE = PROJECT / "slurm" / "site.env"
@@ -93,6 +94,18 @@ def test_a_chain_stays_on_the_cluster_that_took_its_first_job(
     (tmp_path / "asked").unlink()
     assert pipeline(LBR_PYTHON=sys.executable, CLUSTER=";b", REFUSE="1").stderr.endswith("cancelled: 7 7\n")
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "scancel --clusters=b 7 7"
+
+
+def test_a_folder_whose_name_yaml_would_read_otherwise(
+    tmp_path: Path, pipeline: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Stage 2 would start from `one`, which may be another run, or find out when stage 1 has run."""
+    recipe, folder = tmp_path / "one.yaml", f"{tmp_path}/one #2: yes"
+    recipe.write_text(recipe.read_text().replace(f"output: {tmp_path}/one", f"output: '{folder}'"))
+    assert pipeline(LBR_PYTHON=sys.executable).returncode == 0
+    _, two, _ = (tmp_path / "asked").read_text().splitlines()
+    given = two[two.index("model.start_from=") :]
+    assert load_recipe(tmp_path / "two.yaml", [given]).model.start_from == folder
 
 
 def test_a_pipeline_leaves_the_jobs_to_their_own_settings(
