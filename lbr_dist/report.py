@@ -121,16 +121,17 @@ def training_table(logs: Sequence[RunLog]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for log in logs:
+        name = log.name.replace("|", r"\|")
         steps, loss = log.curve("loss")
         if len(steps) == 0:
-            lines.append(f"| {log.name} | {log.recipe.stage} | 0 | – | – | – | – |")
+            lines.append(f"| {name} | {log.recipe.stage} | 0 | – | – | – | – |")
             continue
         tail = loss[-max(1, len(loss) // 20) :].mean()
         speed, seconds = log.curve("tokens_per_s")[1], log.curve("step_s")[1]
         per_row = (steps[-1] - steps[0] + 1) / len(steps)
         samples = log.curve("samples")[1]
         lines.append(
-            f"| {log.name} | {log.recipe.stage} | {steps[-1]:,} | {_number(samples[-1:], ',.0f')} | {tail:.4f} | "
+            f"| {name} | {log.recipe.stage} | {steps[-1]:,} | {_number(samples[-1:], ',.0f')} | {tail:.4f} | "
             f"{_number(np.median(speed, keepdims=True) if len(speed) else speed, ',.0f')} | "
             f"{seconds.sum() * per_row / 3600:.2f} |"
         )
@@ -173,7 +174,8 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
     for log in logs:
         steps, loss = log.curve("loss")
         axis.plot(steps, loss, color=colours[log.name], alpha=0.2, linewidth=0.7)
-        axis.plot(steps, smooth(loss), color=colours[log.name], linewidth=1.6, label=log.name)
+        dot = "o" if len(steps) == 1 else ""  # one point makes no line
+        axis.plot(steps, smooth(loss), dot + "-", color=colours[log.name], linewidth=1.6, label=log.name)
     axis.set_xlabel("step", fontsize=9)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.tick_params(labelsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -86,7 +87,10 @@ def recipes(
         target = target / f"{name}.yaml"
     if target.exists():
         raise UserError(f"{target}: exists; name another file")
-    shutil.copyfile(FOLDER / f"{name}.yaml", target)
+    try:
+        shutil.copyfile(FOLDER / f"{name}.yaml", target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); name another file") from None
     print(f"written: {target}")
 
 
@@ -94,16 +98,14 @@ def settings(
     prefix: Annotated[str, typer.Argument(help="Only names that begin like this, as optim or data.sets.")] = "",
 ) -> None:
     """List every setting of a recipe: name, type, default, meaning."""
-    from rich.console import Console
-    from rich.table import Table
-
     from lbr_dist.recipes.settings import settings as every
 
     found = [setting for setting in every() if setting.name.startswith(prefix)]
     if not found:
         raise UserError(f"settings {prefix}: no setting begins like this; `lbr settings` lists all")
-    table = Table("setting", "type", "default", "meaning")
+    width = min(shutil.get_terminal_size().columns, 120)
     for setting in found:
-        default = "(must be given)" if setting.default is None else setting.default
-        table.add_row(setting.name, setting.type, default, setting.meaning)
-    Console().print(table)
+        default = "must be given" if setting.default is None else f"default {setting.default}"
+        print(f"{setting.name} ({setting.type}; {default})")
+        meaning = textwrap.fill(setting.meaning, width - 4, break_long_words=False, break_on_hyphens=False)
+        print(textwrap.indent(meaning, "    "))

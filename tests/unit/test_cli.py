@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lbr_dist.cli import main
+from lbr_dist.recipes.settings import settings
 
 HEAVY = ("torch", "transformers", "deepspeed", "ray", "mteb", "datasets", "webdataset", "sentence_transformers")
 
@@ -70,6 +71,7 @@ def test_help_answers_within_a_second() -> None:
         (["train", "missing.yaml"], ["missing.yaml", "no such file"]),
         (["train", "stage1", "optim.lrr=1"], ["optim.lrr", "did you mean lr?"]),
         (["recipes", "stage9"], ["stage9", "stage1"]),
+        (["recipes", "stage1", "nowhere/x.yaml"], ["nowhere/x.yaml", "cannot be written (No such file or directory)"]),
         (["encode", "m", "a.jsonl", "b.parquet", "--side", "left"], ["--side left", "query or passage"]),
         (["export", "nowhere", "out"], ["nowhere"]),
         (["export", "nowhere", "out", "--dtype", "int8"], ["--dtype int8"]),
@@ -148,6 +150,12 @@ def test_what_a_terminal_cannot_show_ends_no_command(
     assert lbr("recipes", "stage1", str(tmp_path / "é.yaml")).returncode == 0
     shown.flush()
     assert shown.buffer.getvalue().endswith(b"\\xe9.yaml\n")
+
+
+def test_settings_are_shown_whole_in_a_pipe(lbr: Callable[..., Done]) -> None:
+    out = lbr("settings").stdout
+    assert "…" not in out
+    assert [setting.name for setting in settings() if setting.name not in out] == []
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path, lbr: Callable[..., Done]) -> None:

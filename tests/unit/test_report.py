@@ -164,6 +164,15 @@ def test_panels_say_what_they_show(tmp_path, results, monkeypatch):
     assert all(tick == int(tick) for tick in above.axes[0].get_xticks())
 
 
+def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    figure(*read_all([make_log(tmp_path / "a", "a", "generative", 1, 1.0)]), tmp_path / "report.png")
+    assert [line.get_marker() for line in drawn[0].subfigs[0].axes[0].lines if line.get_label() == "a"] == ["o"]
+
+
 def test_report_of_runs_alone_and_of_an_evaluation_alone(tmp_path, results):
     assert "## Training" in report([make_log(tmp_path / "a", "a", "generative", 3, 1.0)], tmp_path / "o1")
     write_results(results, tmp_path / "e")
@@ -175,6 +184,11 @@ def test_a_run_that_has_not_logged_yet(tmp_path):
     folder = make_log(tmp_path / "a", "a", "generative", 3, 1.0)
     (folder / "metrics.jsonl").unlink()
     assert "| a | generative | 0 | – |" in report([folder], tmp_path / "out")
+
+
+def test_a_bar_in_a_name_makes_no_column(tmp_path):
+    text = report([make_log(tmp_path / name, f"{name}|b", "generative", 3, 1.0) for name in "ac"], tmp_path / "out")
+    assert r"| a\|b | generative | 3 | 24 |" in text
 
 
 def test_what_is_neither_is_named(tmp_path):

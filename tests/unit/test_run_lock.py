@@ -66,7 +66,6 @@ def test_a_start_waits_for_the_end_of_the_attempt_before(tmp_path: Path) -> None
 def test_a_machine_that_is_gone_and_one_that_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both seem to be elsewhere; one of them touches its file."""
     monkeypatch.setattr(run_lock, "PATIENCE_S", 1.5)
-    monkeypatch.setattr(run_lock, "GONE_S", 2.0)
     monkeypatch.setattr(run_lock, "TOUCH_S", 0.5)
     with RunLock(tmp_path / "living") as other, RunLock(tmp_path / "living") as lock:
         other.take()
@@ -74,6 +73,7 @@ def test_a_machine_that_is_gone_and_one_that_lives(tmp_path: Path, monkeypatch: 
         with pytest.raises(UserError, match="process 7 on elsewhere is at work there"):
             lock.take()
     monkeypatch.setattr(run_lock, "TOUCH_S", 1000.0)
+    monkeypatch.setattr(run_lock, "GONE_S", 2.0)
     with RunLock(tmp_path / "gone") as other, RunLock(tmp_path / "gone") as lock:
         other.take()
         (tmp_path / "gone" / "lock").write_text("process 7 on elsewhere\n")
