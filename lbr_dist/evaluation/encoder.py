@@ -131,10 +131,10 @@ class PaddedEncoder:
     """Any Hugging Face causal model with a pooling, through plain padded batches."""
 
     def __init__(self, path: str, pooling: Literal["mean", "last"], max_tokens: int, device: str) -> None:
-        """Load the base model (without its head) of `path` in float32.
+        """Load the base model (without its head) of `path` in float32; texts are cut to the positions that it has.
 
         Raises:
-            UserError: not a model folder, or a damaged one.
+            UserError: not a model folder, a damaged one, or not a causal language model.
         """
         from transformers import AutoModel
 
@@ -143,7 +143,14 @@ class PaddedEncoder:
         self.tokenization = Tokenization.load(path)
         self.model = load_plain(AutoModel, path, device, f"model hf:{path}")
         self.name = f"{path.rstrip('/').rsplit('/', 1)[-1]} ({pooling})"
-        self.pooling, self.max_tokens, self.cut = pooling, max_tokens, 0
+        settings = self.model.config
+        if settings.is_encoder_decoder or not hasattr(settings, "hidden_size"):
+            raise UserError(
+                f"model hf:{path}: is a {settings.model_type}, and not a causal language model of text alone: name one "
+                "that is"
+            )
+        positions = getattr(settings, "max_position_embeddings", None) or max_tokens
+        self.pooling, self.max_tokens, self.cut = pooling, min(max_tokens, positions), 0
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
         """See `Encoder`; both sides are the same, there are no instructions."""

@@ -7,13 +7,16 @@ ROUGE-L's words are runs of letters and digits of any script, because rouge-scor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from lbr_dist.evaluation.bm25 import words
+from lbr_dist.evaluation.bm25 import UNSPACED, words
 from lbr_dist.evaluation.encoder import PackedEncoder
 from lbr_dist.evaluation.held_out import HeldOut
+
+_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 NEW_TOKENS = 256
 """Most tokens of an answer; fewer where no reference is as long."""
@@ -64,7 +67,8 @@ def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[st
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = zip(references, hypotheses, strict=True)
     rouge = [scorer.score(reference, hypothesis)["rougeL"].fmeasure for reference, hypothesis in pairs]
-    bleu = BLEU().corpus_score(list(hypotheses), [list(references)]).score
+    apart = [[_UNSPACED.sub(r" \g<0> ", text) for text in texts] for texts in (hypotheses, references)]
+    bleu = BLEU().corpus_score(apart[0], [apart[1]]).score
     return {"bleu4": float(bleu), "rouge_l": 100 * float(np.mean(rouge))}
 
 

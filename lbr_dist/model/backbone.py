@@ -7,6 +7,8 @@ model's configuration is checked before any weight is read.
 
 from __future__ import annotations
 
+import contextlib
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +22,7 @@ from lbr_dist import config
 from lbr_dist.errors import UserError
 from lbr_dist.model import attention
 from lbr_dist.model.head import LossHead
-from lbr_dist.model.hub import cached_first
+from lbr_dist.model.hub import cached_first, snapshot
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def load_backbone(
@@ -42,8 +45,8 @@ def load_backbone(
         seed: of the adapters' initial weights.
 
     Raises:
-        UserError: not a model folder, an unsupported family, too few positions, missing or broken weights, LoRA
-            settings that do not fit the model.
+        UserError: not a model folder, an unsupported family, quantized weights, too few positions, missing, broken or
+            contradictory weights, LoRA settings that do not fit the model.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -52,6 +55,11 @@ def load_backbone(
         raise RuntimeError("for_zero3 must go with a living HfDeepSpeedConfig of stage 3")
     attention.register()
     settings = load_config(model.path, longest)
+    if settings.tie_word_embeddings and _head_of_its_own(model.path):
+        raise UserError(
+            f"model {model.path}: its config.json ties the head to the embedding (tie_word_embeddings), but its files "
+            "hold another head; set tie_word_embeddings to false there, or take lm_head.weight out of the files"
+        )
     try:
         loaded: Any = cached_first(
             AutoModelForCausalLM.from_pretrained,
@@ -66,12 +74,24 @@ def load_backbone(
             f"model {model.path}: its weights cannot be loaded ({_line(error)}); download it again"
         ) from None
     backbone, info = loaded
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise UserError(
-            f"model {model.path}: {len(names)} weights are missing, the first is {names[0]}; download it again"
-        )
+    _check_whole(info, settings, f"model {model.path}")
     return equip(backbone, model, seed)
+
+
+def _check_whole(info: dict[str, Any], settings: PretrainedConfig, what: str) -> None:
+    """Every weight is there, and the configuration has a place for each one of its layers."""
+    if missing := sorted(info["missing_keys"]):
+        remedy = "download it again"
+        if missing == ["lm_head.weight"]:  # an embedder, saved without
+            remedy = "name the language model that it was made of, which has a head"
+        raise UserError(f"{what}: {len(missing)} weights are missing, the first is {missing[0]}; {remedy}")
+    layers = ((name, _LAYER.search(name)) for name in sorted(info["unexpected_keys"]) if "rotary_emb" not in name)
+    left = [name for name, layer in layers if layer and int(layer[1]) < settings.num_hidden_layers]
+    if left:
+        raise UserError(
+            f"{what}: its config.json has no place for {len(left)} of its weights, the first is {left[0]}; give it the "
+            "config.json that belongs to them"
+        )
 
 
 def equip(backbone: PreTrainedModel, model: config.Model, seed: int) -> PreTrainedModel | PeftModel:
@@ -103,6 +123,12 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
         raise UserError(
             f"model {path}: family {settings.model_type} is not supported; use a model of {', '.join(FAMILIES)}"
         )
+    quantized = settings.to_dict().get("quantization_config")
+    if quantized:
+        raise UserError(
+            f"model {path}: its weights are quantized ({quantized.get('quant_method')}), which cannot be trained; use "
+            "the model that it was made of, in bfloat16 or float32"
+        )
     if longest > settings.max_position_embeddings:
         raise UserError(
             f"model {path}: has {settings.max_position_embeddings} positions, but a sequence may take {longest}; "
@@ -124,6 +150,31 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
         )
     settings.attention_dropout = 0.0
     return settings
+
+
+def _head_of_its_own(path: str) -> bool:
+    """Whether safetensors files hold a head beside the embedding that differs from it.
+
+    transformers then ties them or not by the ZeRO stage (partitioned, the two cannot be compared), and a model that is
+    made from the configuration alone always does.
+    """
+    from safetensors import safe_open
+
+    folder = Path(path) if Path(path).is_dir() else snapshot(path)
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as opened:
+        for file in sorted(folder.glob("*.safetensors")) if folder else []:
+            tensors = opened.enter_context(safe_open(file, framework="pt"))
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                if name.endswith(("lm_head.weight", "embed_tokens.weight")):
+                    found[name.rpartition(".")[0].rpartition(".")[2]] = tensors.get_slice(name)
+        if len(found) < 2:
+            return False
+        head, embedding = found["lm_head"], found["embed_tokens"]
+        if head.get_shape() != embedding.get_shape():
+            return True
+        rows = range(0, head.get_shape()[0], 4096)
+        return not all(torch.equal(head[low : low + 4096], embedding[low : low + 4096]) for low in rows)
 
 
 def _window(settings: PretrainedConfig) -> int | None:

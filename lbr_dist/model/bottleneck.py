@@ -103,7 +103,7 @@ class LbrModel(nn.Module):
         """Copy a state into this (unsharded) model; every parameter must be given, one of two tied names suffices.
 
         Raises:
-            UserError: a name or shape that does not fit, or a parameter that is not given.
+            UserError: a name or shape that does not fit, a parameter that is not given, or two tied ones that differ.
         """
         own = dict(self.named_parameters(remove_duplicate=False))
         given: set[int] = set()
@@ -113,6 +113,11 @@ class LbrModel(nn.Module):
                 raise UserError(
                     f"checkpoint: weight {name} of shape {tuple(tensor.shape)} does not fit this model ({expected}); "
                     "model.path and the bottleneck settings must be those of the run that wrote it"
+                )
+            if id(own[name]) in given and not torch.equal(own[name], tensor.to(own[name])):
+                raise UserError(
+                    f"checkpoint: weight {name} was trained apart from the one that its config.json ties it to: the "
+                    "files of model.path held two; set tie_word_embeddings to false there, and train again"
                 )
             with torch.no_grad():
                 own[name].copy_(tensor)

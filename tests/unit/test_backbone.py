@@ -40,6 +40,12 @@ def edit(path, **changes):
     (path / "config.json").write_text(json.dumps({**saved, **changes}))
 
 
+def rewrite(path, change):
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
 def refused(path, match, **options):
     with pytest.raises(UserError, match=match) as error:
         LbrModel.build(recipe(path, **options))
@@ -99,11 +105,40 @@ def test_cut_off_weights(folder):
 
 
 def test_a_missing_weight(folder):
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, file, {"format": "pt"})
+    rewrite(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     refused(folder, "1 weights are missing, the first is model.layers.1.mlp.up_proj.weight")
+
+
+def test_an_embedder_without_its_head(folder):
+    rewrite(folder, lambda weights: weights.pop("lm_head.weight"))
+    refused(folder, "the first is lm_head.weight; name the language model that it was made of")
+
+
+def test_weights_that_the_configuration_has_no_place_for(folder):
+    """Another `attention_bias` is another function; layers that were left off on purpose are not missed."""
+    rewrite(folder, lambda weights: weights.update({"model.layers.1.self_attn.o_proj.bias": torch.zeros(32)}))
+    refused(folder, "no place for 1 of its weights, the first is model.layers.1.self_attn.o_proj.bias")
+    edit(folder, num_hidden_layers=1, layer_types=["full_attention"])
+    LbrModel.build(recipe(folder))
+
+
+def test_a_head_that_is_tied_in_the_configuration_alone(tiny_model_dir, tmp_path):
+    """transformers then trains two matrices or one, by the ZeRO stage, and a run is read back with one."""
+    folder = shutil.copytree(tiny_model_dir("qwen2", True), tmp_path / "model")
+    rewrite(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    model = LbrModel.build(recipe(folder))  # two copies of one
+    rewrite(folder, lambda weights: weights["lm_head.weight"].mul_(2))
+    refused(folder, r"ties the head to the embedding \(tie_word_embeddings\), but its files hold another head")
+    trained = dict(model.named_parameters())  # as it could be before
+    trained["backbone.lm_head.weight"] = 2 * trained["backbone.model.embed_tokens.weight"]
+    with pytest.raises(UserError, match=r"weight backbone\.lm_head\.weight was trained apart"):
+        model.load_weights(trained.items())
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8"])
+def test_quantized_weights(folder, method):
+    edit(folder, quantization_config={"quant_method": method, "bits": 4})
+    refused(folder, rf"its weights are quantized \({method}\), which cannot be trained; use the model that")
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(folder):

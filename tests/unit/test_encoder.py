@@ -135,6 +135,27 @@ def test_hf_models_are_padded_right(tiny_model_dir):
     assert np.array_equal(encoder.encode([""]), np.zeros((1, 32), dtype=np.float32))
 
 
+def test_hf_models_cut_to_their_positions_and_no_others(tmp_path, tiny_model_dir):
+    from transformers import AutoTokenizer, GPT2Config, GPT2Model, T5Config, T5Model
+
+    small, other = tmp_path / "gpt2", tmp_path / "t5"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
+    GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        small
+    )
+    T5Model(T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
+        other
+    )
+    for folder in (small, other):
+        tokenizer.save_pretrained(folder)
+    encoder = load_encoder(f"hf:{small}?pooling=mean", "cpu")
+    long = " ".join(texts(12))
+    assert np.linalg.norm(encoder.encode([long])) == pytest.approx(1)
+    assert encoder.cut == 1
+    with pytest.raises(UserError, match=r"is a t5, and not a causal language model of text alone"):
+        load_encoder(f"hf:{other}", "cpu")
+
+
 def test_batches_hold_every_row_once_and_keep_the_budget():
     lengths = np.random.default_rng(0).integers(0, 90, 1000)
     for padded in (False, True):

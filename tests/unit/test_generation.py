@@ -19,6 +19,12 @@ def test_text_scores_of_known_pairs():
     assert text_scores(["糖尿病"], ["糖尿病です"])["rouge_l"] == pytest.approx(100 * 2 * 1 * 0.6 / 1.6)
 
 
+@pytest.mark.parametrize("text", ["糖尿病是一种以高血糖为特征的代谢性疾病。", "โรคเบาหวานเป็นโรคเรื้อรัง"])
+def test_scripts_without_spaces_go_by_character(text):
+    assert text_scores([text], [text]) == {"bleu4": pytest.approx(100), "rouge_l": pytest.approx(100)}
+    assert 30 < text_scores([text.replace(text[5], "x")], [text])["bleu4"] < 95
+
+
 def test_bleu_is_the_geometric_mean_of_ngram_precisions():
     # 1- to 4-gram precisions 6/7, 5/6, 4/5, 3/4; equal lengths, no brevity penalty
     got = text_scores(["a b c d e f x"], ["a b c d e f g"])["bleu4"]
