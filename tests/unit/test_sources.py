@@ -145,7 +145,9 @@ def test_plain_text_by_line_and_by_paragraph(tmp_path: Path) -> None:
     assert read(path, tmp_path, paragraphs=True) == [(1, {"text": "eins\r\nzwei"}), (5, {"text": "drei ü"})]
 
 
-@pytest.mark.parametrize("blank", ["\u00a0", "\u3000" * 99, " \u200b\t", "\ufeff\r"])
+@pytest.mark.parametrize(
+    "blank", ["\u00a0", "\u3000" * 99, " \u200b\t", "\ufeff\r"], ids=["HTML", "Chinese", "unseen", "mark"]
+)
 def test_blank_lines_with_the_spaces_of_html_and_chinese(tmp_path: Path, blank: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(f"{blank}\neins\n{blank}\n\u3000\u3000二\n".encode())
