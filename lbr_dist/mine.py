@@ -36,7 +36,7 @@ from lbr_dist.mining.report import example_queries, markdown
 from lbr_dist.mining.vectors import embed, texts
 from lbr_dist.mining.write import write_mined
 
-VERSION = 2
+VERSION = 3
 """Raised when the same input and settings give other output."""
 QUERIES = 2048
 """Queries whose negatives are committed together,"""
