@@ -37,6 +37,8 @@ def unfold(row: Mapping[str, Any]) -> Mapping[str, Any]:
     names = _names(tuple(row))
     for name in CONVERSATIONS:
         if name in names and "question" not in names:
+            if names[name] != name and not isinstance(parsed(row[names[name]]), list | tuple):
+                continue  # Messages: 12
             question, answer = _pair(names[name], row[names[name]])
             return {**_without(row, names[name]), "question": question, "answer": answer}
     if "instruction" not in names:

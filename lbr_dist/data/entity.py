@@ -11,6 +11,9 @@ from lbr_dist.data.field_names import look_up
 from lbr_dist.data.record import Record
 from lbr_dist.errors import UserError
 
+WHOLE = re.compile(r"-?\d+\.0")
+"""A whole number as pandas writes it, in a file of any format, where another row has none."""
+
 
 @dataclass(frozen=True)
 class Entity:
@@ -35,10 +38,10 @@ class Entity:
     def of(self, row: Mapping[str, Any], record: Record) -> str | None:
         """The row's group; None: it has none (no such field, nothing in it, no match) and stands alone."""
         value = record.id if self.field == "id" else look_up(row, self.field)
-        if isinstance(value, float) and value.is_integer():  # pandas makes whole numbers so where a row has none
-            value = int(value)
         if value in (None, [], {}) or not (text := str(value)).strip():
             return None
+        if self.field != "id" and WHOLE.fullmatch(text):
+            text = text[:-2]
         if self.pattern is None:
             return text
         match = self.pattern.search(text)

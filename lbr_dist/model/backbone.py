@@ -55,12 +55,13 @@ def load_backbone(
         raise RuntimeError("for_zero3 must go with a living HfDeepSpeedConfig of stage 3")
     attention.register()
     settings = load_config(model.path, longest)
-    if settings.tie_word_embeddings and _head_of_its_own(model.path):
-        raise UserError(
-            f"model {model.path}: its config.json ties the head to the embedding (tie_word_embeddings), but its files "
-            "hold another head; set tie_word_embeddings to false there, or take lm_head.weight out of the files"
-        )
     try:
+        if settings.tie_word_embeddings and _head_of_its_own(model.path):
+            raise UserError(
+                f"model {model.path}: its config.json ties the head to the embedding (tie_word_embeddings), but its "
+                "files hold another head; set tie_word_embeddings to false there, or take lm_head.weight out of the "
+                "files"
+            )
         loaded: Any = cached_first(
             AutoModelForCausalLM.from_pretrained,
             model.path,

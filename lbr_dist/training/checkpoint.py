@@ -153,10 +153,6 @@ class Checkpointer:
             self._remember(path / name, manifest.files[name], mark(path / name))
         return manifest.state, read_rank_state(path / self._rank_file("rank"))
 
-    def go_back_to(self, path: Path) -> None:
-        """Rank 0: have later starts go on from this checkpoint of the run, not from one that was committed after it."""
-        self._writer.go_back_to(path)
-
     def _rank_file(self, kind: Kind) -> str:
         return layout.rank_file(kind, self._team.rank, self._team.world)
 

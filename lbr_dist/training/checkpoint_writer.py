@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import shutil
 import threading
@@ -153,17 +154,6 @@ class CheckpointWriter:
             self._sequence, attempt = max(known, default=0), os.urandom(4).hex()
         self.attempt: str = team.broadcast(attempt)
 
-    def go_back_to(self, checkpoint: Path) -> None:
-        """Rank 0: make a checkpoint of this folder, if it is one, the one that was committed last."""
-        manifest = layout.read_manifest(checkpoint)
-        if manifest.sequence == self._sequence or checkpoint.parent.resolve() != self.folder.resolve():
-            return
-        self._sequence += 1
-        newest = manifest.model_copy(update={"sequence": self._sequence})
-        files.replace_bytes(checkpoint / layout.MANIFEST, layout.encode_manifest(newest))
-        files.replace_bytes(self.folder / layout.LATEST, f"{checkpoint.name}\n".encode())
-        self.resumed = self._sequence
-
     def submit(self, snapshot: Snapshot) -> None:
         """Start to write; waits for the one before, and raises its error."""
         self.wait()
@@ -281,12 +271,13 @@ class CheckpointWriter:
         return None
 
     def _rotate(self) -> None:
-        kept = 0
+        kept, reached = 0, math.inf
         for path, manifest in layout.list_checkpoints(self.folder.parent):  # newest first
             if manifest is None:
                 continue
             if kept < self.keep_last:
-                kept += self._trusted(manifest)
+                kept += manifest.step < reached and self._trusted(manifest)  # else the run went back before it
+                reached = min(reached, manifest.step)
             elif self.keep_every is None or manifest.step % self.keep_every:
                 discarded = path.with_name(f"{layout.DISCARDED}{path.name}")
                 path.rename(discarded)  # one rename, so that a checkpoint never looks half there

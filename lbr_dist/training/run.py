@@ -177,15 +177,14 @@ class _Loop:
         set_rate(s.engine.optimizer, share)
         figures: dict[str, float] = {}
         cause = ""
-        news = {"stop": bool(self._stop.asked()), "unsaved": s.checkpointer.failed}
         try:
             part, figures = s.objective(plan, [batch.to(s.device) for batch in batches])
-            reached = self._meter.gather(part, plan, batches, **news)
+            reached = self._meter.gather(part, plan, batches, **self._news())
             norm, applied = apply_gradients(s.engine)
         except DegenerateEmbeddingError as error:
             cause = f" ({error})"
             s.engine.zero_grad()
-            reached = self._meter.gather(None, plan, batches, **news)
+            reached = self._meter.gather(None, plan, batches, **self._news())
             norm, applied = math.nan, False
         s.done, s.samples, self._applied = plan.step + 1, s.samples + plan.samples, applied
         if not (applied and math.isfinite(reached.loss)):
@@ -193,6 +192,10 @@ class _Loop:
         s.audit.step(plan.step, plan.epoch, batches)
         self._meter.log(plan, reached, norm, share * recipe.optim.lr, figures, skipped=not applied)
         return reached.stop, reached.unsaved
+
+    def _news(self) -> dict[str, bool]:
+        """What this rank has to tell the others, as late in a step as can be."""
+        return {"stop": bool(self._stop.asked()), "unsaved": self._s.checkpointer.failed}
 
     def _not_finite(self, plan: StepPlan, batches: list[LocalBatch], found: str, applied: bool) -> None:
         """Write down the step's samples; then stop, or go on without its gradient."""
@@ -218,7 +221,7 @@ class _Loop:
     def _save(self, wait: bool) -> None:
         from lbr_dist.training.checkpoint_writer import StorageError
         from lbr_dist.training.random_state import random_state
-        from lbr_dist.training.session import on_rank_zero
+        from lbr_dist.training.session import loop_state, on_rank_zero
 
         s = self._s
         there = on_rank_zero(s.lock.check)
@@ -229,14 +232,7 @@ class _Loop:
             if s.job.environment.rank == 0:
                 log.warning("%s; trying once more, with step %d", error, s.done)
             wait = True
-        state: dict[str, Any] = {
-            "step": s.done,
-            "samples": s.samples,
-            "skipped": s.skipped,
-            "plan": s.job.plan.fingerprint,
-            "identity": {key: str(value) for key, value in s.job.plan.identity.items()},
-            "wandb_id": s.wandb_id,
-        }
+        state = loop_state(s.job, step=s.done, samples=s.samples, skipped=s.skipped, wandb_id=s.wandb_id)
         s.audit.sync()
         self._watchdog.alive(f"saving step {s.done}", self._write_s)
         s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait or not there)

@@ -29,7 +29,7 @@ from lbr_dist.training.checkpoint_format import read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
 from lbr_dist.training.origin import check_resumed_model
 from lbr_dist.training.preflight import Job, deep_check, disagreement, same_everywhere
-from lbr_dist.training.random_state import restore_random_state, seed_rank
+from lbr_dist.training.random_state import random_state, restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.signals import request_stop
 from lbr_dist.training.steps import Objective, make_objective
@@ -118,11 +118,13 @@ def start(
     own = None
     if checkpoint is not None:
         state, own = checkpointer.load(checkpoint)
-        if state["step"] < job.total_steps:  # else what was run stays on record
-            on_rank_zero(lambda: _go_on(job, resume, checkpointer, checkpoint))
     seed_rank(recipe.seed, environment.rank, state["step"])
     if own is not None:
         restore_random_state(own)
+    if checkpoint is not None and state["step"] < job.total_steps:  # else what was run stays on record
+        if resume != "auto":
+            _go_back(job, checkpoint, checkpointer, state)
+        on_rank_zero(lambda: run_folder.claim(recipe))
     attempt = on_rank_zero(lambda: last_attempt(Path(recipe.output)) + 1)
     tracker = None
 
@@ -230,12 +232,25 @@ def _prepare(job: Job, resume: str) -> Path | None:
     return checkpoint
 
 
-def _go_on(job: Job, resume: str, checkpointer: Checkpointer, checkpoint: Path) -> None:
-    """Rank 0: the engine has taken the checkpoint. Before rows of later steps are dropped, write down that the run goes
-    on from there, and with which recipe: a start that is killed before its first save is not to be forgotten."""
-    if resume != "auto":
-        checkpointer.go_back_to(checkpoint)
-    run_folder.claim(job.recipe)
+def _go_back(job: Job, checkpoint: Path, checkpointer: Checkpointer, state: dict[str, Any]) -> None:
+    """Save what was loaded again, if the folder has anything newer. Collective.
+
+    Rows of later steps are dropped next; a start that is killed before its first save would otherwise be forgotten.
+    """
+
+    def needed() -> bool:
+        newest = next((path for path, manifest in list_checkpoints(job.recipe.output) if manifest), None)
+        return newest is None or not checkpoint.samefile(newest)
+
+    if on_rank_zero(needed):
+        checkpointer.save(state["step"], loop_state(job, **state), rank_state=random_state(), wait=True)
+
+
+def loop_state(job: Job, *, step: int, samples: int, skipped: int, wandb_id: str | None, **_: Any) -> dict[str, Any]:
+    """What a checkpoint says of the loop, and of the plan that it follows."""
+    identity = {key: str(value) for key, value in job.plan.identity.items()}
+    done = {"step": step, "samples": samples, "skipped": skipped, "wandb_id": wandb_id}
+    return {**done, "plan": job.plan.fingerprint, "identity": identity}
 
 
 def _check_plan(job: Job, checkpoint: Path) -> None:

@@ -98,7 +98,9 @@ def test_no_weights(folder):
     refused(folder, "weights cannot be loaded")
 
 
-def test_cut_off_weights(folder):
+@pytest.mark.parametrize("tied", [True, False])
+def test_cut_off_weights(tiny_model_dir, tmp_path, tied):
+    folder = shutil.copytree(tiny_model_dir("qwen2", tied), tmp_path / "model")
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     refused(folder, "weights cannot be loaded")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, find_resumable, list_checkpoints
+from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, list_checkpoints
 from lbr_dist.training.checkpoint_writer import Alone, CheckpointWriter, Snapshot, StorageError, TensorFile
 
 
@@ -58,23 +58,17 @@ def test_what_was_passed_over_takes_no_place_from_what_can_be_resumed(tmp_path: 
     assert names(tmp_path) == ["step-000500", "step-000450"]
 
 
-def test_going_back_makes_a_checkpoint_the_newest(tmp_path: Path) -> None:
-    save(writer(tmp_path), 400, 500)
-    older = tmp_path / "checkpoints" / "step-000400"
-    writer(tmp_path).go_back_to(older)  # and is killed before it saves
-    found, reasons = find_resumable(tmp_path)
-    assert found == older
-    assert "step-000500: a later step, but committed before step-000400" in reasons[0]
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000400\n"
-    again = writer(tmp_path)
-    again.go_back_to(older)  # the newest already
-    save(again, 450)
-    assert names(tmp_path) == ["step-000450", "step-000400"]
-    elsewhere = tmp_path / "checkpoints" / "step-000450"
-    before = (elsewhere / "manifest.json").read_bytes()
-    save(other := writer(tmp_path / "other"), 1)
-    other.go_back_to(elsewhere)
-    assert (elsewhere / "manifest.json").read_bytes() == before
+def test_what_the_run_went_back_before_takes_no_place_from_what_is_before_it(tmp_path: Path) -> None:
+    made = CheckpointWriter(tmp_path, Alone(), keep_last=4, keep_every=None)
+    save(made, 200, 400, 600, 800)
+    save(made, 400)  # as a start does that goes back to it
+    assert names(tmp_path) == ["step-000400", "step-000800", "step-000600", "step-000200"]
+    again = CheckpointWriter(tmp_path, Alone(), keep_last=3, keep_every=None)
+    again.resumed = list_checkpoints(tmp_path)[0][1].sequence
+    save(again, 500)
+    assert names(tmp_path) == ["step-000500", "step-000400", "step-000800", "step-000600", "step-000200"]
+    save(again, 600)
+    assert names(tmp_path) == ["step-000600", "step-000500", "step-000400"]
 
 
 @pytest.mark.parametrize(

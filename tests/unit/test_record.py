@@ -163,6 +163,7 @@ def test_conversations() -> None:
     for row in (openai, sharegpt, dolly, alpaca):  # as a spreadsheet writes them
         assert convert({name.title(): value for name, value in row.items()}) == convert(row)
     assert convert({"Messages": None, **openai}).answer == "rest"
+    assert convert({"id": "1", "Messages": 12, "text": "a forum's thread"}).text == "a forum's thread"
     assert convert({**openai, "Question": "q", "Answer": "a"}).answer == "a"
 
 
@@ -492,6 +493,7 @@ def test_entity() -> None:
     assert Entity.parse("id~CHEBI:\\d+").of({}, record) == "CHEBI:1"
     assert Entity.parse("patient").of({"patient": 3}, record) == "3"
     assert Entity.parse("patient").of({"patient": 3.0}, record) == "3"  # as pandas writes it where a row has none
+    assert Entity.parse("patient").of({"patient": "3.0"}, record) == "3"  # in a CSV file
     assert Entity.parse("patient").of({"patient": 1.5}, record) == "1.5"
     assert Entity.parse("patient").of({}, record) is None
     assert Entity.parse("id~nothing").of({}, record) is None
