@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,10 +70,18 @@ class Pipeline:
         self.dropped: dict[str, int] = {}
         self.ungrouped = 0
 
-    def run(self, parts: list[Part], outside: list[Part], passed_over: Mapping[str, int]) -> dict[str, Any]:
+    def run(
+        self,
+        parts: list[Part],
+        outside: list[Part],
+        passed_over: Mapping[str, int],
+        check_unchanged: Callable[[], None],
+    ) -> dict[str, Any]:
         """Prepare the rows of `parts`, kept apart from those of `outside`; returns the report.
 
-        `passed_over`, for the report, counts the files of folders that are no part, by ending.
+        Args:
+            passed_over: for the report, counts the files of folders that are no part, by ending.
+            check_unchanged: called when all are read, for the last time; raises where one is not what it was.
 
         Raises:
             UserError: too many bad rows, no rows, or sizes that cannot be met.
@@ -81,6 +89,7 @@ class Pipeline:
         self.read = self._read(parts, outside)
         spool, numbers, texts = self.read.spool, self.read.numbers, self.read.texts
         try:
+            check_unchanged()
             alive = self._deduplicate()
             self.read.bad.check(self.settings.max_bad_share)
             if not (alive & ~numbers.external).any():

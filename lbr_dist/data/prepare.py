@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,8 @@ def prepare(
         executor: where rows are digested and shards written; default: the current one.
 
     Raises:
-        UserError: bad sources, settings or rows, an `out` that holds something else, or a full disk.
+        UserError: bad sources, settings or rows, a source that is changed while it is read, an `out` that holds
+            something else, or a full disk.
     """
     from lbr_dist.model.tokenizer import Tokenization
 
@@ -152,6 +153,7 @@ def prepare(
         passed_over = Counter[str]()
         parts = _parts(sources, kind, fields or {}, work, passed_over)
         outside = _parts(decontaminate, None, fields or {}, work, passed_over)
+        before = _states((*parts, *outside))
         with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
             origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
             for name_of, group in (("sources", parts), ("decontaminate", outside)):
@@ -166,7 +168,7 @@ def prepare(
             return PrepareReport(Path(out), done, unchanged=True)
         folder = resumable(work.absolute(), {**origin, "blocks": [BLOCK_ROWS, BLOCK_CHARACTERS]})
         pipeline = Pipeline(folder, settings, tokens, origin, progress, executor or current())
-        report = pipeline.run(parts, outside, passed_over)
+        report = pipeline.run(parts, outside, passed_over, partial(_check_unchanged, before))
         publish(folder / "set", place)
     return PrepareReport(Path(out), report, unchanged=False)
 
@@ -185,6 +187,37 @@ def _parts(
         named = source if isinstance(source, Source) else Source.parse(source, kind, fields)
         parts += expand(named, downloads, passed_over)
     return parts
+
+
+def _states(parts: Iterable[Part]) -> dict[Path, tuple[str, tuple[int, int] | None]]:
+    """Name, and size and time of the last change, of every file that is read; None where there is none."""
+    found = {}
+    for part in parts:
+        files = [(member.name, member.path) for members in part.members.values() for member in members]
+        if part.dataset is not None:
+            files = [(part.name, Path(entry["filename"])) for entry in part.dataset.cache_files]
+        for name, file in files or [(part.name, part.path)]:
+            found[file] = name, _state(file)
+    return found
+
+
+def _state(file: Path) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(before: Mapping[Path, tuple[str, tuple[int, int] | None]]) -> None:
+    """See that what was read is what was fingerprinted.
+
+    Raises:
+        UserError: a file was changed, replaced or removed meanwhile.
+    """
+    for file, (name, state) in before.items():
+        if _state(file) != state:
+            raise UserError(f"{name}: was changed while it was read; prepare it again when nothing writes it")
 
 
 def _difference(old: Any, new: dict[str, Any]) -> str:

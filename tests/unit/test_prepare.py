@@ -143,6 +143,32 @@ def test_two_runs_for_one_folder(sources: list[str], tmp_path: Path) -> None:
     os.close(lock)
 
 
+@pytest.mark.parametrize("changed", ["rewritten", "removed"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_source_that_is_changed_while_it_is_read_is_named(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, changed: str
+) -> None:
+    """The manifest would name the content that it had before."""
+    held = write(tmp_path / "held.jsonl", [{"question": f"held {i}?", "answer": f"held answer {i}"} for i in range(9)])
+    files = [*map(Path, sources), held]
+    kept, real = files[number].read_bytes(), pipeline.Pipeline._read
+
+    def read(*args: Any) -> Any:
+        found = real(*args)
+        files[number].unlink()
+        if changed == "rewritten":
+            files[number].write_bytes(kept[:-1])
+        return found
+
+    monkeypatch.setattr(pipeline.Pipeline, "_read", read)
+    with pytest.raises(UserError, match=f"{files[number].name}: was changed while it was read"):
+        run(sources, tmp_path / "out", decontaminate=[str(held)])
+    assert not list(tmp_path.glob("*out*"))
+    monkeypatch.undo()
+    files[number].write_bytes(kept)
+    run(sources, tmp_path / "out", decontaminate=[str(held)])
+
+
 def fail_in_writing(monkeypatch: pytest.MonkeyPatch, failure: BaseException) -> None:
     real = shard_writer.ShardWriter._put
     calls = 0
