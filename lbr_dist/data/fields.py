@@ -230,7 +230,8 @@ class Converter:
         if name.lower() == "label" and name != self._finder.fields.get("answer"):
             answer = field_names.look_up(row, "answer")
             try:
-                agrees = row_values.blank(answer) or row_values.choose(answer, options, labels) == right
+                agrees = row_values.blank(answer) or str(answer).strip() == options[right]
+                agrees = agrees or row_values.choose(answer, options, labels) == right
             except RowError:
                 agrees = True  # it is no option: an explanation
             if not agrees:

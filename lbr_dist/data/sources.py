@@ -194,7 +194,7 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
             if is_read and file.is_file():
                 found.append(file)
             else:
-                passed_over[file.suffix or name] += 1
+                passed_over[".json" if is_source(name) else file.suffix or name] += 1
     yield from sorted(found)
 
 

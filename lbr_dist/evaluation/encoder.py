@@ -128,13 +128,13 @@ class PackedEncoder:
 
 
 class PaddedEncoder:
-    """Any Hugging Face causal model with a pooling, through plain padded batches."""
+    """Any Hugging Face model of text with a pooling, through plain padded batches: causal ones, and BERT's family."""
 
     def __init__(self, path: str, pooling: Literal["mean", "last"], max_tokens: int, device: str) -> None:
         """Load the base model (without its head) of `path` in float32; texts are cut to the positions that it has.
 
         Raises:
-            UserError: not a model folder, a damaged one, or not a causal language model.
+            UserError: not a model folder, a damaged one, an encoder with a decoder, or not of text alone.
         """
         from transformers import AutoModel
 
@@ -150,6 +150,9 @@ class PaddedEncoder:
                 "that is"
             )
         positions = getattr(settings, "max_position_embeddings", None) or max_tokens
+        learned: Any = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        if getattr(learned, "padding_idx", None) is not None:  # RoBERTa's begin behind it
+            positions -= learned.padding_idx + 1
         self.pooling, self.max_tokens, self.cut = pooling, min(max_tokens, positions), 0
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:

@@ -8,6 +8,7 @@ model's configuration is checked before any weight is read.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 import warnings
@@ -55,13 +56,13 @@ def load_backbone(
         raise RuntimeError("for_zero3 must go with a living HfDeepSpeedConfig of stage 3")
     attention.register()
     settings = load_config(model.path, longest)
+    two_heads = UserError(
+        f"model {model.path}: its config.json ties the head to the embedding (tie_word_embeddings), but its files hold "
+        "another head; set tie_word_embeddings to false there, or take lm_head.weight out of the files"
+    )
     try:
         if settings.tie_word_embeddings and _head_of_its_own(model.path):
-            raise UserError(
-                f"model {model.path}: its config.json ties the head to the embedding (tie_word_embeddings), but its "
-                "files hold another head; set tie_word_embeddings to false there, or take lm_head.weight out of the "
-                "files"
-            )
+            raise two_heads
         loaded: Any = cached_first(
             AutoModelForCausalLM.from_pretrained,
             model.path,
@@ -76,6 +77,9 @@ def load_backbone(
         ) from None
     backbone, info = loaded
     _check_whole(info, settings, f"model {model.path}")
+    one = for_zero3 or backbone.lm_head.weight is backbone.get_input_embeddings().weight
+    if settings.tie_word_embeddings and not one:  # of files that are no safetensors
+        raise two_heads
     return equip(backbone, model, seed)
 
 
@@ -154,7 +158,7 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
 
 
 def _head_of_its_own(path: str) -> bool:
-    """Whether safetensors files hold a head beside the embedding that differs from it.
+    """Whether the safetensors files of a model hold a head beside the embedding that differs from it.
 
     transformers then ties them or not by the ZeRO stage (partitioned, the two cannot be compared), and a model that is
     made from the configuration alone always does.
@@ -164,7 +168,7 @@ def _head_of_its_own(path: str) -> bool:
     folder = Path(path) if Path(path).is_dir() else snapshot(path)
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as opened:
-        for file in sorted(folder.glob("*.safetensors")) if folder else []:
+        for file in _weight_files(folder) if folder else []:
             tensors = opened.enter_context(safe_open(file, framework="pt"))
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 if name.endswith(("lm_head.weight", "embed_tokens.weight")):
@@ -174,8 +178,17 @@ def _head_of_its_own(path: str) -> bool:
         head, embedding = found["lm_head"], found["embed_tokens"]
         if head.get_shape() != embedding.get_shape():
             return True
-        rows = range(0, head.get_shape()[0], 4096)
-        return not all(torch.equal(head[low : low + 4096], embedding[low : low + 4096]) for low in rows)
+        parts = (slice(low, low + 4096) for low in range(0, head.get_shape()[0], 4096))
+        return not all(torch.equal(head[part].float(), embedding[part].float()) for part in parts)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a folder; others may lie there, as an adapter's."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.is_file():
+        return [file]
+    names = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ()
+    return [folder / name for name in sorted(set(names))]
 
 
 def _window(settings: PretrainedConfig) -> int | None:

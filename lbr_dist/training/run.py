@@ -204,34 +204,42 @@ class _Loop:
         ids = [id_ for batch in batches for id_ in batch.ids]
         file.write_text(json.dumps({"step": plan.step + 1, "found": found, "ids": ids}))
         s.skipped += 1
-        self._wait_for_writer()  # so that the run can go on from the newest one
         what = f"step {plan.step + 1}: {found}; its sample ids are in {file}"
         if recipe.on_nan == "stop" or applied:
-            raise UserError(f"{what}: look at them, lower optim.lr, or set on_nan=skip")
-        if s.skipped > recipe.max_skips:
-            raise UserError(f"{what}: {s.skipped} steps skipped, more than max_skips={recipe.max_skips}")
-        log.warning("%s: skipped", what)
+            remedy = "look at them, lower optim.lr, or set on_nan=skip"
+        elif s.skipped > recipe.max_skips:
+            remedy = f"{s.skipped} steps skipped, more than max_skips={recipe.max_skips}"
+        else:
+            log.warning("%s: skipped", what)
+            return
+        if error := self._wait_for_writer():  # so that the run can go on from the newest one
+            log.warning("%s", error)
+        raise UserError(f"{what}: {remedy}")
 
-    def _wait_for_writer(self) -> None:
-        """Return when the last checkpoint is committed; its writer has more time than a step."""
+    def _wait_for_writer(self) -> Exception | None:
+        """Return when the last checkpoint is committed, or why it was not; its writer has more time than a step."""
+        from lbr_dist.training.checkpoint_writer import StorageError
+
         self._watchdog.alive("waiting for the last checkpoint to be written", self._write_s)
-        self._s.checkpointer.wait()
+        failed = None
+        try:
+            self._s.checkpointer.wait()
+        except (UserError, StorageError) as error:  # the same one on every rank
+            failed = error
         self._watchdog.alive("going on after the last checkpoint")
+        return failed
 
     def _save(self, wait: bool) -> None:
-        from lbr_dist.training.checkpoint_writer import StorageError
         from lbr_dist.training.random_state import random_state
         from lbr_dist.training.session import loop_state, on_rank_zero
 
         s = self._s
         there = on_rank_zero(s.lock.check)
         began = time.monotonic()
-        try:
-            self._wait_for_writer()
-        except (UserError, StorageError) as error:  # the same one on every rank
+        if error := self._wait_for_writer():
+            wait = True
             if s.job.environment.rank == 0:
                 log.warning("%s; trying once more, with step %d", error, s.done)
-            wait = True
         state = loop_state(s.job, step=s.done, samples=s.samples, skipped=s.skipped, wandb_id=s.wandb_id)
         s.audit.sync()
         self._watchdog.alive(f"saving step {s.done}", self._write_s)

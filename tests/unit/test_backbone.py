@@ -128,9 +128,14 @@ def test_a_head_that_is_tied_in_the_configuration_alone(tiny_model_dir, tmp_path
     """transformers then trains two matrices or one, by the ZeRO stage, and a run is read back with one."""
     folder = shutil.copytree(tiny_model_dir("qwen2", True), tmp_path / "model")
     rewrite(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    other = {"lm_head.weight": torch.zeros(2, 2), "model.embed_tokens.weight": torch.ones(2, 2)}
+    save_file(other, folder / "adapter_model.safetensors")  # of which nothing is read
     model = LbrModel.build(recipe(folder))  # two copies of one
     rewrite(folder, lambda weights: weights["lm_head.weight"].mul_(2))
     refused(folder, r"ties the head to the embedding \(tie_word_embeddings\), but its files hold another head")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "its files hold another head")
     trained = dict(model.named_parameters())  # as it could be before
     trained["backbone.lm_head.weight"] = 2 * trained["backbone.model.embed_tokens.weight"]
     with pytest.raises(UserError, match=r"weight backbone\.lm_head\.weight was trained apart"):

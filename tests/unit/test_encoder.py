@@ -136,9 +136,9 @@ def test_hf_models_are_padded_right(tiny_model_dir):
 
 
 def test_hf_models_cut_to_their_positions_and_no_others(tmp_path, tiny_model_dir):
-    from transformers import AutoTokenizer, GPT2Config, GPT2Model, T5Config, T5Model
+    from transformers import AutoTokenizer, GPT2Config, GPT2Model, RobertaConfig, RobertaModel, T5Config, T5Model
 
-    small, other = tmp_path / "gpt2", tmp_path / "t5"
+    small, behind, other = tmp_path / "gpt2", tmp_path / "roberta", tmp_path / "t5"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
     GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
         small
@@ -146,12 +146,16 @@ def test_hf_models_cut_to_their_positions_and_no_others(tmp_path, tiny_model_dir
     T5Model(T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
         other
     )
-    for folder in (small, other):
-        tokenizer.save_pretrained(folder)
-    encoder = load_encoder(f"hf:{small}?pooling=mean", "cpu")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    settings = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=18, pad_token_id=1, **sizes)
+    RobertaModel(settings).save_pretrained(behind)
     long = " ".join(texts(12))
-    assert np.linalg.norm(encoder.encode([long])) == pytest.approx(1)
-    assert encoder.cut == 1
+    for folder in (small, behind, other):
+        tokenizer.save_pretrained(folder)
+    for folder in (small, behind):
+        encoder = load_encoder(f"hf:{folder}?pooling=mean", "cpu")
+        assert np.linalg.norm(encoder.encode([long])) == pytest.approx(1)
+        assert (encoder.max_tokens, encoder.cut) == (16, 1)
     with pytest.raises(UserError, match=r"is a t5, and not a causal language model of text alone"):
         load_encoder(f"hf:{other}", "cpu")
 

@@ -407,6 +407,13 @@ def test_a_label_and_an_answer_that_are_different_options() -> None:
     assert convert(row, fields={"answer": "Label"}).answer == "a"
     for answer in ("a", "A", 0, "", None, "as everybody knows", ["c"]):
         assert convert({**row, "answer": answer}).answer == "a"
+    sums = {
+        "question": "1 + 1",
+        "options": ["1", "2", "3"],
+        "answer": 2,
+        "label": 1,
+    }  # 2 is an option, not a number of one
+    assert convert(sums).answer == "2"
 
 
 def test_a_right_option_that_is_not_found_says_how_to_name_it() -> None:
