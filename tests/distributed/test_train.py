@@ -193,13 +193,16 @@ def test_resumed_equals_uninterrupted(both: dict[str, dict[str, Any]], place: tu
         assert (found.attempts, found.redone) == (2, len(losses(raw["output"])) - CUT)
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 def test_going_back_is_not_forgotten_by_a_start_that_saved_nothing(
-    both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]
+    both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path], elsewhere: bool
 ) -> None:
     """Sent back, with another rate, and ended before a save: the next start goes on from there."""
     folder = place[0]
-    raw = {**both["one"], "output": copied(both["one"]["output"], folder / "back")}
-    older = folder / "back" / "checkpoints" / f"step-{CUT:06d}"
+    raw = {**both["one"], "output": copied(both["one"]["output"], folder / f"back-{elsewhere}")}
+    older = Path(raw["output"]) / "checkpoints" / f"step-{CUT:06d}"
+    if elsewhere:
+        older = shutil.copytree(older, folder / "backup" / older.name)
     allowed = {**raw, "train.allow_change": ["optim"]}
     wild = {**allowed, "train.resume": str(older), "optim": {**raw["optim"], "lr": 1e30, "clip": 0}}
     ended, result = run(folder, 1, [wild, allowed])

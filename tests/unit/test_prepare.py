@@ -368,7 +368,7 @@ def test_files_that_a_folder_passes_over_are_told(tmp_path: Path) -> None:
     (tmp_path / "in/README.md").touch()
     assert "note: passed over in folders: 1 .md" in run([str(tmp_path / "in")], tmp_path / "out").lines
     (tmp_path / "in/squad.JSON").touch()
-    note = "1 .JSON, 1 .md (a .json file is read if it is named, or a quoted glob matches it)"
+    note = "1 .json, 1 .md (a .json file is read if it is named, or a quoted glob matches it)"
     assert f"note: passed over in folders: {note}" in run([str(tmp_path / "in")], tmp_path / "two").lines
 
 
