@@ -28,7 +28,7 @@ from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
 from lbr_dist.data.sources import printable
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
-from lbr_dist.mining.choose import Chosen, Rule, choose
+from lbr_dist.mining.choose import Chosen, Rule, choose, commit, is_committed
 from lbr_dist.mining.given import GivenNegatives
 from lbr_dist.mining.nearest import Exact, Inverted, Lexical, Nearest, kind_for
 from lbr_dist.mining.notes import Notes
@@ -164,10 +164,8 @@ class _Job:
             for start in range(0, self.queries, QUERIES):
                 query_B = np.arange(start, min(start + QUERIES, self.queries))
                 file = chosen / f"{start:010d}.npz"
-                if not file.exists():
-                    temporary = chosen / "chosen.tmp.npz"
-                    np.savez(temporary, **vars(take(query_B)))
-                    temporary.replace(file)
+                if not is_committed(file, len(query_B)):
+                    commit(file, take(query_B))
                 advance(len(query_B))
 
     def _taker(self, index: str, device: str | None, block: int) -> Callable[[np.ndarray], Chosen]:

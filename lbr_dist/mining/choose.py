@@ -8,9 +8,13 @@ Qu et al. 2021): the very first ranks are skipped for the same reason, and far r
 
 from __future__ import annotations
 
+import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from lbr_dist.disk import sync
 
 REJECTED = 3
 """Passages too near to the positive that are kept for the report, per query."""
@@ -109,3 +113,21 @@ def _first(
     rows_QN[query_M, place_M] = rows_QK[query_M, column_M]
     scores_QN[query_M, place_M] = scores_QK[query_M, column_M]
     return rows_QN, scores_QN
+
+
+def commit(file: Path, chosen: Chosen) -> None:
+    """Keep the negatives of some queries in a file (.npz), which appears whole or not at all."""
+    temporary = file.with_name("chosen.tmp.npz")
+    np.savez(temporary, **vars(chosen))
+    sync(temporary)
+    temporary.replace(file)
+
+
+def is_committed(file: Path, queries: int) -> bool:
+    """Whether the negatives of so many queries are there, undamaged."""
+    try:
+        with np.load(file) as arrays:  # to the end of each, where its checksum is
+            chosen = Chosen(**{name: arrays[name] for name in arrays.files})
+    except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile):
+        return False
+    return all(len(values) == queries for values in vars(chosen).values())

@@ -8,12 +8,16 @@ the passages are sorted into lists by k-means first, and a query looks only into
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
+
+from lbr_dist.data.shards import file_xxh128
+from lbr_dist.disk import sync
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.bm25 import BM25
@@ -32,6 +36,10 @@ PROBED = 1 / 16
 """Share of the lists that a query looks into, at least `LEAST_PROBED`."""
 LEAST_PROBED = 8
 SEED = 1234
+INDEX, INVERTED = "ivf.index", "lists"
+"""Files of an index: the centres, and the passages in lists;"""
+CHECKSUMS = "checksums.json"
+"""theirs, which come last and say that it is finished."""
 
 
 class Nearest(Protocol):
@@ -86,12 +94,11 @@ class Inverted:
         import faiss
 
         self._queries_QD, self._passages_PD = queries_QD, passages_PD
-        finished = folder / "ivf.index"
-        if not finished.exists():
+        if not _is_built(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            _build(passages_PD, folder, finished)
-        self._index = cast(Any, faiss.read_index(str(finished)))
+            _build(passages_PD, folder)
+        self._index = cast(Any, faiss.read_index(str(folder / INDEX)))
         self._index.nprobe = min(self._index.nlist, max(LEAST_PROBED, round(PROBED * self._index.nlist)))
 
     def search(self, query_B: np.ndarray, own_B: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,7 +130,16 @@ class Lexical:
         return rows_BK, scores_BK, positive_B
 
 
-def _build(passages_PD: np.ndarray, folder: Path, finished: Path) -> None:
+def _is_built(folder: Path) -> bool:
+    """Whether an index is there as it was built; faiss maps the lists: where they are short, the process ends."""
+    try:
+        known = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        return known == {name: file_xxh128(folder / name) for name in (INDEX, INVERTED)}
+    except (OSError, ValueError):
+        return False
+
+
+def _build(passages_PD: np.ndarray, folder: Path) -> None:
     """Train on an even sample, add tile by tile to indexes on disk, and merge their lists into one file."""
     import faiss
     from faiss.contrib.ondisk import merge_ondisk
@@ -143,10 +159,14 @@ def _build(passages_PD: np.ndarray, folder: Path, finished: Path) -> None:
         block.add_with_ids(rows_TD, np.arange(start, start + len(rows_TD)))
         files.append(str(folder / f"block-{start}.index"))
         faiss.write_index(block, files[-1])
-    merge_ondisk(index, files, str(folder / "lists"))
-    temporary = finished.with_suffix(".tmp")
-    faiss.write_index(index, str(temporary))
-    temporary.replace(finished)
+    merge_ondisk(index, files, str(folder / INVERTED))
+    faiss.write_index(index, str(folder / INDEX))
+    for name in (INDEX, INVERTED):
+        sync(folder / name)
+    temporary = folder / "checksums.tmp"
+    temporary.write_text(json.dumps({name: file_xxh128(folder / name) for name in (INDEX, INVERTED)}), encoding="utf-8")
+    sync(temporary)
+    temporary.replace(folder / CHECKSUMS)
     for file in files:
         Path(file).unlink()
 

@@ -16,6 +16,7 @@ from lbr_dist.data.execute import Executor
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.shards import PreparedSet, ShardReader
 from lbr_dist.mining.candidates import SIDE
+from lbr_dist.vector_file import read_vectors, write_vectors
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Side
@@ -35,10 +36,10 @@ def embed(
 ) -> np.ndarray:
     """Vectors of the questions (`side` query) or answers of some records, memory-mapped float32 [N, D].
 
-    What an earlier attempt left in `folder` is used.
+    What an earlier attempt left whole in `folder` is used.
     """
     file, parts = folder / f"{side}.npy", folder / side
-    if not file.exists():
+    if read_vectors(file, len(rows_N)) is None:
         parts.mkdir(exist_ok=True)
         read = partial(_blocks, opened=opened, rows_N=rows_N, parts=parts, most=block)
         work = EncodeBlock(model, side, parts, device)
@@ -67,11 +68,6 @@ def _blocks(side: Side, *, opened: PreparedSet, rows_N: np.ndarray, parts: Path,
 
 def _join(parts: list[Path], count: int, file: Path) -> None:
     """One array file of all parts."""
-    temporary = file.with_suffix(".tmp")
     width = part_vectors(pq.read_table(parts[0])).shape[1]
-    header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
-    with temporary.open("wb") as joined:  # written, not mapped: on a full disk a mapped page ends the process
-        np.lib.format.write_array_header_1_0(joined, header)
-        for part in parts:
-            joined.write(part_vectors(pq.read_table(part)).tobytes())
-    temporary.replace(file)
+    pieces = (part_vectors(pq.read_table(part)) for part in parts)
+    write_vectors(file, file.with_suffix(".tmp"), (count, width), pieces)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,3 +359,47 @@ def test_a_failed_search_goes_on_where_it_stopped(
     assert calls == [25, 25, 25, 25, 25, 20]
     assert words.calls == []
     assert files(tmp_path / "out/cl") == files(tmp_path / "whole/out/cl")
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "zeros"])
+@pytest.mark.parametrize("name", ["query.npy", "passage.npy", "chosen/0000000025.npz", "ivf/ivf.index", "ivf/lists"])
+def test_what_was_committed_and_damaged_is_made_again(
+    data: Path, tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch, name: str, damage: str
+) -> None:
+    """As a loss of power leaves it, or a bad disk."""
+    monkeypatch.setattr(module, "QUERIES", 25)
+    run(data, tmp_path / "whole/out", index="ivf")
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_mined", failing)
+        with pytest.raises(MemoryError):
+            run(data, tmp_path / "out", index="ivf")
+    file = tmp_path / ".out.preparing/resume" / name
+    whole = file.read_bytes()
+    half = len(whole) // 2
+    file.write_bytes({"empty": b"", "short": whole[:half], "zeros": whole[:half] + bytes(len(whole) - half)}[damage])
+    if file.parent.name != "chosen":
+        shutil.rmtree(tmp_path / ".out.preparing/resume/chosen")  # else nothing is searched
+    run(data, tmp_path / "out", index="ivf")
+    assert files(tmp_path / "out") == files(tmp_path / "whole/out")
+
+
+def test_what_is_committed_is_on_disk_before_it_has_its_name(
+    data: Path, tmp_path: Path, words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And vectors before the parts that they were joined of are removed."""
+    synced, renamed, real = set[int](), list[str](), Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if self.name != "job.tmp":
+            assert self.stat().st_ino in synced, self
+            renamed.append(target.name)
+        return real(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "replace", replace)
+    run(data, tmp_path / "out", index="ivf")
+    assert {"query.npy", "passage.npy", "checksums.json", "0000000000.npz"} < set(renamed)
