@@ -19,6 +19,7 @@ from lbr_dist.data.shards import SPLITS, ShardReader, open_set
 from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts
+from lbr_dist.vector_file import read_vectors, write_vectors
 
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Encoder
@@ -172,17 +173,15 @@ def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, prog
         data = passage.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     file = folder / f"{digest.hexdigest()}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # none there, or a damaged one
-        known_PD = np.load(file, mmap_mode="r")
-        if len(known_PD) == len(texts):
-            return known_PD
+    known_PD = read_vectors(file, len(texts))
+    if known_PD is not None:
+        return known_PD
     passages_PD = encoder.encode(texts, "passage", progress)
     check_finite(passages_PD, texts, encoder.name)
     temporary = file.with_suffix(f".{os.getpid()}.tmp.npy")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        np.save(temporary, passages_PD)
-        temporary.replace(file)
+        write_vectors(file, temporary, passages_PD.shape, [passages_PD])
     except OSError as error:
         log.warning("%s: the vectors of the corpus are not kept (%s)", folder, error.strerror)
         with contextlib.suppress(OSError):

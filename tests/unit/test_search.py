@@ -1,4 +1,6 @@
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,12 +57,23 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_no_answer(tmp_path, 
     expected = search(run, corpus, ["pain"], cache_dir=tmp_path / "c", **options)
     (file,) = (tmp_path / "c").iterdir()
     whole = file.read_bytes()
-    for damaged in (b"", whole[:50], whole[:-4]):
+    zeros, flipped = whole[:200] + bytes(len(whole) - 200), whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
+    for damaged in (b"", whole[:50], whole[:-4], zeros, flipped):
         file.write_bytes(damaged)
         assert search(run, corpus, ["pain"], cache_dir=tmp_path / "c", **options) == expected
         assert file.read_bytes() == whole
     assert search(run, corpus, ["pain"], cache_dir=corpus / "c", **options) == expected
     assert "are not kept (Not a directory)" in caplog.text
+
+
+def test_the_cache_is_on_disk_before_it_has_its_name(tmp_path, run, corpus, monkeypatch):
+    calls, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(Path, "replace", lambda self, to: calls.append(to.parent.name) or replace(self, to))
+    search(run, corpus, ["pain"], cache_dir=tmp_path / "c", device="cpu", progress=False)
+    (file,) = (tmp_path / "c").iterdir()
+    assert file.stat().st_ino in calls[: calls.index("c")]
+    assert len(np.load(file)) == 3  # numpy reads it
 
 
 @pytest.mark.parametrize("query", ["", "  ", "\udcff"])
