@@ -17,7 +17,7 @@ import numpy as np
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record
 from lbr_dist.data.shard_writer import SPLITS, ShardWriter, SplitInfo, write_manifest
-from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128
 from lbr_dist.data.split_index import SplitIndex
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates
@@ -113,7 +113,11 @@ def _mined(reader: ShardReader, candidates: Candidates, passage_BN: np.ndarray, 
 
 
 def _copy(opened: PreparedSet, side: str, target: Path) -> SplitInfo:
-    """Copy a side's shards as they are."""
+    """Copy a side's shards as they are.
+
+    Raises:
+        UserError: one is damaged.
+    """
     (target / side).mkdir()
     for shard in opened.splits[side].shards:
         for name, size, xxh128 in (
@@ -124,4 +128,6 @@ def _copy(opened: PreparedSet, side: str, target: Path) -> SplitInfo:
                 remote.fetch(opened.address(name), target / name, size=size, xxh128=xxh128)
             else:
                 shutil.copyfile(opened.address(name), target / name)
+                if file_xxh128(target / name) != xxh128:
+                    raise UserError(f"{opened.address(name)}: its checksum changed: copy or prepare the set again")
     return opened.splits[side]

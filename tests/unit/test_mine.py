@@ -249,6 +249,20 @@ def test_a_mistyped_model_or_device_costs_no_committed_block(data: Path, tmp_pat
     assert block.exists()
 
 
+@pytest.mark.parametrize("side", ["gl", "eval"])
+def test_a_damaged_shard_of_another_side_is_not_copied(data: Path, tmp_path: Path, words: Words, side: str) -> None:
+    shard = data / side / "000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    with pytest.raises(UserError, match=f"{side}/000000.tar: its checksum changed: copy or prepare the set again"):
+        run(data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    words.calls.clear()
+    shard.write_bytes(whole)
+    run(data, tmp_path / "out")
+    assert words.calls == []  # what was mined is kept
+
+
 def test_a_model_of_damaged_vectors_is_named(data: Path, tmp_path: Path, words: Words) -> None:
     whole = Words.encode
 
