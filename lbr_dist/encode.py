@@ -73,15 +73,16 @@ def encode_file(
     Raises:
         UserError: no such file or field, a damaged file, a row without a text (its line is named), an input that is
             changed while it is read, an `out` that has the ending of another format, exists or is being written by
-            another process, parts beside it of another input, model or setting, or a full disk (finished parts are kept
-            for the next attempt).
+            another process or lies in the model's own folder, parts beside it of another input, model or setting, or a
+            full disk (finished parts are kept for the next attempt).
     """
-    from lbr_dist.loading import model_fingerprint, pinned
+    from lbr_dist.loading import check_output, model_fingerprint, pinned
 
     source, out = Path(source), Path(out)
     if out.suffix.lower() in OTHER_ENDINGS:
         raise UserError(f"encode: {out}: what is written is Parquet; name it {out.with_suffix('.parquet').name}")
     _check_absent(out)
+    check_output(model, out)
     read_texts(source, side, field)
     model = pinned(model)  # a run in training may have another checkpoint by the next block
     job = {

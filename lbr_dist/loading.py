@@ -7,6 +7,7 @@ other.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,21 @@ def model_fingerprint(spec: str) -> str:
     else:
         parts.append(_commit(str(folder)))
     return xxhash.xxh128_hexdigest("\n".join(parts).encode())
+
+
+def check_output(spec: str, out: Path) -> None:
+    """See that an output does not lie in the folder of a model that the times of all files there identify.
+
+    Raises:
+        UserError: it does: what is written there would make the model another one before the command is repeated.
+    """
+    path, _ = split_dim(spec)
+    folder = Path(path.removeprefix("hf:").partition("?")[0])
+    if folder.is_dir() and not is_run(path) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(
+            f"{out}: lies in the folder of model {spec}, which every file in it identifies: the same command could not "
+            "go on after an interruption; choose a place outside it"
+        )
 
 
 def _commit(name: str) -> str:

@@ -104,9 +104,10 @@ def mine(
         executor: where texts are embedded; default: the current one.
 
     Raises:
-        UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else.
+        UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else or
+            lies in the model's own folder.
     """
-    from lbr_dist.loading import check_spec, model_fingerprint, pinned
+    from lbr_dist.loading import check_output, check_spec, model_fingerprint, pinned
     from lbr_dist.model.plain import usable_device
 
     rule = _rule(count, skip, depth, share, margin)
@@ -121,6 +122,7 @@ def mine(
     opened = open_set(data)
     if not given and model != "bm25":
         check_spec(model)
+        check_output(model, Path(out))
         model = pinned(model)  # questions and answers are embedded by one checkpoint of a run in training
     identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
     if device is not None and isinstance(executor or current(), Here):

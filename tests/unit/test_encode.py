@@ -2,10 +2,12 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -216,6 +218,19 @@ def test_an_input_that_changes_is_noticed(tmp_path, run):
         encode_file(run, source, tmp_path / "out.parquet", executor=change, **options)
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
     assert encode_file(run, source, tmp_path / "out.parquet", **options).texts == 21
+
+
+def test_an_output_in_the_models_folder_is_refused(tmp_path, run, tiny_model_dir):
+    """Its parts would make the model another one, and be lost when the command is repeated."""
+    source, model = write_jsonl(tmp_path / "in.jsonl", [{"text": "x"}]), tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), model)
+    before = sorted(model.rglob("*"))
+    for spec in (f"hf:{model}?pooling=mean", f"hf:{model}?pooling=mean&dim=8"):
+        with pytest.raises(UserError, match=r"out.parquet: lies in the folder of model hf:.*choose a place outside it"):
+            encode_file(spec, source, model / "deep/out.parquet", progress=False)
+    assert sorted(model.rglob("*")) == before
+    encode_file(spec, source, tmp_path / "out.parquet", progress=False, device="cpu")
+    encode_file(run, source, Path(run) / "out.parquet", progress=False, device="cpu")  # its checkpoints identify a run
 
 
 def test_a_mistyped_model_leaves_nothing_in_the_way(tmp_path, run):

@@ -238,6 +238,18 @@ def test_what_cannot_be_mined(data: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_an_output_in_the_models_folder_is_refused(data: Path, tmp_path: Path, words: Words) -> None:
+    """It would make the model another one: never up to date, never resumed."""
+    (tmp_path / "model/deep").mkdir(parents=True)
+    (tmp_path / "model/config.json").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for out in ("model/out", "model/deep/out", "link/out"):
+        with pytest.raises(UserError, match=r"out: lies in the folder of model hf:.*choose a place outside it"):
+            run(data, tmp_path / out, model=f"hf:{tmp_path}/model?pooling=mean")
+    assert sorted(path.name for path in (tmp_path / "model").rglob("*")) == ["config.json", "deep"]
+    assert not run(data, tmp_path / "model-out", model=f"hf:{tmp_path}/model?pooling=mean").unchanged
+
+
 def test_a_mistyped_model_or_device_costs_no_committed_block(data: Path, tmp_path: Path, words: Words) -> None:
     block = tmp_path / ".out.preparing" / "resume" / "query" / "00000001.parquet"
     block.parent.mkdir(parents=True)
