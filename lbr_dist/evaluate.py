@@ -100,16 +100,13 @@ def evaluate(
             results["models"].append(_evaluate_one(spec, held_out, further, generate, hardest, device, progress))
         except BaseException:
             if results["models"]:
-                _write_json(results, out / UNFINISHED)
-                log.warning("%s: holds the models that were measured before %s", out / UNFINISHED, spec)
+                _keep_unfinished(results, out / UNFINISHED, spec)
             raise
     try:
         write_results(results, out)
         (out / UNFINISHED).unlink(missing_ok=True)
     except OSError as error:
-        place = Path(tempfile.mkdtemp(prefix="lbr-eval-"))
-        _write_json(results, place / "eval.json")
-        raise UserError(f"--out {out}: {error.strerror}; the results lie in {place}/eval.json") from error
+        raise UserError(f"--out {out}: {error.strerror}; the results {_elsewhere(results, 'eval.json')}") from error
     return results
 
 
@@ -146,6 +143,27 @@ def _write_json(results: dict[str, Any], file: Path) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep_unfinished(results: dict[str, Any], file: Path, failed: str) -> None:
+    """Keep or show what was measured before a model failed; a full disk does not take the place of that failure."""
+    try:
+        _write_json(results, file)
+    except OSError as error:
+        kept = _elsewhere(results, file.name)
+        log.warning("%s: %s; results of the models before %s %s", file, error.strerror, failed, kept)
+    else:
+        log.warning("%s: holds the models that were measured before %s", file, failed)
+
+
+def _elsewhere(results: dict[str, Any], name: str) -> str:
+    """Save results in a temporary folder; returns where they lie, or, where that fails too, the results."""
+    try:
+        place = Path(tempfile.mkdtemp(prefix="lbr-eval-"))
+        _write_json(results, place / name)
+    except OSError:
+        return f"are {json.dumps(results, ensure_ascii=False)}"
+    return f"lie in {place}/{name}"
 
 
 def _evaluate_one(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,35 @@ def test_a_full_disk_does_not_cost_the_results(tmp_path, data, monkeypatch):
         evaluate(["bm25"], data, tmp_path / "out", progress=False)
     (kept,) = (tmp_path / "elsewhere").glob("*/eval.json")
     assert "| BM25 |" in report([kept], tmp_path / "report")
+
+
+@pytest.mark.parametrize("room", ["elsewhere", "nowhere"])
+def test_a_full_disk_hides_no_failure_and_costs_no_model_before_it(tmp_path, data, monkeypatch, caplog, room):
+    def fail(*_):
+        raise UserError("model large: is damaged")
+
+    real = Path.write_text
+
+    def write(self, *arguments, **options):
+        if room == "nowhere" or (tmp_path / "out") in self.parents:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, *arguments, **options)
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", fail)
+    monkeypatch.setattr("lbr_dist.loading.check_spec", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write)
+        with pytest.raises(UserError, match="model large: is damaged"):
+            evaluate(["bm25", "large"], data, tmp_path / "out", progress=False)
+    assert "No space left on device; results of the models before large " in caplog.text
+    if room == "elsewhere":
+        (kept,) = (tmp_path / "elsewhere").glob("*/eval.unfinished.json")
+        assert f"large lie in {kept}" in caplog.text
+        assert "| BM25 |" in report([kept], tmp_path / "report")
+    else:
+        assert '"name": "BM25"' in caplog.text
 
 
 def test_a_path_need_not_be_utf_8(tmp_path, data, monkeypatch):
