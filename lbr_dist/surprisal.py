@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -74,6 +78,9 @@ def measure(data: str, model: str, device: str | None = None) -> list[Measured]:
         Progress() as progress,
         progress.phase("measuring", sum(shard.records for _, _, shard, _ in missing)) as advance,
     ):
+        begun = time.time()
+        for folder in {path.parent for *_, path in missing}:
+            _check_writable(folder)
         scorer = Scorer(model, tokenization, place) if missing else None
         for reader, number, shard, path in missing:
             assert scorer is not None
@@ -85,7 +92,27 @@ def measure(data: str, model: str, device: str | None = None) -> list[Measured]:
                     rows[name] += bits
                 advance(len(batch))
             write_part(path, shard, rows)
+            for file in path.parent.glob(f"{path.stem}.*.tmp"):  # of a start that was killed while it wrote the part
+                with contextlib.suppress(OSError):
+                    if file.stat().st_mtime < begun:
+                        file.unlink()
     return [found for reader in readers for found in _totals(reader, model)]
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before anything is measured whether a folder takes files; it is made.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}): the set's folder has to be writable"
+        ) from None
 
 
 def _columns(records: list[dict[str, Any]], tokenization: Tokenization, scorer: Scorer) -> dict[str, list[Any]]:

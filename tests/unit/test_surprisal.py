@@ -1,7 +1,9 @@
 """|Z| by information: bits are those of plain transformers, the table is whole, and plan, loader and encoder agree."""
 
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,32 @@ def test_only_what_is_missing_or_damaged_is_measured_again(made, tmp_path, monke
     ]
     assert found[0].bits == pytest.approx(before.question.sum(), rel=1e-6)
     assert not list(Path(tmp_path / "qa").rglob("*.tmp"))
+
+
+def test_a_set_that_cannot_be_written_is_found_before_anything_is_measured(made, tmp_path, monkeypatch):
+    root, model, _ = made
+    shutil.copytree(root / "qa", tmp_path / "qa")
+    shutil.rmtree(tmp_path / "qa/surprisal")
+    (tmp_path / "qa/surprisal").touch()
+    monkeypatch.setattr(Scorer, "__init__", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=r"qa/surprisal/.*/(gl|cl): cannot be written .* has to be writable"):
+        measure(str(tmp_path / "qa"), str(model))
+
+
+def test_what_a_killed_measurement_left_is_removed_by_the_next(made, tmp_path):
+    root, model, _ = made
+    shutil.copytree(root / "qa", tmp_path / "qa")
+    opened = open_set(tmp_path / "qa")
+    path = part_path(opened, "gl", opened.splits["gl"].shards[1], model_fingerprint(str(model)))
+    path.unlink()
+    left, others = path.with_suffix(".7223.tmp"), path.with_suffix(".7224.tmp")
+    left.write_bytes(b"half")
+    others.write_bytes(b"being written")
+    os.utime(others, (time.time() + 60, time.time() + 60))
+    measure(str(tmp_path / "qa"), str(model))
+    assert path.exists()
+    assert others.exists()
+    assert not left.exists()
 
 
 def test_the_table_has_every_text_in_its_place(made):
