@@ -51,10 +51,10 @@ class FirstSignal:
     """The first signal asks to stop; a repetition within `REPEATED_S` changes nothing, a later one ends the process.
 
     Args:
-        end: called with the exit code to end it.
+        end: called with the exit code to end it; default: at once, without a word.
     """
 
-    def __init__(self, end: Callable[[int], Any] = os._exit) -> None:
+    def __init__(self, end: Callable[[int], Any] | None = None) -> None:
         self.asked = ""
         """Name of the signal, or of whoever else asked."""
         self._at, self._end = -math.inf, end
@@ -66,7 +66,7 @@ class FirstSignal:
             self.asked, self._at = signal.Signals(number).name, now
             return True
         if now - self._at > REPEATED_S:
-            self._end(128 + number)
+            (self._end or os._exit)(128 + number)
         return False
 
 
