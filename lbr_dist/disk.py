@@ -33,6 +33,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def mark(path: Path) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns: other ones say that a file changed; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def cache_folder(name: str) -> Path:
     """The folder `lbr_dist/name` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -61,11 +70,11 @@ def is_mount(place: Path) -> bool:
     return str(place) in mounted
 
 
-def usable_folder(folder: Path, what: str) -> None:
+def usable_folder(folder: Path, what: str, remedy: str = "give another folder") -> None:
     """Make a folder for files that are written at the end; whether it can be written is found out now.
 
     Raises:
-        UserError: it cannot, or it is a file; `what` names it in the message.
+        UserError: it cannot, or it is a file; `what` names it in the message, and `remedy` says what to do.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +83,7 @@ def usable_folder(folder: Path, what: str) -> None:
     except FileExistsError:
         raise UserError(f"{what}: it is a file; give a folder") from None
     except OSError as error:
-        raise UserError(f"{what}: cannot be written ({error.strerror}); give another folder") from None
+        raise UserError(f"{what}: cannot be written ({error.strerror}); {remedy}") from None
 
 
 @contextlib.contextmanager

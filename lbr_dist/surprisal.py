@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import numpy as np
 from lbr_dist.data.information import SCHEMA, model_fingerprint, part_path, read_information, read_part, write_part
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set
+from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def measure(data: str, model: str, device: str | None = None) -> list[Measured]:
     ):
         begun = time.time()
         for folder in {path.parent for *_, path in missing}:
-            _check_writable(folder)
+            usable_folder(folder, str(folder), "the set's folder has to be writable")
         scorer = Scorer(model, tokenization, place) if missing else None
         for reader, number, shard, path in missing:
             assert scorer is not None
@@ -97,22 +96,6 @@ def measure(data: str, model: str, device: str | None = None) -> list[Measured]:
                     if file.stat().st_mtime < begun:
                         file.unlink()
     return [found for reader in readers for found in _totals(reader, model)]
-
-
-def _check_writable(folder: Path) -> None:
-    """Find out before anything is measured whether a folder takes files; it is made.
-
-    Raises:
-        UserError: it does not.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}): the set's folder has to be writable"
-        ) from None
 
 
 def _columns(records: list[dict[str, Any]], tokenization: Tokenization, scorer: Scorer) -> dict[str, list[Any]]:

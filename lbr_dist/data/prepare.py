@@ -26,6 +26,7 @@ from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.sources import Part, Source, expand, printable
 from lbr_dist.data.split import SIDES, parse_sizes
+from lbr_dist.disk import mark
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class PrepareReport:
     def _notes(self) -> Iterator[str]:
         if passed := self.data["passed_over"]:
             listed = ", ".join(f"{count} {ending}" for ending, count in passed.items())
-            named = any(ending.lower() == ".json" for ending in passed)
-            hint = " (a .json file is read if it is named, or a quoted glob matches it)" * named
+            hint = " (a .json file is read if it is named, or a quoted glob matches it)" * (".json" in passed)
             yield f"passed over in folders: {listed}{hint}"
         if empty := self.data["empty_sources"]:
             yield f"sources without a row: {len(empty)} (first: {empty[0]})"
@@ -197,16 +197,8 @@ def _states(parts: Iterable[Part]) -> dict[Path, tuple[str, tuple[int, int] | No
         if part.dataset is not None:
             files = [(part.name, Path(entry["filename"])) for entry in part.dataset.cache_files]
         for name, file in files or [(part.name, part.path)]:
-            found[file] = name, _state(file)
+            found[file] = name, mark(file)
     return found
-
-
-def _state(file: Path) -> tuple[int, int] | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
 
 
 def _check_unchanged(before: Mapping[Path, tuple[str, tuple[int, int] | None]]) -> None:
@@ -216,7 +208,7 @@ def _check_unchanged(before: Mapping[Path, tuple[str, tuple[int, int] | None]]) 
         UserError: a file was changed, replaced or removed meanwhile.
     """
     for file, (name, state) in before.items():
-        if _state(file) != state:
+        if mark(file) != state:
             raise UserError(f"{name}: was changed while it was read; prepare it again when nothing writes it")
 
 

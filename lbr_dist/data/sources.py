@@ -188,13 +188,14 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
         for name in names:
             if name.startswith("."):
                 continue
-            file, is_read = folder / name, is_source(name) and format_of(name) != "json"
+            file, form = folder / name, format_of(name) if is_source(name) else ""
+            is_read = form not in ("", "json")
             if is_read and not file.exists():
                 raise UserError(f"{file}: is a link to a file that does not exist: mend or remove it")
             if is_read and file.is_file():
                 found.append(file)
             else:
-                passed_over[".json" if is_source(name) else file.suffix or name] += 1
+                passed_over[".json" if form == "json" else file.suffix or name] += 1
     yield from sorted(found)
 
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lbr_dist.disk import mark
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_format as layout
-from lbr_dist.training.checkpoint_files import mark
 from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest, find_resumable, list_checkpoints, verify
 from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
 from lbr_dist.training.engine_state import WEIGHT, EngineState, Piece

@@ -188,15 +188,6 @@ def link_or_copy(source: Path, target: Path) -> None:
             _sync(file)
 
 
-def mark(path: Path) -> tuple[int, int] | None:
-    """Size in bytes and time of the last change in ns: other ones say that a file changed; None where there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
 def replace_bytes(path: Path, data: bytes) -> None:
     """Replace a small file atomically: readers see the old or the new content, never a mixture."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")

@@ -30,8 +30,9 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from lbr_dist.disk import mark
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_files import TEMPORARY, checksum, mark
+from lbr_dist.training.checkpoint_files import TEMPORARY, checksum
 
 log = logging.getLogger("lbr")
 

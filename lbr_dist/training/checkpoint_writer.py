@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lbr_dist.disk import FULL, sync
+from lbr_dist.disk import FULL, mark, sync
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
@@ -141,7 +141,7 @@ class CheckpointWriter:
         self.entries: dict[str, FileEntry] = {}
         """This rank's files in it."""
         self.marks: dict[str, tuple[int, int] | None] = {}
-        """Their size and time (`checkpoint_files.mark`) when it was committed."""
+        """Their size and time (`mark`) when it was committed."""
         self.resumed: int | None = None
         """Sequence number of the checkpoint that the run goes on from. Later ones of other starts were passed over."""
         self._thread: threading.Thread | None = None
@@ -212,7 +212,7 @@ class CheckpointWriter:
             kind = UserError if problem.mendable else StorageError
             raise kind(f"checkpoint {name} was not written: {problem.text}; earlier checkpoints are intact")
         self.committed, self.entries = self.folder / name, mine
-        self.marks = {file: files.mark(self.committed / file) for file in mine}
+        self.marks = {file: mark(self.committed / file) for file in mine}
 
     def _write_files(self, folder: Path, snapshot: Snapshot) -> tuple[dict[str, FileEntry], _Problem | None]:
         entries: dict[str, FileEntry] = {}
