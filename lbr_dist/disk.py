@@ -10,9 +10,12 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import stat
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,7 +94,7 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` at the end and is removed if anything fails.
 
     Modes are those that new files and folders have there (umask, a folder's group), also of what a library wrote for
-    its owner alone, as safetensors does.
+    its owner alone, as safetensors does. A SIGTERM ends the process with 143, and leaves nothing.
 
     Raises:
         UserError: `out` is a file, holds something, or cannot be made; or the disk is full. `what` names it.
@@ -111,7 +114,7 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{what}: cannot be made ({reason}); choose another folder") from None
     try:
-        with room(what, "nothing was left behind; free space, or choose a folder on another disk"):
+        with _exit_on_sigterm(), room(what, "nothing was left behind; free space, or choose a folder on another disk"):
             yield temporary
             _as_new_files(temporary)
             try:
@@ -122,6 +125,19 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
                 raise UserError(f"{what}: something else was written there meanwhile; choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """A SIGTERM raises SystemExit, so that what is open is cleaned up; a handler that is there already stays."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_new_files(folder: Path) -> None:

@@ -6,6 +6,9 @@ import errno
 import logging
 import os
 import pwd
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,27 @@ def test_a_link_to_an_empty_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "round").symlink_to("round")
     with pytest.raises(UserError, match="make it: "), new_folder(tmp_path / "round", "make it"):
         pass
+
+
+HALF_WRITTEN = """
+import sys, time
+from pathlib import Path
+from lbr_dist.disk import new_folder
+with new_folder(Path(sys.argv[1]), "make it") as folder:
+    (folder / "half").write_text("a")
+    print(folder.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_command_that_is_terminated_leaves_no_half_written_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HALF_WRITTEN, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert (tmp_path / process.stdout.readline().strip() / "half").exists()
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_become_a_new_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
