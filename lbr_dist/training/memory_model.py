@@ -147,6 +147,16 @@ def trained_elements(shape: Shape, recipe: Recipe) -> int:
     return trained
 
 
+def copied_elements(shape: Shape, recipe: Recipe) -> int:
+    """Elements of `model.lora.train_modules`: peft trains a copy, and keeps what it was made of."""
+    lora = recipe.model.lora
+    if lora is None:
+        return 0
+    return sum(
+        inputs * outputs for name, inputs, outputs in shape.matrices() if _trained_whole(name, lora.train_modules)
+    )
+
+
 def _trained_whole(matrix: str, modules: list[str]) -> bool:
     """Whether a matrix is in one of `model.lora.train_modules`, as peft matches them: by the end of a module's name."""
     above = itertools.accumulate(matrix.split("."), "{}.{}".format)
@@ -181,7 +191,7 @@ def memory(
     """
     stage, size = int(zero["stage"]), 2 if recipe.model.dtype == "bfloat16" else 4
     host = machine.name == MACHINES["cpu"].name
-    total, trained = shape.total, trained_elements(shape, recipe)
+    total, trained = shape.total + copied_elements(shape, recipe), trained_elements(shape, recipe)
     moments = 8 if recipe.optim.name == "adamw" else 0
     live = min(total, shape.per_layer * 2 + shape.table)  # what stage 3 holds gathered: two layers and the head
     weights = size * (total / world + live if stage == 3 else total)

@@ -22,7 +22,7 @@ from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.estimate import communication, estimate
 from lbr_dist.training.flops import FlopCounter, peak_flops
-from lbr_dist.training.memory_model import MACHINES, Shape, memory, trained_elements
+from lbr_dist.training.memory_model import MACHINES, Shape, copied_elements, memory, trained_elements
 
 ZERO3 = {"stage": 3}
 SEVEN = Shape(layers=28, width=3584, query=3584, key=512, inner=18944, vocabulary=152064, tied=False)  # Qwen2.5-7B
@@ -63,6 +63,8 @@ def test_counts_are_those_of_the_model(tiny_lbr: Callable[..., Any], family: str
     assert shape.total == sum(p.numel() for p in matrices)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad and p.dim() > 1)
     assert trained_elements(shape, recipe) == trained
+    copies = (p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "modules_to_save" in name)
+    assert copied_elements(shape, recipe) == sum(copies)
 
 
 def test_seven_billion() -> None:
