@@ -65,7 +65,7 @@ class Recipe(Section):
     """Skipped steps after which the run stops all the same."""
     step_timeout: PositiveFloat = 1800.0
     """Seconds without a finished step after which every rank writes its Python stacks and ends (a hung rank). Two hours
-    at least while a checkpoint is waited for."""
+    at least while a checkpoint is waited for, ten minutes while it is copied to host memory."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lbr")
 
+COPY_S = 600.0
+"""Seconds that the copy of a checkpoint to host memory may take, if a step may not take longer."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -242,8 +245,10 @@ class _Loop:
                 log.warning("%s; trying once more, with step %d", error, s.done)
         state = loop_state(s.job, step=s.done, samples=s.samples, skipped=s.skipped, wandb_id=s.wandb_id)
         s.audit.sync()
-        self._watchdog.alive(f"saving step {s.done}", self._write_s)
-        s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait or not there)
+        wait = wait or not there
+        written = wait or not self._recipe.checkpoint.asynchronous
+        self._watchdog.alive(f"saving step {s.done}", self._write_s if written else COPY_S)
+        s.checkpointer.save(s.done, state, rank_state=random_state(), wait=wait)
         self._watchdog.alive(f"going on after the save of step {s.done}")
         self._meter.saved(time.monotonic() - began)
         if not there:

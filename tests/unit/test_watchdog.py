@@ -34,13 +34,14 @@ session.on_rank_zero = lambda function: function()
 saved = SimpleNamespace(wait=slow, save=slow)
 job = SimpleNamespace(plan=SimpleNamespace(fingerprint="", identity={}))
 loop = object.__new__(run._Loop)
+loop._recipe = SimpleNamespace(checkpoint=SimpleNamespace(asynchronous=True))
 loop._s = SimpleNamespace(
     lock=SimpleNamespace(check=lambda: True), done=1, samples=1, skipped=0, wandb_id=None, job=job, checkpointer=saved,
     audit=SimpleNamespace(sync=lambda: None),
 )
-loop._meter, loop._write_s = SimpleNamespace(saved=lambda _: None), 60.0
+loop._meter, loop._write_s, run.COPY_S = SimpleNamespace(saved=lambda _: None), 60.0, 4.0
 with watchdog.Watchdog(Path(sys.argv[1]), 0, 3.0) as loop._watchdog:
-    loop._save(wait=True)
+    loop._save(wait=sys.argv[2] == "waits")
     print("saved", flush=True)
     time.sleep(60)
 """
@@ -75,10 +76,19 @@ def test_a_run_that_was_suspended_did_not_hang(tmp_path: Path) -> None:
 
 def test_a_slow_write_is_no_hang_and_what_follows_may_be(tmp_path: Path) -> None:
     """Waiting for the last checkpoint and for this one takes longer than a step may."""
-    command = [sys.executable, "-c", SAVES, str(tmp_path)]
+    command = [sys.executable, "-c", SAVES, str(tmp_path), "waits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert "saved" in done.stdout, done.stderr
     assert "while going on after the save of step 1" in done.stderr
+    assert done.returncode == 1
+
+
+def test_a_copy_to_host_memory_that_does_not_end_is_a_hang(tmp_path: Path) -> None:
+    """What is written in the background has its two hours; the copy before it, for which the run waits, has not."""
+    command = [sys.executable, "-c", SAVES, str(tmp_path), "copies"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert "saved" not in done.stdout, done.stderr
+    assert "no progress for 4 s, while saving step 1" in done.stderr
     assert done.returncode == 1
 
 
