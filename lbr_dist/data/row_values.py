@@ -31,6 +31,8 @@ CONVERT = ": convert a file in another encoding, as with iconv -f WINDOWS-1252 -
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 PYTHON_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
 """What str() makes of a list of texts, where it is not JSON too."""
+PYTHON_OBJECT = re.compile(r"\s*\{.*'text': (array\()?\[.*\}\s*", re.DOTALL)
+"""What str() makes of an object with a list under `text`, as `to_csv` writes the answers of SQuAD, likewise."""
 
 
 class RowError(Exception):
@@ -80,7 +82,7 @@ def text(value: Any, role: str, max_chars: int) -> str:
 def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
     """A list of texts, or the list under `text` of an object; one text is a list of one, empty ones are left out."""
     value = parsed(value)
-    _refuse_python_list(value, role)
+    _refuse_python(value, role)
     if holds_list(value):
         value = _titled(value)
     if blank(value):
@@ -191,21 +193,23 @@ def parsed(value: Any) -> Any:
 
 
 def cell(value: Any, role: str) -> Any:
-    """A text, or the list of texts that it is in JSON.
+    """A text, or the list of texts, or the object with one under `text`, that it is in JSON.
 
     Raises:
-        RowError: it is a list as Python prints it.
+        RowError: it is one of these as Python prints it.
     """
     found = parsed(value)
-    if isinstance(found, list) and all(isinstance(item, str) for item in found):
+    if holds_list(found) or (isinstance(found, list) and all(isinstance(item, str) for item in found)):
         return found
-    _refuse_python_list(value, role)
+    _refuse_python(value, role)
     return value
 
 
-def _refuse_python_list(value: Any, role: str) -> None:
-    if isinstance(value, str) and PYTHON_LIST.fullmatch(value):
-        raise RowError("wrong_type", f"{role} is a list as Python prints it: write it as JSON (json.dumps)")
+def _refuse_python(value: Any, role: str) -> None:
+    forms = {"a list": PYTHON_LIST, "an object": PYTHON_OBJECT}
+    for name, form in forms.items():
+        if isinstance(value, str) and form.fullmatch(value):
+            raise RowError("wrong_type", f"{role} is {name} as Python prints it: write it as JSON (json.dumps)")
 
 
 def identifier(value: Any) -> str | None:

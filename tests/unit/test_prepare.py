@@ -510,6 +510,21 @@ def test_lists_in_the_cells_of_a_csv_file(tmp_path: Path) -> None:
             run([str(path)], tmp_path / "bad")
 
 
+def test_answers_of_squad_in_the_cells_of_a_csv_file(tmp_path: Path) -> None:
+    path = tmp_path / "qa.csv"
+    lines = [f'q {i},"{{""text"": [""a {i}"", ""b {i}""], ""answer_start"": [3, 4]}}"' for i in range(100)]
+    lines[10] = 'q 10,"{""set"": {""text"": [1]}}"'
+    path.write_text("question,answers\n" + "\n".join(lines) + "\n")
+    run([str(path)], tmp_path / "out")
+    records = {row["question"]: row for side in everything(tmp_path / "out").values() for row in side}
+    assert (records["q 20"]["answer"], records["q 20"]["positives"]) == ("a 20", ["b 20"])
+    assert records["q 10"]["answer"] == '{"set": {"text": [1]}}'
+    for cell in ("{'text': array(['a'], dtype=object), 'answer_start': array([3])}", "{'start': [3], 'text': ['a']}"):
+        path.write_text(f'question,answers\nq,"{cell}"\n')
+        with pytest.raises(UserError, match="line 2: answer is an object as Python prints it: write it as JSON"):
+            run([str(path)], tmp_path / "bad")
+
+
 def test_names_that_no_file_can_hold(tmp_path: Path) -> None:
     lines = [json.dumps({"question": f"q {i}", "answer": f"a {i}"}) for i in range(200)]
     lines[7] = '{"\\ud800": 1, "answer": "a"}'
