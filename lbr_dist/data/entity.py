@@ -9,10 +9,8 @@ from typing import Any
 
 from lbr_dist.data.field_names import look_up
 from lbr_dist.data.record import Record
+from lbr_dist.data.row_values import WHOLE
 from lbr_dist.errors import UserError
-
-WHOLE = re.compile(r"-?\d+\.0")
-"""A whole number as pandas writes it, in a file of any format, where another row has none."""
 
 
 @dataclass(frozen=True)

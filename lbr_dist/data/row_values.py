@@ -11,7 +11,9 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 from lbr_dist.data.record import INVISIBLE
 
@@ -29,6 +31,8 @@ REASONS = {
 """Why a row is bad."""
 CONVERT = ": convert a file in another encoding, as with iconv -f WINDOWS-1252 -t UTF-8"
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+WHOLE = re.compile(r"-?\d+\.0")
+"""A whole number as pandas writes it, in a file of any format, where another row has none."""
 PYTHON_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
 """What str() makes of a list of texts, where it is not JSON too."""
 PYTHON_OBJECT = re.compile(r"\s*\{.*'text': (array\()?\[.*\}\s*", re.DOTALL)
@@ -162,6 +166,12 @@ def choose(value: Any, options: list[str], labels: list[str]) -> int:
 
     Where the labels are letters, a letter is one of them and says nothing about the place; likewise a number.
     """
+    if isinstance(value, float | Decimal | str) and str(value) in (*labels, *options):
+        value = str(value)
+    elif isinstance(value, str) and WHOLE.fullmatch(value.strip()):
+        value = value.strip()[:-2]
+    else:
+        value = _whole(value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise RowError("wrong_type", f"the right option is {type_name(value)}, not a text or a whole number")
     name, number = str(value).strip().upper(), -1
@@ -213,18 +223,22 @@ def _refuse_python(value: Any, role: str) -> None:
 
 
 def identifier(value: Any) -> str | None:
-    """The text of an id; None: there is none. pandas makes whole numbers floats, and none NaN, where a row has none.
+    """The text of an id; None: there is none. pandas makes NaN of none, and databases have a type for UUIDs.
 
     Raises:
         RowError: neither a text nor a whole number, or not UTF-8.
     """
-    if isinstance(value, float):
-        value = None if math.isnan(value) else int(value) if value.is_integer() else value
-    if value is None or value == "":
+    value = str(value) if isinstance(value, UUID) else _whole(value)
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RowError("wrong_type", f"id is {type_name(value)}, not a text or a whole number")
     return text(str(value), "id", sys.maxsize)
+
+
+def _whole(value: Any) -> Any:
+    """A whole number as int: pandas makes floats of those of a column with an empty cell, databases have decimals."""
+    return int(value) if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value) else value
 
 
 def type_name(value: Any) -> str:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
+from uuid import UUID
 
 import pytest
 
@@ -105,7 +107,10 @@ def test_missing_id_is_made_of_the_content() -> None:
     assert first.id != convert({"question": "q", "answer": "b"}).id
     assert content_id("ab", "c") != content_id("a", "bc")
     assert first.id == convert({"question": "q", "answer": "a", "id": float("nan")}).id  # what pandas makes of none
-    assert convert({"question": "q", "answer": "a", "id": 7.0}).id == "7"
+    for given in (7.0, Decimal(7), Decimal("7.00")):
+        assert convert({"question": "q", "answer": "a", "id": given}).id == "7"
+    name = "12345678-1234-5678-1234-567812345678"
+    assert convert({"question": "q", "answer": "a", "id": UUID(name)}).id == name
     with pytest.raises(RowError, match="id is a number, not a text or a whole number"):
         convert({"question": "q", "answer": "a", "id": 7.5})
 
@@ -118,7 +123,12 @@ def test_missing_id_is_made_of_the_content() -> None:
         (["x", "right"], "b"),
         (["x", "right"], "right"),
         (["x", "right"], "1"),
+        (["x", "right"], 1.0),
+        (["x", "right"], "1.0"),
+        (["x", "right"], Decimal(1)),
         ({"text": ["x", "right"], "label": ["1", "2"]}, "2"),
+        ({"text": ["x", "right"], "label": ["1", "2"]}, "2.0"),
+        ({"text": ["x", "right"], "label": [1, 2]}, 2.0),
         ({"text": ["x", "right"], "label": [1, 2]}, 2),
         ([{"text": "x", "label": "1"}, {"text": "right", "label": "2"}], "2"),
         ({"A": "x", "B": "right"}, "B"),
@@ -374,7 +384,7 @@ def test_labels_of_right_and_wrong_answers() -> None:
         convert(pair, fields={"question": "question1", "answer": "question2", "label": "same"})
 
 
-@pytest.mark.parametrize("right", ["C", 2, -1, "other", 1.5])
+@pytest.mark.parametrize("right", ["C", 2, -1, "other", 1.5, "1.5", float("nan"), Decimal("1.5"), "-1.0"])
 def test_right_option_must_exist(right: object) -> None:
     with pytest.raises(RowError) as caught:
         convert({"question": "q", "options": ["a", "b"], "answer": right})
@@ -389,6 +399,9 @@ def test_right_option_must_exist(right: object) -> None:
         ({"text": ["x", "y", "z"], "label": [1, 2, 3]}, 0),
         (["x", "y", ""], "C"),
         (["x", "y"], "9" * 5000),
+        (["x", "y"], 2.0),
+        (["x", "y"], "2.0"),
+        ({"text": ["x", "y", "z"], "label": [1, 2, 3]}, "0.0"),
     ],
 )
 def test_a_letter_or_number_beside_the_labels_is_no_place(options: object, right: object) -> None:
@@ -414,6 +427,8 @@ def test_a_label_and_an_answer_that_are_different_options() -> None:
         "label": 1,
     }  # 2 is an option, not a number of one
     assert convert(sums).answer == "2"
+    for answer in ("2.0", 2.0):
+        assert convert({"question": "1 + 1", "options": ["1.0", "2.0", "3.0"], "answer": answer}).answer == "2.0"
 
 
 def test_a_right_option_that_is_not_found_says_how_to_name_it() -> None:
