@@ -44,6 +44,8 @@ LONGEST = 1 << 28
 TOO_LONG = (
     f"a block of more than {LONGEST >> 20} MiB: are there no blank lines? Without --paragraphs a line is a document"
 )
+WIDE_WINDOW = "requires too much memory"
+"""What zstd says of a frame whose window is larger than it takes unasked."""
 POINTER = b"version https://git-lfs"
 """First bytes of what a clone without Git LFS holds instead of a file."""
 
@@ -93,6 +95,11 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
                 else:
                     yield from csv_rows(file, "\t" if part.format == "tsv" else ",")
     except DAMAGE as error:
+        if WIDE_WINDOW in str(error):
+            raise UserError(
+                f"{part.name}: was compressed with a window of more than 128 MiB (zstd --long=28 and more): decompress "
+                "it (zstd -d --long=31), or compress it anew without --long"
+            ) from error
         raise UserError(f"{part.name}: damaged or not a {part.format} file ({error})") from error
 
 

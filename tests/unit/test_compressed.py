@@ -66,6 +66,15 @@ def test_whole_and_cut(tmp_path: Path, name: str, ending: str) -> None:
         count(path)
 
 
+def test_a_window_of_zstd_that_is_not_taken_unasked(tmp_path: Path) -> None:
+    """`zstd --long=31`, as large dumps are compressed; the file is whole."""
+    wide = zstandard.ZstdCompressionParameters.from_level(3, window_log=31, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(lines(50)) + compressor.flush())
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst: was compressed with a window .*zstd -d --long=31"):
+        count(tmp_path / "a.jsonl.zst")
+
+
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_several_frames_are_one_file(tmp_path: Path, ending: str) -> None:
     compress, data = COMPRESS[ending], lines(50)
