@@ -128,12 +128,11 @@ def training_table(logs: Sequence[RunLog]) -> str:
             continue
         tail = loss[-max(1, len(loss) // 20) :].mean()
         speed, seconds = log.curve("tokens_per_s")[1], log.curve("step_s")[1]
-        per_row = (steps[-1] - steps[0] + 1) / len(steps)
         samples = log.curve("samples")[1]
         lines.append(
             f"| {name} | {log.recipe.stage} | {steps[-1]:,} | {_number(samples[-1:], ',.0f')} | {tail:.4f} | "
             f"{_number(np.median(speed, keepdims=True) if len(speed) else speed, ',.0f')} | "
-            f"{seconds.sum() * per_row / 3600:.2f} |"
+            f"{_number(seconds.mean(keepdims=True) * steps[-1] / 3600 if len(seconds) else seconds, '.2f')} |"
         )
     return "\n".join(lines) + "\n\nFinal loss: mean of the last twentieth of the run. tokens/s: median over steps."
 

@@ -113,6 +113,16 @@ def make_log(folder, name, stage, steps, level):
     return folder
 
 
+@pytest.mark.parametrize("every", [1, 100, 250])
+def test_hours_are_those_of_all_steps_however_many_have_a_row(tmp_path, every):
+    log = make_log(tmp_path / "run", "run", "generative", 250, 4.0)
+    rows = (log / "metrics.jsonl").read_text().splitlines()[:250]
+    kept = [row for step, row in enumerate(rows, 1) if step % every == 0 or step == 250]
+    (log / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    (line,) = (line for line in report([log], tmp_path / "out").splitlines() if line.startswith("| run | gen"))
+    assert float(line.split("|")[7]) == pytest.approx(250 * 3.6 / 3600)
+
+
 def test_report_of_runs_and_their_evaluations(tmp_path, results):
     one = make_log(tmp_path / "gl", "IB-GL", "generative", 200, 4.0)
     two = make_log(tmp_path / "lbr", "LBR", "contrastive", 150, 2.0)
