@@ -26,6 +26,7 @@ from lbr_dist.data.plan_contrastive import ContrastivePlan
 from lbr_dist.data.plan_generative import GenerativePlan
 from lbr_dist.data.plan_joint import JointPlan
 from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set
+from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
@@ -94,6 +95,12 @@ def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Toke
     if recipe.stage == "generative":
         return GenerativePlan(recipe, sources, bos=bos, eos=int(tokenization.eos_id is not None))
     query, passage = tokenization.encode([recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction])
+    for name, ids in (("query_instruction", query), ("passage_instruction", passage)):
+        if ids and bos + len(ids) >= recipe.data.max_x_tokens:
+            raise UserError(
+                f"contrastive.{name}: its {bos + len(ids)} tokens leave none of data.max_x_tokens="
+                f"{recipe.data.max_x_tokens} to a text, so that all would be the same: shorten it, or raise that"
+            )
     plan = ContrastivePlan(recipe, sources, query_extra=bos + len(query), passage_extra=bos + len(passage))
     for name in ("query_instruction", "passage_instruction"):
         if not tokenization.begins_anew_after(getattr(recipe.contrastive, name)):

@@ -214,6 +214,19 @@ def test_pairs_carry_sides_owners_and_hashes(made: Any) -> None:
             assert all(len(sides) == 2 and len(set(sides.values())) == 1 for sides in pairs.values())
 
 
+@pytest.mark.parametrize("stage", ["contrastive", "joint"])
+@pytest.mark.parametrize("name", ["query_instruction", "passage_instruction"])
+def test_an_instruction_leaves_room_for_the_text(made: Any, stage: str, name: str) -> None:
+    """Else every query, or passage, is cut to the same tokens."""
+    root, tokens = made
+    instruction = "Find the answer:\n"
+    room = 1 + len(tokens.encode([instruction])[0])
+    options = {"contrastive": {name: instruction}, "joint": {"bins": 4}}
+    with pytest.raises(UserError, match=rf"contrastive\.{name}: its {room} tokens leave none of data\.max_x_tokens"):
+        open_data(make_recipe(root, stage, data={"max_x_tokens": room}, **options), tokens)
+    open_data(make_recipe(root, stage, data={"max_x_tokens": room + 1}, **options), tokens)
+
+
 @pytest.mark.parametrize("stage", ["generative", "contrastive"])
 def test_a_rank_without_work_runs_dummies(made: Any, stage: str) -> None:
     root, tokens = made
