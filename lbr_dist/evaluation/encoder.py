@@ -16,6 +16,7 @@ import numpy as np
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.information import known_bits
+from lbr_dist.data.row_values import unseen
 from lbr_dist.errors import UserError
 from lbr_dist.model.batching import batches
 from lbr_dist.model.tokenizer import Tokenization
@@ -214,11 +215,31 @@ class SentenceTransformerEncoder:
         self.cut = 0
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
-        """See `Encoder`; the model's own prompts for queries and documents are applied. Cut texts are not counted."""
+        """See `Encoder`; the model's own prompts for queries and documents are applied. Cut texts are not counted.
+
+        A text of no tokens at all is the zero vector: a batch of nothing else is an error in many models.
+        """
         bar = progress and sys.stderr.isatty()  # as ours; theirs asks nobody
         options: dict[str, Any] = {"show_progress_bar": bar, "convert_to_numpy": True}
         encode = self.model.encode_query if side == "query" else self.model.encode_document
-        return unit(np.asarray(encode(list(texts), **options), dtype=np.float32))
+        bare = self._without_tokens(texts, side)
+        kept_N = np.array([text not in bare for text in texts], dtype=bool)
+        kept = [text for text in texts if text not in bare]
+        vectors_ND = np.asarray(encode(kept or ["a"], **options), dtype=np.float32)
+        out_ND = np.zeros((len(texts), vectors_ND.shape[1]), dtype=np.float32)
+        out_ND[kept_N] = vectors_ND[: len(kept)]
+        return unit(out_ND)
+
+    def _without_tokens(self, texts: Sequence[str], side: Side) -> set[str]:
+        """Those of the texts that have no token, nor a prompt before them."""
+        from transformers import PreTrainedTokenizerBase
+
+        tokenizer, prompts = self.model.tokenizer, self.model.prompts
+        names = ("query",) if side == "query" else ("document", "passage", "corpus")  # as theirs looks for one
+        name = next((name for name in names if name in prompts), self.model.default_prompt_name)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or prompts.get(name or ""):
+            return set()
+        return {text for text in set(texts) if unseen(text) and not tokenizer(text)["input_ids"]}
 
 
 class TruncatedEncoder:

@@ -239,6 +239,21 @@ def test_so_is_one_of_sentence_transformers(tmp_path, tiny_model_dir):
     assert PreTrainedModel.from_pretrained.__func__ is load
 
 
+@pytest.mark.parametrize("count", [0, 1, 32])
+def test_an_export_s_text_without_a_token_is_zero_whatever_its_batch(tmp_path, tiny_model_dir, count):
+    """sentence-transformers takes 32 texts at a time, and the shortest last."""
+    from lbr_dist.export import export
+
+    settings = {"bottleneck": {"enabled": False}, "contrastive": {"pooling": "mean", "query_instruction": "Q:\n"}}
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), **settings)
+    given = [*texts(count), ""]
+    model = load_encoder(str(export(run, tmp_path / "export", check=False)), "cpu")
+    for side in ("query", "passage"):
+        vectors = model.encode(given, side)
+        assert (vectors[-1] != 0).any() == (side == "query")
+        np.testing.assert_allclose(vectors, load_encoder(str(run), "cpu").encode(given, side), atol=1e-5)
+
+
 def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):
     """As the hub's client keeps it: a folder for each commit, and the name of the newest."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
