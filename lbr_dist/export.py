@@ -188,7 +188,7 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
     from peft import PeftModel
     from transformers import AutoConfig
 
-    from lbr_dist.export_folder import fold, write_tokenizer
+    from lbr_dist.export_folder import fold, name_rotary_base, write_tokenizer
 
     model, recipe = loaded.model, loaded.recipe
     ids = write_tokenizer(loaded.model_dir, folder, vectors=count, max_tokens=recipe.data.max_x_tokens + count)
@@ -208,6 +208,7 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
         assert model.z is not None
         fold(backbone, model.z[-count:], ids)
     backbone.to(getattr(torch, dtype)).save_pretrained(str(folder), max_shard_size="4GB")
+    name_rotary_base(folder / "config.json")
     return backbone
 
 

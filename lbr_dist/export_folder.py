@@ -71,6 +71,19 @@ def _name_generic_class(file: Path) -> None:
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def name_rotary_base(file: Path) -> None:
+    """Say the rotary positions in a config.json once more under their names before transformers 5.
+
+    Version 4 passes over `rope_parameters` without a word, and takes a base of 10,000.
+    """
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    scaling = dict(settings["rope_parameters"])
+    settings["rope_theta"] = scaling.pop("rope_theta")
+    if scaling["rope_type"] != "default":
+        settings["rope_scaling"] = scaling
+    _json(file, settings)
+
+
 def fold(backbone: Any, z_KD: Tensor, ids: list[int]) -> None:
     """Make each bottleneck vector the embedding of its token, in place.
 

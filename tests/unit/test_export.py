@@ -133,6 +133,25 @@ def test_exports_agree_with_their_runs_without_lbr_dist(tmp_path, tiny_model_dir
         assert not set(plain["answer"]) & set(plain["z"])
 
 
+@pytest.mark.parametrize("scaling", [{}, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}])
+def test_rotary_positions_are_told_as_transformers_4_reads_them(tmp_path, scaling):
+    """It knows `rope_theta` and `rope_scaling` alone, and takes a base of 10,000 where there is none."""
+    from conftest import make_model
+    from transformers import AutoConfig
+
+    base = make_model(tmp_path / "base", "llama")
+    settings = json.loads((base / "config.json").read_text())
+    if scaling:
+        scaling = {"rope_type": "llama3", "original_max_position_embeddings": 64, **scaling}
+    settings["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5, **scaling}
+    (base / "config.json").write_text(json.dumps(settings))
+    out = export(make_run(tmp_path / "run", base), tmp_path / "exported")
+    told = json.loads((out / "config.json").read_text())
+    assert told["rope_theta"] == 5e5
+    assert told.get("rope_scaling", {}) == scaling
+    assert AutoConfig.from_pretrained(out).rope_parameters == settings["rope_parameters"]
+
+
 def test_a_tokenizer_with_bos_keeps_it_in_front(tmp_path):
     from conftest import make_model, make_tokenizer
 
