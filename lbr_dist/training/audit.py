@@ -93,7 +93,7 @@ class Audit:
 def last_attempt(run_dir: Path) -> int:
     """Number of the latest start in any rank's log; 0 where there is none."""
     starts = (row for file in _files(run_dir) for row in iterate_rows(file, holding=b'"attempt"'))
-    return max((row["attempt"] for row in starts), default=0)
+    return max((row["attempt"] for row in starts if "start" in row), default=0)  # a sample's id may be "attempt"
 
 
 @dataclass

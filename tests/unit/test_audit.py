@@ -14,7 +14,7 @@ from lbr_dist.data.shards import write_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import parse_recipe, save_recipe
-from lbr_dist.training.audit import AuditLog, audit
+from lbr_dist.training.audit import AuditLog, audit, last_attempt
 
 
 class Batch:
@@ -121,6 +121,12 @@ def test_a_step_that_one_rank_did_not_finish_is_no_step(planned: tuple[Path, Pla
     found = audit(planned[0])
     assert found.problems == []
     assert found.steps == 4
+
+
+def test_a_sample_may_be_named_as_a_key_of_the_log(planned: tuple[Path, Plan, list[str]]) -> None:
+    attempt(planned, 1, range(0, 2), 1, wrong={0: "attempt", 1: "start"})
+    attempt(planned, 2, range(2, 3), 1)
+    assert last_attempt(planned[0]) == 2
 
 
 def test_relative_paths_are_those_of_where_the_run_was_started(
