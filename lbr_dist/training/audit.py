@@ -2,12 +2,13 @@
 
 Each rank appends one line per step with the ids of its samples, and one line when it starts:
 
-    {"start": 300, "attempt": 2, "world": 4, "plan": "9f..."}
+    {"start": 300, "attempt": 2, "world": 4, "plan": "9f...", "saves": "1c..."}
     {"step": 300, "epoch": 0, "ids": ["chebi:15365:2", ...]}
 
 A step that was done, lost with the process and done again counts once: a start at step s takes back everything that
 earlier attempts did from s on, just as loading the checkpoint did. What remains is the run's history, and is compared
-with the plan.
+with the plan. It must reach to the last start, and to the last checkpoint of that start (`saves` is the `attempt` in
+its manifest): rows that are gone, a rank's whole log among them, are not taken for steps that were under way.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ FOLDER = "audit"
 class AuditLog:
     """One rank's log. A line reaches the operating system before the next step starts, so SIGKILL loses none."""
 
-    def __init__(self, run_dir: Path, rank: int, *, start: int, attempt: int, world: int, plan: str) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, *, start: int, attempt: int, world: int, plan: str, saves: str = ""
+    ) -> None:
         folder = run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"rank-{rank}.jsonl"
@@ -44,7 +47,7 @@ class AuditLog:
         self._file: TextIO = file.open("a", encoding="utf-8", buffering=1)
         if torn:
             self._file.write("\n")
-        self._write({"start": start, "attempt": attempt, "world": world, "plan": plan})
+        self._write({"start": start, "attempt": attempt, "world": world, "plan": plan, "saves": saves})
 
     def step(self, step: int, epoch: int, batches: Sequence[LocalBatch]) -> None:
         """Log a finished step. In stage 2 a pair is logged once, by its query."""
@@ -101,6 +104,7 @@ class _Attempt:
     start: int
     world: int
     plan: str
+    saves: str
     ids: dict[int, dict[int, list[str]]] = field(default_factory=dict)
     """Step, to rank, to sample ids."""
 
@@ -138,6 +142,8 @@ def audit(run_dir: str | Path) -> Audit:
         if step != expected_next:
             result.problems.append(f"step {expected_next} to {step - 1}: no record")
         expected_next = step + 1
+    if expected_next < (reached := _reached(run_dir, found[-1])):
+        result.problems.append(f"step {expected_next} to {reached - 1}: no record")
     recipe = load_run_recipe(run_dir)
     with contextlib.chdir(started_in(run_dir, recipe)):
         plan, readers = _plan_of(recipe)
@@ -149,6 +155,14 @@ def audit(run_dir: str | Path) -> Audit:
         result.unplanned = len(history) - len(planned)
         _compare(plan, readers, planned, result)
     return result
+
+
+def _reached(run_dir: Path, last: _Attempt) -> int:
+    """Steps that the run has made for certain: those before its last start, and those that this start has saved."""
+    from lbr_dist.training.checkpoint_format import list_checkpoints
+
+    saved = [m.step for _, m in list_checkpoints(run_dir) if m is not None and m.attempt == last.saves]
+    return max([last.start, *saved])
 
 
 def _plan_of(recipe: Recipe) -> tuple[Plan, list[ShardReader]]:
@@ -186,7 +200,8 @@ def _attempts(run_dir: Path) -> list[_Attempt]:
         rank, current = int(file.stem.removeprefix("rank-")), None
         for row in iterate_rows(file):
             if "start" in row:
-                current = attempts.setdefault(row["attempt"], _Attempt(row["start"], row["world"], row["plan"]))
+                made = _Attempt(row["start"], row["world"], row["plan"], row.get("saves", ""))
+                current = attempts.setdefault(row["attempt"], made)
             elif current is not None:
                 current.ids.setdefault(row["step"], {})[rank] = row["ids"]
     return [attempts[number] for number in sorted(attempts)]

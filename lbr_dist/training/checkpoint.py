@@ -116,6 +116,11 @@ class Checkpointer:
             self._remember(self._writer.committed / name, self._writer.entries[name], self._writer.marks[name])
 
     @property
+    def attempt(self) -> str:
+        """What the manifests of this object's checkpoints have as `attempt`."""
+        return self._writer.attempt
+
+    @property
     def busy(self) -> bool:
         """Whether this rank is still writing the last save."""
         return self._writer.busy

@@ -155,6 +155,7 @@ def start(
             attempt=attempt,
             world=environment.world,
             plan=job.plan.fingerprint,
+            saves=checkpointer.attempt,
         ),
     )
 

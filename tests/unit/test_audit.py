@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import write_manifest
 
 from lbr_dist.data.plan import Plan, open_data
 from lbr_dist.data.record import Record
@@ -60,7 +61,7 @@ def attempt(
     run_dir, plan, names = planned
     for rank in range(world):
         made = fingerprint or plan.fingerprint
-        log = AuditLog(run_dir, rank, start=steps.start, attempt=number, world=world, plan=made)
+        log = AuditLog(run_dir, rank, start=steps.start, attempt=number, world=world, plan=made, saves="test")
         for step in steps:
             samples = [s for micro in plan.step(step).micro_batches(rank, world) for s in micro.samples]
             ids = [names[s.ref.row] for s in samples]
@@ -109,6 +110,21 @@ def test_a_gap_is_found(planned: tuple[Path, Plan, list[str]]) -> None:
     attempt(planned, 1, range(0, 2), 1)
     attempt(planned, 2, range(3, 5), 1)
     assert audit(planned[0]).problems == ["step 2 to 2: no record"]
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_rows_that_are_gone_were_not_under_way(planned: tuple[Path, Plan, list[str]], kept: int) -> None:
+    """A rank's log that was lost, whole or from some step on."""
+    checkpoint, file = planned[0] / "checkpoints" / "step-000005", planned[0] / "audit" / "rank-1.jsonl"
+    attempt(planned, 1, range(0, 6), 2)
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, [], {}, step=5)
+    assert audit(planned[0]).problems == []
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[: 1 + kept] if kept else ""))
+    assert audit(planned[0]).problems == [f"step {kept} to 4: no record"]
+    attempt(planned, 2, range(5, 5), 2)
+    (checkpoint / "manifest.json").unlink()
+    assert audit(planned[0]).problems == [f"step {kept} to 4: no record"]
 
 
 def test_a_step_that_one_rank_did_not_finish_is_no_step(planned: tuple[Path, Plan, list[str]]) -> None:
