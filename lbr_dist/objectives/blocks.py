@@ -44,7 +44,7 @@ class Block:
     """This rank's rows against one kind of columns."""
 
     term: Term
-    rows_QD: Tensor  # not normalised, or (passage_passage) of unit length already
+    rows_QD: Tensor  # not normalised
     right_CD: Tensor  # of unit length
     own_Q: Tensor  # column that is the row's own: the positive, or the row itself
     keys: Keys | None
@@ -54,7 +54,7 @@ class Block:
         return normalize(self.rows_QD[rows], dim=1)
 
     def norm(self, rows: slice) -> Tensor:
-        """Lengths of the rows [R, 1], 1 where they came at unit length."""
+        """Lengths of the rows [R, 1]."""
         return torch.linalg.vector_norm(self.rows_QD[rows], dim=1, keepdim=True)
 
     def false_negatives(self, rows: slice, scores: Tensor, limit: Tensor | None) -> Iterator[tuple[str, Tensor]]:
@@ -74,6 +74,7 @@ class Block:
 
 def make_blocks(
     query_QD: Tensor,
+    passage_PD: Tensor,
     unit_PD: Tensor,
     unit_AD: Tensor | None,
     *,
@@ -86,7 +87,8 @@ def make_blocks(
 
     Args:
         query_QD: this rank's queries.
-        unit_PD: all passages, of unit length; this rank's positives lie in one run.
+        passage_PD: all passages; this rank's positives lie in one run.
+        unit_PD: the same, of unit length.
         unit_AD: all queries, of unit length; None: no query-query term.
         own_Q: column of each query's positive among the passages.
         columns: columns of all positives, in the order of `unit_AD`.
@@ -101,7 +103,7 @@ def make_blocks(
         blocks.append(Block("query_query", query_QD, unit_AD, place_P[own_Q], pairs))
     if passage_passage:
         first = int(own_Q[0]) if len(own_Q) else 0
-        blocks.append(Block("passage_passage", unit_PD[first : first + len(own_Q)], unit_PD, own_Q, keys))
+        blocks.append(Block("passage_passage", passage_PD[first : first + len(own_Q)], unit_PD, own_Q, keys))
     return blocks
 
 

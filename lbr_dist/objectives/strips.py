@@ -93,7 +93,7 @@ class StripLoss(torch.autograd.Function):
         """Loss, statistics, and where wanted the gradient, held for `backward`."""
         unit_PD = normalize(passage, dim=1)
         unit_AD = None if queries is None else normalize(queries, dim=1)
-        work = _Work(query, unit_PD, unit_AD, strips)
+        work = _Work(query, passage, unit_PD, unit_AD, strips)
         (_two_way if strips.two_way else _one_way)(work)
         if strips.differentiable:
             through_norm(work.d_passage, unit_PD, passage)
@@ -130,10 +130,10 @@ class StripLoss(torch.autograd.Function):
 class _Work:
     """Buffers of one evaluation."""
 
-    def __init__(self, query: Tensor, unit_PD: Tensor, unit_AD: Tensor | None, strips: Strips) -> None:
+    def __init__(self, query: Tensor, passage: Tensor, unit_PD: Tensor, unit_AD: Tensor | None, strips: Strips) -> None:
         self.query, self.strips = query, strips
         self.blocks = make_blocks(
-            query, unit_PD, unit_AD, own_Q=strips.own_Q, columns=strips.columns, keys=strips.keys,
+            query, passage, unit_PD, unit_AD, own_Q=strips.own_Q, columns=strips.columns, keys=strips.keys,
             passage_passage=strips.passage_passage,
         )  # fmt: skip
         self.passages, self.width = len(unit_PD), sum(len(block.right_CD) for block in self.blocks)

@@ -71,8 +71,23 @@ def test_gradient_norms_are_those_at_the_rows():
     query, positive, negative = batch(20, 3)
     loss, stats = info_nce(query, positive, negatives_ND=negative)
     assert stats["gradient_norm_passages"] == pytest.approx(torch.autograd.grad(loss, query)[0].norm().item())
-    _, both = info_nce(query, positive, negatives_ND=negative, query_query=True, passage_passage=True)
-    assert min(both[f"gradient_norm_{term}"] for term in ("passages", "query_query", "passage_passage")) > 0
+
+
+def test_gradient_norms_of_all_terms_are_those_at_the_rows():
+    """Rows and columns as tensors of their own: embeddings are not of unit length, and each term's norm follows."""
+    query, positive, negative = (4 * part.detach() for part in batch(20, 3))
+    rows = {"passages": query.clone(), "query_query": query.clone(), "passage_passage": positive.clone()}
+    columns = {"passages": torch.cat([positive, negative]), "query_query": query}
+    columns["passage_passage"] = columns["passages"]
+    scores = [normalize(rows[term].requires_grad_(), dim=1) @ normalize(columns[term], dim=1).T / 0.1 for term in rows]
+    others = [part.masked_fill(torch.eye(*part.shape, dtype=torch.bool), -torch.inf) for part in scores[1:]]
+    loss = torch.nn.functional.cross_entropy(torch.cat([scores[0], *others], dim=1), torch.arange(20))
+    wanted = torch.autograd.grad(loss, list(rows.values()))
+    tensors = [part.requires_grad_() for part in (query, positive, negative)]
+    terms = {"query_query": True, "passage_passage": True}
+    _, stats = info_nce(tensors[0], tensors[1], negatives_ND=tensors[2], temperature=0.1, **terms)
+    for term, gradient in zip(rows, wanted, strict=True):
+        assert stats[f"gradient_norm_{term}"] == pytest.approx(gradient.norm().item()), term
 
 
 @pytest.mark.parametrize("two_way", [False, True])
