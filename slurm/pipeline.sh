@@ -2,9 +2,10 @@
 # The whole path, as a chain of jobs:   slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT]
 # To be run where sbatch is, not by sbatch. Stage 2 starts from stage 1's run whatever its recipe says; the evaluation is
 # on the first set of its recipe; OUT is the exported model (default: model/ in stage 2's run). The sbatch options
-# (--nodes=4 --time=24:00:00, each one word) go to the two training jobs. A job of the chain starts when the one before
-# it has ended well; if that fails for good, those after it are cancelled. Of several clusters (--clusters), all three go
-# to the one that takes the first: a job depends on jobs of its own cluster only.
+# (--nodes=4 --time=24:00:00, each one word) go to the two training jobs; a --dependency is the first one's alone. A job
+# of the chain starts when the one before it has ended well; if that fails for good, those after it are cancelled. Of
+# several clusters (--clusters), all three go to the one that takes the first: a job depends on jobs of its own cluster
+# only.
 
 set -euo pipefail
 
@@ -49,6 +50,7 @@ undo() { # half a chain would train, and nobody would know
 found=$(ask chain --then "$2" "$1")
 mapfile -t found <<<"$found"
 first=${found[0]} second=${found[1]} data=${found[2]} start=${found[3]}
+# What counts is the last --dependency: the options' own come before it.
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 
 trap undo EXIT
@@ -57,7 +59,7 @@ one=$(sbatch --parsable "${options[@]}" "$LBR_HOME/slurm/stage1.sh" "$1")
 one=${one%%;*}
 jobs+=("$one")
 read -ra chained <<<"$(after "$one")"
-two=$(sbatch --parsable "${chained[@]}" "${options[@]}" "${cluster[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "$start")
+two=$(sbatch --parsable "${options[@]}" "${cluster[@]}" "${chained[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "$start")
 two=${two%%;*}
 jobs+=("$two")
 read -ra chained <<<"$(after "$two")"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -88,12 +89,21 @@ def test_a_chain_stays_on_the_cluster_that_took_its_first_job(
     assert done.stdout.splitlines()[2] == f"eval:    job 7 -> {tmp_path}/two/eval, {tmp_path}/two/model"
     one, two, three = (tmp_path / "asked").read_text().splitlines()
     assert f"--clusters=a,b {PROJECT}/slurm/stage1.sh" in one
-    after = "sbatch --parsable --dependency=afterok:7 --kill-on-invalid-dep=yes"
-    assert two.startswith(f"{after} --clusters=a,b --clusters=b {PROJECT}/slurm/stage2.sh")
-    assert three.startswith(f"{after} --clusters=b {PROJECT}/slurm/eval.sh")
+    after = "--dependency=afterok:7 --kill-on-invalid-dep=yes"
+    assert two.startswith(f"sbatch --parsable --clusters=a,b --clusters=b {after} {PROJECT}/slurm/stage2.sh")
+    assert three.startswith(f"sbatch --parsable {after} --clusters=b {PROJECT}/slurm/eval.sh")
     (tmp_path / "asked").unlink()
     assert pipeline(LBR_PYTHON=sys.executable, CLUSTER=";b", REFUSE="1").stderr.endswith("cancelled: 7 7\n")
     assert (tmp_path / "asked").read_text().splitlines()[-1] == "scancel --clusters=b 7 7"
+
+
+def test_a_dependency_that_is_given_is_the_first_jobs_alone(
+    tmp_path: Path, pipeline: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """sbatch takes the last one: stage 2 would not wait for stage 1, and begin from what an earlier start left."""
+    assert pipeline(LBR_PYTHON=sys.executable, option="--dependency=afterok:3").returncode == 0
+    given = [re.findall(r"--dependency=(\S+)", line)[-1] for line in (tmp_path / "asked").read_text().splitlines()]
+    assert given == ["afterok:3", "afterok:7", "afterok:7"]
 
 
 def test_a_folder_whose_name_yaml_would_read_otherwise(
