@@ -70,7 +70,7 @@ failed() { # failed CODE: end as a command of the package did, unless Python cou
 
 # ------------------------------------------------------------------------------------------------------- signals ---
 
-asked='' cancelled='' main=''
+asked='' cancelled='' main='' output=''
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID} # for commands: the number of an array's last task also means the whole array
 
@@ -79,7 +79,12 @@ on_usr1() { # the time limit is near, or somebody asks: the ranks finish their s
   asked=1
   echo "lbr: asked to stop" >&2
   requeue_before_the_limit &
+  write_down # before the signal: ranks that are still to be started do not get it, and look here
   [ -z "$main" ] || kill -s USR1 "$main" 2>/dev/null || true
+}
+write_down() { # that this start of the job was asked to stop
+  [ -n "$output" ] || return 0 # before there was a run
+  { mkdir -p "$output/asked" && : >"$output/asked/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"; } 2>/dev/null || true
 }
 on_term() { # cancelled or preempted: Slurm has told every process of the job; or the node shuts down
   cancelled=1
@@ -133,7 +138,7 @@ supervise() { # supervise COMMAND ...: run it, with signals passed on; its exit 
 # -------------------------------------------------------------------------------------------------------- training ---
 
 train() { # train STAGE RECIPE [key=value ...]
-  local stage=$1 begun ports output code verdict
+  local stage=$1 begun ports code verdict
   shift
   [ $# -gt 0 ] || die "no recipe: sbatch slurm/... RECIPE [key=value ...]"
   [[ $LAUNCHER =~ ^(srun|torchrun|ray)$ ]] || die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray"

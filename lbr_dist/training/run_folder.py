@@ -10,6 +10,7 @@
     lock              who is at work here (see run_lock)
     ray/              what Ray Train writes about its attempts
     slurm.jsonl       starts and ends of Slurm jobs, and why each was requeued or not
+    asked/            starts of Slurm jobs that were asked to stop
     mistakes/         starts of Slurm jobs that a rank, or the check of the nodes, ended for a mistake
 
 A folder belongs to one recipe. Going on with a changed one is refused unless the change cannot alter what the run would
@@ -33,7 +34,7 @@ from lbr_dist.recipes import load_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
 UNFINISHED = f".{RECIPE}.tmp"
-STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl", "mistakes", UNFINISHED)
+STARTED = ("log.txt", "stacks", "stop", "lock", "ray", "slurm.jsonl", "asked", "mistakes", UNFINISHED)
 """What a start that found a mistake, or was killed, leaves in the folder; the next start goes on in it."""
 
 SEEN_AFTER_S = 75.0

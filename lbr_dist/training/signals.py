@@ -8,6 +8,9 @@ Where no signal reaches a rank (a Ray worker, whose main thread is Ray's; anothe
 folder does: rank 0 reads it once a step and stops when it says anything (`echo maintenance > RUN/stop`). It is there
 from the start and written in place, because opening a file that exists is what network file systems keep consistent;
 a file that appears can stay unseen for a minute.
+
+A signal to a Slurm job reaches no rank while srun, or torchrun's agent, has yet to start them. So the job scripts first
+write it down (`asked/JOB-RESTART` in the run folder), and rank 0 looks once, when it listens.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 FILE = "stop"
+ASKED = "asked"
 REPEATED_S = 2.0
 """A signal so soon after the first is the same request: what is sent to all processes, a launcher passes on as well."""
 
@@ -45,6 +49,12 @@ def stop_requested(run_dir: Path) -> str:
         return (run_dir / FILE).read_text(encoding="utf-8", errors="replace").strip()[:200]
     except OSError:
         return ""
+
+
+def asked_before(run_dir: Path) -> bool:
+    """Whether this start of a Slurm job was asked to stop already."""
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
+    return job is not None and (run_dir / ASKED / f"{job}-{restart}").is_file()
 
 
 class FirstSignal:
@@ -96,6 +106,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere (a Ray worker) the host owns the signals
             self._before = {number: signal.signal(number, self._receive) for number in stop_signals()}
+        if self._run_dir is not None and not self._signal.asked and asked_before(self._run_dir):
+            self._signal.receive(signal.SIGUSR1)
         return self
 
     def __exit__(

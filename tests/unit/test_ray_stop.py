@@ -115,6 +115,25 @@ class TestStopFile:
             assert stop.asked() == ""
 
 
+class TestAskedBefore:
+    """A Slurm job may be asked to stop before its ranks are there."""
+
+    @pytest.mark.parametrize(
+        ("restart", "job", "asked"), [("2", "7", "SIGUSR1"), ("3", "7", ""), ("2", "8", ""), ("2", "", "")]
+    )
+    def test_it_is_heard_by_this_start_of_this_job_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restart: str, job: str, asked: str
+    ) -> None:
+        (tmp_path / "asked").mkdir()
+        (tmp_path / "asked" / "7-2").touch()
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with StopRequest(tmp_path) as stop:
+            assert stop.asked() == asked
+        with StopRequest() as stop:
+            assert stop.asked() == ""
+
+
 class TestStopIsForOnesOwnRun:
     """A second submission waits for the lock: what it is asked is not the first one's, which is at work there."""
 

@@ -39,7 +39,7 @@ case "$*" in
   *"slurm end"*) echo "end $*" >>"$PLACE/calls"; echo requeue ;;
   *"lbr_dist train"*)
     if [ -e "$PLACE/wait" ]; then sleep 30 & fi
-    trap 'kill %1; exit 75' TERM
+    trap 'kill %1; exit 75' TERM USR1
     touch "$PLACE/started"
     wait
     exit 75
@@ -119,6 +119,19 @@ def test_term_is_slurms_only_where_the_job_is_ending(
     running.communicate(timeout=60)
     assert running.returncode == code
     assert ("requeue 7" in calls(tmp_path)) is (code == 0)
+
+
+def test_a_request_is_written_down_for_ranks_that_are_still_to_be_started(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """srun passes no signal on before it has started them, and torchrun's agent none at all."""
+    (tmp_path / "wait").touch()
+    running = job(SLURM_RESTART_COUNT="2")
+    wait_for(tmp_path / "started")
+    running.send_signal(signal.SIGUSR1)
+    running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert [file.name for file in (tmp_path / "asked").iterdir()] == ["7-2"]
 
 
 def test_how_rays_nodes_ended_is_left_for_who_waits_for_them(
