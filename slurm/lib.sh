@@ -4,21 +4,14 @@
 
 set -euo pipefail
 
-die() { echo "error: $*" >&2; exit 2; }
-
+# shellcheck source=slurm/read_site.sh
+. "$LBR_HOME/slurm/read_site.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || die "not in a Slurm job: submit this script with sbatch"
 # What a shell inside a step of another job leaves: srun would bind and place our tasks as that step's. Before site.env,
 # which may say what is wanted here.
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPU_BIND SLURM_TRES_BIND SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE \
   SRUN_EXPORT_ENV
-# shellcheck disable=SC2034 # site.env asks for it
-lbr_script=1
-# shellcheck source=slurm/site.env
-. "${LBR_SITE:-$LBR_HOME/slurm/site.env}"
-if [ -n "$LBR_MODULES" ]; then
-  read -ra modules <<<"$LBR_MODULES"
-  module load "${modules[@]}"
-fi
+read_site
 export LBR_HOME PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 # ------------------------------------------------------------------------------------- where, and in which container ---

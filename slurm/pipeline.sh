@@ -11,27 +11,21 @@ set -euo pipefail
 
 LBR_HOME=${LBR_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
 export LBR_HOME
-site=${LBR_SITE:-$LBR_HOME/slurm/site.env}
+# shellcheck source=slurm/read_site.sh
+. "$LBR_HOME/slurm/read_site.sh"
 # shellcheck source=slurm/site.env
 . "$site" # what sbatch reads; the jobs read the rest for themselves
 
 options=()
 while [ $# -gt 0 ] && [[ $1 == -* ]]; do
-  [ "$1" != --test-only ] || { echo "error: --test-only submits no job to wait for: test slurm/stage1.sh and stage2.sh, one by one" >&2; exit 2; }
+  [ "$1" != --test-only ] || die "--test-only submits no job to wait for: test slurm/stage1.sh and stage2.sh, one by one"
   options+=("$1")
   shift
 done
-[ $# -eq 2 ] || [ $# -eq 3 ] || { echo "error: usage: slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT]" >&2; exit 2; }
+[ $# -eq 2 ] || [ $# -eq 3 ] || die "usage: slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT]"
 
 ask() ( # ask WHAT RECIPE ...: what recipes say, with the Python of the jobs if it runs here
-  # shellcheck disable=SC2034 # site.env asks for it
-  lbr_script=1
-  # shellcheck source=slurm/site.env
-  . "$site"
-  if [ -n "$LBR_MODULES" ]; then
-    read -ra modules <<<"$LBR_MODULES"
-    module load "${modules[@]}"
-  fi
+  read_site
   case $LBR_CONTAINER in
     --*) python=("$LBR_LOGIN_PYTHON") ;;
     *)

@@ -277,7 +277,7 @@ def test_ray_takes_no_fixed_port_and_shows_its_dashboard_to_its_own_node_only() 
 
 def test_scripts_pass_shellcheck() -> None:
     scripts = sorted([*PROJECT.glob("slurm/*.sh"), PROJECT / "slurm/site.env", *PROJECT.glob("tests/cluster/*.sh")])
-    assert len(scripts) >= 8
+    assert len(scripts) >= 9
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, "-x", *scripts], cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -292,16 +292,37 @@ def test_a_script_by_itself_says_what_to_do(script: str, tmp_path: Path) -> None
     assert f"error: no slurm/lib.sh in {tmp_path}: set LBR_HOME" in lost
 
 
-def run(script: str, env: dict[str, str]) -> str:
+def run(script: str, env: dict[str, str], *arguments: str) -> str:
     bash = shutil.which("bash")
     assert bash
-    command = [bash, str(PROJECT / "slurm" / script)]
+    command = [bash, str(PROJECT / "slurm" / script), *arguments]
     done = subprocess.run(command, env=env, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     return done.stderr
 
 
 SITE = PROJECT / "slurm" / "site.env"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read: mend LBR_SITE"),
+        ("export LAUNCHER=srun\r\n", "has the line ends of Windows"),
+        ("export LAUNCHER=srun\n", "does not set LBR_RANKS_PER_NODE: begin with a copy of slurm/site.env"),
+        ("export LBR_MODULES=gcc\n", "LBR_MODULES=gcc: no command 'module' here"),
+        ("export LBR_MODULES=gcc\nmodule() { return 3; }\n", "LBR_MODULES=gcc: module load failed with 3"),
+    ],
+)
+@pytest.mark.parametrize("script", ["eval.sh", "pipeline.sh"])
+def test_a_mistake_in_the_site_file_is_told(tmp_path: Path, content: str | None, told: str, script: str) -> None:
+    copy = tmp_path / "site.env"
+    if content is not None:
+        copy.write_bytes((content + (SITE.read_text() if "MODULES" in content else "")).encode())
+    env = {"PATH": "/usr/bin:/bin", "LBR_SITE": str(copy), "LBR_HOME": str(PROJECT), "SLURM_JOB_ID": "7"}
+    error = run(script, env, "one.yaml", "two.yaml")
+    assert error.startswith("error: ")
+    assert told in error
 
 
 def site(command: str, **environ: str) -> str:
