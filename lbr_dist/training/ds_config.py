@@ -110,6 +110,9 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     if bf16 and zero["stage"] >= 2:
         config["data_types"] = {**config.get("data_types", {}), "grad_accum_dtype": "fp32"}
     if not cuda:
+        for name in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+            if zero.get(name):
+                raise UserError(f"{origin}: zero_optimization.{name}: DeepSpeed has that on GPUs alone: leave it out")
         for part in ("offload_optimizer", "offload_param"):
             if part in zero:
                 zero[part] = {**zero[part], "pin_memory": False}
@@ -151,6 +154,8 @@ def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "gradient_accumulation_steps": (1, accumulation),
         "managed_gradient_accumulation": (True, accumulation),
         "gradient_clipping": (optim.clip, f"optim.clip = {optim.clip}"),
+        "gradient_predivide_factor": (1, "gradients that are summed; DeepSpeed knows a factor in stages 0 and 1 alone"),
+        "tensor_parallel.autotp_size": (0, "one model per rank, or ZeRO"),
         "bf16.enabled": (recipe.model.dtype == "bfloat16", f"model.dtype = {recipe.model.dtype}"),
         "fp16.enabled": (False, f"model.dtype = {recipe.model.dtype}"),
         "amp.enabled": (False, f"model.dtype = {recipe.model.dtype}"),

@@ -96,7 +96,7 @@ def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
         UserError: see `LbrModel.build`; or DeepSpeed does not take its configuration.
     """
     deepspeed = _import_deepspeed()
-    _check(regime)
+    check_regime(regime)
     sharding = None
     if regime.stage == 3:
         from transformers.integrations import HfDeepSpeedConfig
@@ -113,8 +113,14 @@ def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
     return engine
 
 
-def _check(regime: Regime) -> None:
-    """Let DeepSpeed read its configuration before a model is loaded under it."""
+def check_regime(regime: Regime) -> None:
+    """Let DeepSpeed read its configuration before a model is loaded under it.
+
+    Raises:
+        UserError: it does not take it.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:

@@ -41,7 +41,9 @@ def estimate(recipe: Recipe, *, world: int = 1, gpu: str = "h100") -> Estimate:
     job = check(recipe, Environment(0, world, 0, world, None, "plan"))
     regime = load_regime(recipe, world=world, cuda=gpu != "cpu")
     from lbr_dist.model.backbone import load_config
+    from lbr_dist.training.engine import check_regime
 
+    check_regime(regime)
     settings = load_config(recipe.model.path, 0)
     shape, zero = Shape.of(settings), regime.config["zero_optimization"]
     micro = recipe.batch.micro_tokens or recipe.data.bin_tokens

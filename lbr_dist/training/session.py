@@ -228,6 +228,8 @@ def _prepare(job: Job, resume: str) -> Path | None:
         _check_plan(job, checkpoint)
         _check_versions(checkpoint)
         log.info("resuming from %s", checkpoint)
+    elif resume == "auto" and last_attempt(Path(recipe.output)):
+        log.warning("%s: was started before, and has no checkpoint: from step 0", recipe.output)
     if checkpoint is None or not run_folder.has_run(Path(recipe.output)):
         run_folder.claim(recipe)
     return checkpoint
@@ -266,8 +268,9 @@ def _check_plan(job: Job, checkpoint: Path) -> None:
         return
     listed = "; ".join(f"{key} was {state['identity'].get(key)} and is {now.get(key)}" for key in differing)
     raise UserError(
-        f"{checkpoint}: the data changed since ({listed}), so samples would be repeated or left out: restore the "
-        f"prepared sets, start a new run, or allow it with --allow-change {differing[0]}"
+        f"{checkpoint}: the order of the data changed since ({listed}), so samples would be repeated or left out: set "
+        "the recipe's fields back, restore the prepared sets, start a new run, or allow it with "
+        + " ".join(f"--allow-change {key}" for key in differing)
     )
 
 

@@ -125,9 +125,10 @@ def test_agreement_and_auto_pass() -> None:
             ["offload_param: DeepSpeed ignores it in stage 2", "stage 3"],
         ),
         ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}, ["offload_optimizer.ratio is 0.3"]),
+        ({"stage": 3, "zero_quantized_weights": True}, ["zero_quantized_weights: DeepSpeed has that on GPUs alone"]),
     ],
 )
-def test_values_that_no_deepspeed_takes(zero: dict[str, Any], words: list[str]) -> None:
+def test_values_that_do_not_work(zero: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(UserError) as error:
         resolve({"zero_optimization": zero}, make(), "mine.json", cuda=False)
     for word in ["mine.json", *words]:

@@ -150,11 +150,15 @@ def test_plan_of_a_recipe(prepared: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_what_cannot_work_is_refused(prepared: dict[str, Any]) -> None:
+def test_what_cannot_work_is_refused(prepared: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--gpu b9: expected one of h100"):
         estimate(make(**prepared), gpu="b9")
     with pytest.raises(UserError, match="no such file"):
         estimate(make(**{**prepared, "deepspeed": "zero9"}))
+    removed = tmp_path / "removed.json"
+    removed.write_text('{"zero_optimization": {"stage": 2}, "sparse_gradients": true}')
+    with pytest.raises(UserError, match=r"deepspeed .*removed\.json: .*correct the file"):
+        estimate(make(**prepared, deepspeed=str(removed)), gpu="cpu")
     huge = {**prepared, "batch": {"global_batch": 2, "micro_tokens": 10**9}}
     with pytest.raises(UserError, match=r"does not fit 80 GiB: try .*batch\.micro_tokens"):
         estimate(make(**huge))

@@ -56,6 +56,14 @@ def test_another_model_is_refused(place: Path, model: str) -> None:
         check_same(place / "run", ray_stage.absolute(recipe(), place))
 
 
+def test_a_link_to_storage_that_is_away_is_named(place: Path) -> None:
+    target = place / "scratch" / "checkpoints"
+    (place / "run").mkdir(exist_ok=True)
+    (place / "run" / "checkpoints").symlink_to(target)
+    with pytest.raises(UserError, match=f"^run/checkpoints: is a link to {target}, which is not there: mount it"):
+        check_folder(recipe(), resume="auto")
+
+
 def test_a_run_folder_is_no_checkpoint_to_resume_from(place: Path) -> None:
     claim(recipe())
     with pytest.raises(UserError, match=r"--resume run: is no checkpoint.*give a folder in run/checkpoints, or auto"):
