@@ -207,6 +207,8 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
     if ids:
         assert model.z is not None
         fold(backbone, model.z[-count:], ids)
+    if loaded.tokenization.eos_id is not None:  # what ended every Y in training; the base may name another
+        backbone.generation_config.eos_token_id = loaded.tokenization.eos_id
     backbone.to(getattr(torch, dtype)).save_pretrained(str(folder), max_shard_size="4GB")
     name_rotary_base(folder / "config.json")
     return backbone

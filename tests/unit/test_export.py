@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,26 @@ def test_generation_never_says_a_bottleneck_token(tmp_path, tiny_model_dir, tied
     assert torch.equal(
         AutoModelForCausalLM.from_pretrained(out).get_input_embeddings().weight[ids], loaded.model.z.detach()
     )
+
+
+@pytest.mark.parametrize("other", [[5, 7], None])
+def test_generation_ends_where_answers_end(tmp_path, tiny_model_dir, other):
+    """At the tokenizer's end of sequence, which training puts behind Y, whatever the files of the base name."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model_dir("qwen3"), base)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**settings, "eos_token_id": other}))
+    out = export(make_run(tmp_path / "run", base), tmp_path / "exported", check=False)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer("pain", return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.model(**inputs).last_hidden_state[0, -1]
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] = hidden * 100
+        said = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert said.tolist() == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(
