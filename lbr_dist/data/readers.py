@@ -8,6 +8,7 @@ be read at all stops the run.
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -160,6 +161,9 @@ def _parquet(path: Path) -> Numbered:
 
     try:
         with pq.ParquetFile(path) as file:
+            twice = [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]
+            if twice:  # a row would silently have the last one's value
+                raise ValueError(f"its columns name {twice[0]!r} twice")
             yield from _columns(file.iter_batches(BATCH))
     except pa.ArrowException as error:
         raise ValueError(" ".join(str(error).split())) from error

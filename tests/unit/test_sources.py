@@ -445,6 +445,14 @@ def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
     assert second["question"] == "r"
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    """As a join writes them: a row could have either value."""
+    columns = [pa.array(["right"]), pa.array(["other"])]
+    pq.write_table(pa.table(columns, ["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: .*its columns name 'text' twice"):
+        read(tmp_path / "a.parquet", tmp_path)
+
+
 def test_a_parquet_string_that_is_not_utf8_is_a_bad_row_and_no_more(tmp_path: Path) -> None:
     raw = pa.array([b"one", b"tw\xff", b"three"]).cast(pa.string(), safe=False)
     with pytest.raises(UnicodeDecodeError):
