@@ -155,7 +155,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise UserError(f"{file}: missing, so this is not a complete checkpoint") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, AttributeError, ValidationError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__})") from None
 
 

@@ -151,6 +151,8 @@ def test_every_kind_of_damage_is_named_and_passed_over(tmp_path):
     assert f"{folder / 'step-000002' / MANIFEST}: damaged" in text
     assert f"{folder / '.tmp-step-000009-ab'}: never committed" in text
     assert len(reasons) == 8
+    (folder / "step-000002" / MANIFEST).write_bytes(b"[]")
+    assert verify(folder / "step-000002") == [f"{folder / 'step-000002' / MANIFEST}: damaged (TypeError)"]
 
 
 def test_a_run_without_a_good_checkpoint_is_an_error_that_says_why(tmp_path):
