@@ -17,7 +17,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_cluster import cluster, living_nodes
 from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_stage, requested
-from lbr_dist.launch.ray_train import run_stage
+from lbr_dist.launch.ray_train import Stop, run_stage
 from lbr_dist.recipes import load_recipe, override
 from lbr_dist.training.run_folder import check_apart
 from lbr_dist.training.signals import stop_signals
@@ -38,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         one, two = recipes(options.stage1, options.stage2, Path.cwd())
         out = Path.cwd() / options.out if options.out else Path(two.output) / "model"
         with cluster() as where:
+            stop = Stop()
+            stop.listen()  # once for both stages: a signal that comes as the first one ends would be lost
             for recipe in (one, two):
-                code = run_stage(recipe, requested(options), resume="auto", allow_change=())
-                if code:
-                    return code
+                code = run_stage(recipe, requested(options), resume="auto", allow_change=(), stop=stop)
+                if code or stop.asked:
+                    return code or EXIT_RUN_AGAIN
             print(f"evaluating and exporting {two.output} on {where}", file=sys.stderr, flush=True)
             print(finish(two, out, options))
         return 0

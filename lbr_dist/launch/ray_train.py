@@ -74,7 +74,12 @@ class Stop(FirstSignal):
 
 
 def run_stage(
-    recipe: Recipe, request: Request | Callable[[list[Node]], Request], *, resume: str, allow_change: tuple[str, ...]
+    recipe: Recipe,
+    request: Request | Callable[[list[Node]], Request],
+    *,
+    resume: str,
+    allow_change: tuple[str, ...],
+    stop: Stop | None = None,
 ) -> int:
     """Train a recipe on Ray to its end, or to a request to stop; returns the exit code. No worker is started for a run
     that has reached its end.
@@ -84,6 +89,7 @@ def run_stage(
         request: how many workers of what size, or a function that says so for the nodes there are.
         resume: for the first attempt; the later ones go on from the newest checkpoint.
         allow_change: see `train`.
+        stop: the driver's signals, where it listens already.
 
     Raises:
         UserError: a restart cannot mend it.
@@ -93,7 +99,7 @@ def run_stage(
     if resume == "auto" and complete(recipe, allow_change):
         print(f"{recipe.output}: has all its steps already", file=sys.stderr, flush=True)
         return 0
-    stop = Stop()
+    stop = stop or Stop()
     for name, value in TUNING.items():
         os.environ.setdefault(name, value)
     with cluster() as where:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -11,12 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
+from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch import ray_pipeline, ray_stage, ray_train
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
 from lbr_dist.launch.ray_train import Request, Stop
 from lbr_dist.launch.ray_worker import Gauges
 from lbr_dist.recipes import load_recipe, parse_recipe
+from lbr_dist.training import preflight
+from lbr_dist.training.signals import stop_signals
 
 RAW: dict[str, Any] = {
     "stage": "generative",
@@ -151,6 +157,39 @@ class TestPipeline:
     def test_mistakes_are_found_before_anything_starts(self, files: Path, second: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
             ray_pipeline.recipes(str(files / "one.yaml"), str(files / f"{second}.yaml"), files)
+
+    @pytest.mark.parametrize("when", ["as stage 1 ends", "before stage 2 begins"])
+    def test_a_signal_between_the_stages_is_heard(
+        self, files: Path, when: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        begun = list[str]()
+
+        def complete(recipe: Recipe, _: tuple[str, ...]) -> bool:
+            if when.startswith("before") and recipe.stage == "contrastive":
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return False
+
+        def attempt(recipe: Recipe, _: Request, stop: Stop, *__: Any) -> int:
+            if stop.asked:
+                return EXIT_RUN_AGAIN
+            begun.append(recipe.stage)
+            if when.startswith("as"):
+                os.kill(os.getpid(), signal.SIGUSR1)  # with its last step under way, which is finished
+            return 0
+
+        for module in (ray_pipeline, ray_train):
+            monkeypatch.setattr(module, "cluster", lambda: contextlib.nullcontext("here"))
+        monkeypatch.setattr(ray_train, "living_nodes", lambda: CPU_NODES)
+        monkeypatch.setattr(ray_train, "_attempt", attempt)
+        monkeypatch.setattr(preflight, "complete", complete)
+        monkeypatch.setattr(ray_pipeline, "finish", lambda *_: pytest.fail("evaluated"))
+        before = {number: signal.getsignal(number) for number in stop_signals()}
+        try:
+            code = ray_pipeline.main([str(files / "one.yaml"), str(files / "two.yaml")])
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        assert (code, begun) == (EXIT_RUN_AGAIN, ["generative"])
 
 
 def test_a_run_folder_of_any_name_has_metrics() -> None:
