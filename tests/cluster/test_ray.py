@@ -37,7 +37,7 @@ PORTS = {
     "dashboard-agent-listen-port": 8082,
     "runtime-env-agent-port": 8083,
 }
-"""Chosen by Ray, they must be reported within 15 s of a node's start, else it ends."""
+"""Chosen by Ray, they must be reported within 15 s of a node's start, else it ends; the third in any case."""
 QUICK = {
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
