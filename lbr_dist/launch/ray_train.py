@@ -94,10 +94,16 @@ def run_stage(
     Raises:
         UserError: a restart cannot mend it.
     """
+    from lbr_dist.training.checkpoint_format import checkpoints_folder
+    from lbr_dist.training.origin import outdated
     from lbr_dist.training.preflight import complete
 
     if resume == "auto" and complete(recipe, allow_change):
         print(f"{recipe.output}: has all its steps already", file=sys.stderr, flush=True)
+        folder = Path(recipe.output)
+        newest = newest_checkpoint(folder)
+        if newest and (other := outdated(recipe, checkpoints_folder(folder) / newest[0])):
+            print(other, file=sys.stderr, flush=True)
         return 0
     stop = stop or Stop()
     for name, value in TUNING.items():

@@ -158,9 +158,9 @@ def newest_checkpoint(folder: Path) -> tuple[int, int]:
     for file in folder.glob("checkpoints/step-*/manifest.json"):
         try:
             manifest = json.loads(file.read_bytes())
-        except (OSError, ValueError):
+            newest = max(newest, (int(manifest["sequence"]), int(manifest["step"])))
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged: the run will say so and pass over it
-        newest = max(newest, (int(manifest["sequence"]), int(manifest["step"])))
     return newest
 
 

@@ -1,4 +1,5 @@
-"""Whether the weights that a run begins with are of its recipe: those it is resumed from, or `model.start_from`.
+"""Where the weights that a run begins with come from, and whether they are of its recipe: those it is resumed from, or
+`model.start_from`.
 
 A checkpoint holds every weight, but what a model computes with them is also said by its configuration, its bottleneck
 and the scale of its adapters; another one fits the same shapes and would train on in silence.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
@@ -95,6 +97,38 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
     if changed and _how_many(before) != _how_many(recipe):
         listed = "; ".join(f"{field} is {new!r} here and {old!r} there" for field, (old, new) in changed.items())
         raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
+
+
+def origin(checkpoint: Path) -> dict[str, Any]:
+    """What tells a checkpoint from others, wherever it lies: its step, and the start of the run that wrote it."""
+    from lbr_dist.training.checkpoint_format import read_manifest
+
+    manifest = read_manifest(checkpoint)
+    return {"step": manifest.step, "attempt": manifest.attempt}
+
+
+def outdated(recipe: Recipe, checkpoint: Path) -> str:
+    """In words, that `model.start_from` is no longer what a run began with; "" where it is, is gone, or is not known.
+
+    Args:
+        recipe: of the run.
+        checkpoint: one of its own.
+    """
+    from lbr_dist.training.checkpoint_format import read_manifest, resolve
+
+    began_with, start = read_manifest(checkpoint).state.get("began_with"), recipe.model.start_from
+    if began_with is None or start is None:
+        return ""
+    try:
+        now = origin(resolve(Path(start), kinds={"extra"}))
+    except UserError:
+        return ""
+    if now == began_with:
+        return ""
+    return (
+        f"{recipe.output}: began with step {began_with['step']} of {start}, which was trained on or anew since, and is "
+        f"at step {now['step']}: for a run that begins with that, choose another output"
+    )
 
 
 def _how_many(recipe: Recipe) -> tuple[object, ...]:

@@ -243,7 +243,9 @@ class _Loop:
             wait = True
             if s.job.environment.rank == 0:
                 log.warning("%s; trying once more, with step %d", error, s.done)
-        state = loop_state(s.job, step=s.done, samples=s.samples, skipped=s.skipped, wandb_id=s.wandb_id)
+        state = loop_state(
+            s.job, step=s.done, samples=s.samples, skipped=s.skipped, wandb_id=s.wandb_id, began_with=s.began_with
+        )
         s.audit.sync()
         wait = wait or not there
         written = wait or not self._recipe.checkpoint.asynchronous

@@ -27,7 +27,7 @@ from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
 from lbr_dist.training.checkpoint_format import read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
-from lbr_dist.training.origin import check_resumed_model
+from lbr_dist.training.origin import check_resumed_model, origin, outdated
 from lbr_dist.training.preflight import Job, deep_check, disagreement, same_everywhere
 from lbr_dist.training.random_state import random_state, restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
@@ -72,6 +72,8 @@ class Session:
     """Samples used by them (records in stage 1, pairs in stage 2)."""
     skipped: int
     wandb_id: str | None
+    began_with: dict[str, Any] | None
+    """Of the checkpoint in `model.start_from`: `origin`."""
     tracker: Tracker | None
     """On rank 0."""
     audit: AuditLog
@@ -111,10 +113,10 @@ def start(
     )
     engine = make_engine(recipe, job.regime)
     _describe(engine, job)
-    if checkpoint is None and recipe.model.start_from is not None:
-        _start_from(engine, recipe)
-    checkpointer = Checkpointer(Path(recipe.output), engine, recipe.checkpoint, extra_files=_extra_files(recipe))
     state: dict[str, Any] = {"step": 0, "samples": 0, "skipped": 0, "wandb_id": None}
+    if checkpoint is None and recipe.model.start_from is not None:
+        state["began_with"] = origin(_start_from(engine, recipe))
+    checkpointer = Checkpointer(Path(recipe.output), engine, recipe.checkpoint, extra_files=_extra_files(recipe))
     own = None
     if checkpoint is not None:
         state, own = checkpointer.load(checkpoint)
@@ -147,6 +149,7 @@ def start(
         samples=state["samples"],
         skipped=state["skipped"],
         wandb_id=on_rank_zero(lambda: tracker.wandb_id if tracker else None),
+        began_with=state.get("began_with"),
         tracker=tracker,
         audit=AuditLog(
             Path(recipe.output),
@@ -228,6 +231,8 @@ def _prepare(job: Job, resume: str) -> Path | None:
         _check_plan(job, checkpoint)
         _check_versions(checkpoint)
         log.info("resuming from %s", checkpoint)
+        if other := outdated(recipe, checkpoint):
+            log.warning("%s", other)
     elif resume == "auto" and last_attempt(Path(recipe.output)):
         log.warning("%s: was started before, and has no checkpoint: from step 0", recipe.output)
     if checkpoint is None or not run_folder.has_run(Path(recipe.output)):
@@ -249,10 +254,19 @@ def _go_back(job: Job, checkpoint: Path, checkpointer: Checkpointer, state: dict
         checkpointer.save(state["step"], loop_state(job, **state), rank_state=random_state(), wait=True)
 
 
-def loop_state(job: Job, *, step: int, samples: int, skipped: int, wandb_id: str | None, **_: Any) -> dict[str, Any]:
-    """What a checkpoint says of the loop, and of the plan that it follows."""
+def loop_state(
+    job: Job,
+    *,
+    step: int,
+    samples: int,
+    skipped: int,
+    wandb_id: str | None,
+    began_with: dict[str, Any] | None = None,
+    **_: Any,
+) -> dict[str, Any]:
+    """What a checkpoint says of the loop, of where it began, and of the plan that it follows."""
     identity = {key: str(value) for key, value in job.plan.identity.items()}
-    done = {"step": step, "samples": samples, "skipped": skipped, "wandb_id": wandb_id}
+    done = {"step": step, "samples": samples, "skipped": skipped, "wandb_id": wandb_id, "began_with": began_with}
     return {**done, "plan": job.plan.fingerprint, "identity": identity}
 
 
@@ -284,7 +298,8 @@ def _check_versions(checkpoint: Path) -> None:
             log.warning("%s was %s and is now %s: losses may differ in the last digits", name, before, now.get(name))
 
 
-def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:
+def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> Path:
+    """Load the weights of another run; which checkpoint they are of."""
     assert recipe.model.start_from is not None
     checkpoint, missing, unexpected = start_from(engine, recipe.model.start_from)
     own = ("z", "temperature")
@@ -302,6 +317,7 @@ def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> None:
         log.info("its bottleneck tokens are not used")
     if "temperature" in unexpected:
         log.info("its learned temperature is not used: contrastive.learn_temperature is not set")
+    return checkpoint
 
 
 def _describe(engine: DeepSpeedEngine, job: Job) -> None:

@@ -161,6 +161,16 @@ def test_stage_two_starts_from_stage_one(both: dict[str, dict[str, Any]]) -> Non
     assert f"weights from {both['one']['output']}" in log
 
 
+def test_that_stage_one_went_on_since_is_told(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:
+    """Stage 2 goes on with what it began with."""
+    folder = place[0]
+    first = {**both["one"], "output": copied(both["one"]["output"], folder / "went-on"), "duration": {"epochs": 4}}
+    raw = {**both["two"], "output": str(folder / "began"), "duration": {"steps": 1}}
+    raw["model"] = {**raw["model"], "start_from": first["output"]}
+    assert [result["code"] for result in run(folder, 1, [raw, raw, first, raw])] == [0, 0, 0, 0]
+    assert (folder / "began" / "log.txt").read_text().count("trained on or anew since") == 1
+
+
 @pytest.mark.parametrize("case", ["one", "lora", "lora_bf16", "modules", "bf16", "head", "two"])
 def test_audit_proves_the_plan(both: dict[str, dict[str, Any]], case: str) -> None:
     found = audit(both[case]["output"])

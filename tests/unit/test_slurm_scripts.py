@@ -123,8 +123,9 @@ def test_newest_is_what_was_committed_last_and_damage_is_passed_over(recipe: Rec
     commit(recipe, 500, sequence=4)
     commit(recipe, 350, sequence=5)
     commit(recipe, 900, sequence=9)
-    (Path(recipe.output) / "checkpoints" / "step-000900" / "manifest.json").write_text('{"step": 9')
-    assert newest_checkpoint(Path(recipe.output)) == (5, 350)
+    for damage in ('{"step": 9', "[]", "{}", '{"step": null, "sequence": 9}'):
+        (Path(recipe.output) / "checkpoints" / "step-000900" / "manifest.json").write_text(damage)
+        assert newest_checkpoint(Path(recipe.output)) == (5, 350)
 
 
 def test_a_row_torn_by_a_crash_is_left_behind(recipe: Recipe) -> None:

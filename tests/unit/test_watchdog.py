@@ -37,7 +37,7 @@ loop = object.__new__(run._Loop)
 loop._recipe = SimpleNamespace(checkpoint=SimpleNamespace(asynchronous=True))
 loop._s = SimpleNamespace(
     lock=SimpleNamespace(check=lambda: True), done=1, samples=1, skipped=0, wandb_id=None, job=job, checkpointer=saved,
-    audit=SimpleNamespace(sync=lambda: None),
+    began_with=None, audit=SimpleNamespace(sync=lambda: None),
 )
 loop._meter, loop._write_s, run.COPY_S = SimpleNamespace(saved=lambda _: None), 60.0, 4.0
 with watchdog.Watchdog(Path(sys.argv[1]), 0, 3.0) as loop._watchdog:
