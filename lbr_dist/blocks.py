@@ -88,7 +88,7 @@ class EncodeBlock:
         from lbr_dist.evaluation.encoder import check_finite
 
         if not block.texts:
-            return EncodedBlock(block.number, len(block.ids), True, 0)
+            return EncodedBlock(block.number, len(block.ids), True, _cut(part_file(self._parts, block.number)))
         if self._encoder is None:
             from lbr_dist.loading import load_encoder
 
@@ -96,8 +96,9 @@ class EncodeBlock:
         before = self._encoder.cut
         vectors_ND = self._encoder.encode(block.texts, self._side)
         check_finite(vectors_ND, block.ids, self._model)
-        _write_part(part_file(self._parts, block.number), block.ids, vectors_ND)
-        return EncodedBlock(block.number, len(block.ids), False, self._encoder.cut - before)
+        cut = self._encoder.cut - before
+        _write_part(part_file(self._parts, block.number), block.ids, vectors_ND, cut)
+        return EncodedBlock(block.number, len(block.ids), False, cut)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoder": None}
@@ -114,12 +115,18 @@ def part_vectors(part: pa.Table) -> np.ndarray:
     return column.flatten().to_numpy().reshape(-1, column.type.list_size)
 
 
-def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray) -> None:
+def _cut(part: Path) -> int:
+    """Texts of a finished part that were cut."""
+    return int((pq.read_schema(part).metadata or {}).get(b"cut", 0))
+
+
+def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray, cut: int) -> None:
     flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
     temporary = file.with_suffix(f".{os.urandom(4).hex()}.tmp")  # two nodes may have been given the block
     try:
-        pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": column}), temporary)
+        table = pa.table({"id": pa.array(ids, pa.string()), "embedding": column}, metadata={"cut": str(cut)})
+        pq.write_table(table, temporary)
         sync(temporary)
         temporary.replace(file)
     finally:

@@ -169,7 +169,7 @@ def _finished(parts: Path) -> list[Path]:
 
 def _join(parts: list[Path], temporary: Path, out: Path) -> int:
     """One file of all parts, a row group each; returns the width of a vector."""
-    schema = pq.read_schema(parts[0])
+    schema = pq.read_schema(parts[0]).remove_metadata()
     try:
         with pq.ParquetWriter(temporary, schema) as writer:
             for part in parts:
