@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from lbr_dist.data.remote import is_url
 from lbr_dist.data.row_values import REASONS, RowError, text
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
 from lbr_dist.disk import cache_folder
@@ -108,6 +109,8 @@ def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str]
         UserError: it is no prepared set and no file of texts, or has none.
     """
     path = Path(corpus)
+    if not path.exists() and not is_url(str(corpus)):
+        raise UserError(f"corpus {corpus}: no such file or prepared set")
     if path.is_file():
         pairs = list(read_texts(path, "passage", field))
     else:

@@ -86,7 +86,7 @@ def encode(
 
 def search(
     model: Annotated[str, typer.Argument(help="Run, checkpoint, export, sentence-transformers model, or bm25.")],
-    corpus: Annotated[Path, typer.Argument(help="Prepared set, or a file of texts.")],
+    corpus: Annotated[str, typer.Argument(help="Prepared set, or a file of texts.")],
     queries: Annotated[list[str], typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,
     field: Annotated[

@@ -7,6 +7,7 @@ import pytest
 from runs import make_run
 
 from lbr_dist import search as module
+from lbr_dist.cli import main
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation import encoder as encoders
 from lbr_dist.search import Hit, print_hits, search, top_k
@@ -135,5 +136,14 @@ def test_markup_in_texts_is_shown_as_it_is(capsys):
 def test_what_is_no_corpus_is_named(tmp_path):
     with pytest.raises(UserError, match="not a prepared set"):
         search("bm25", tmp_path, ["q"])
-    with pytest.raises(UserError, match="not a prepared set"):
+    with pytest.raises(UserError, match=r"corpus .*none: no such file or prepared set"):
         search("bm25", tmp_path / "none", ["q"])
+
+
+def test_the_address_of_a_remote_set_stays_whole_on_the_command_line(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "load_corpus", lambda corpus, field: asked.append(corpus) or (["r"], ["fever"]))
+    monkeypatch.setattr("sys.argv", ["lbr", "search", "bm25", "http://127.0.0.1:9/set", "fever"])
+    with pytest.raises(SystemExit):
+        main()
+    assert asked == ["http://127.0.0.1:9/set"]
