@@ -93,6 +93,7 @@ def deliver(run: str, data: str, out: str, generate: int) -> str:
 
     folder = default_out([run])
     evaluate([run], data, folder, generate=generate, progress=False)
-    if Path(out).exists():
-        return f"written: {folder}/eval.json; {out} is there already"
+    if Path(out).is_dir() and any(Path(out).iterdir()):  # an empty folder is as good as none, as for `lbr export`
+        kept = f"{out} is there already: nothing is exported; move it away to export anew"
+        return f"written: {folder}/eval.json; {kept}"
     return f"written: {folder}/eval.json, {export(run, out)}"

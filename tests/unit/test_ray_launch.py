@@ -191,6 +191,22 @@ class TestPipeline:
                 signal.signal(number, handler)
         assert (code, begun) == (EXIT_RUN_AGAIN, ["generative"])
 
+    @pytest.mark.parametrize("there", ["nothing", "an empty folder", "an export"])
+    def test_only_an_export_that_is_there_is_left(
+        self, tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An empty folder, made beforehand, stayed empty, and the job was a success."""
+        out, exported = tmp_path / "out", list[str]()
+        if there != "nothing":
+            out.mkdir()
+        if there == "an export":
+            (out / "modules.json").touch()
+        monkeypatch.setattr("lbr_dist.evaluate.evaluate", lambda *_, **__: None)
+        monkeypatch.setattr("lbr_dist.export.export", lambda _, out: exported.append(out))
+        written = ray_pipeline.deliver(str(tmp_path / "run"), "set", str(out), 0)
+        assert exported == ([] if there == "an export" else [str(out)])
+        assert ("nothing is exported" in written) == (there == "an export")
+
 
 def test_a_run_folder_of_any_name_has_metrics() -> None:
     """Ray's take ASCII alone: a run in a folder of another name failed at its first step, and at every restart's."""
