@@ -19,6 +19,7 @@ from lbr_dist.launch.ray_cluster import cluster, living_nodes
 from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_stage, requested
 from lbr_dist.launch.ray_train import Stop, run_stage
 from lbr_dist.recipes import load_recipe, override
+from lbr_dist.training.origin import check_settings
 from lbr_dist.training.run_folder import check_apart
 from lbr_dist.training.signals import stop_signals
 
@@ -66,6 +67,7 @@ def recipes(first: str, second: str, here: Path) -> tuple[Recipe, Recipe]:
     check_stage(two, "contrastive", second)
     fixed_tokens(two)
     check_apart(one, two, (first, second))
+    check_settings(one, two, first)
     return one, two
 
 

@@ -30,6 +30,7 @@ from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
 from lbr_dist.launch.mistakes import HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe, override
+from lbr_dist.training.origin import check_settings
 from lbr_dist.training.run_folder import check_apart
 
 MAX_RESTARTS = 3
@@ -228,6 +229,7 @@ def check_chain(first: tuple[Recipe, str], second: tuple[Recipe, str]) -> None:
         if _SCRIPTS[recipe.stage] != _SCRIPTS[stage]:
             raise UserError(f"recipe {name}: stage is {recipe.stage}: the {place} of the two has to be {stage}")
     check_apart(first[0], second[0], (first[1], second[1]))
+    check_settings(first[0], second[0], first[1])
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -55,8 +55,7 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
     """Check that the run or checkpoint in `model.start_from` suits this recipe.
 
     Raises:
-        UserError: it is missing, or its model's configuration, bottleneck, scale of adapters or base of a learned
-            temperature are others; both values are named.
+        UserError: it is missing, or its model's configuration is another, or see `check_settings`.
     """
     from lbr_dist.training.checkpoint_format import resolve
 
@@ -68,6 +67,16 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
             f"model {recipe.model.path}: its config.json is not that of {start} ({other}): set model.path as there, or "
             "allow it with --allow-change model.path"
         )
+    check_settings(before, recipe, str(start))
+
+
+def check_settings(before: Recipe, recipe: Recipe, start: str) -> None:
+    """Check that a run of the recipe `before` is one that a run of `recipe` can begin with.
+
+    Raises:
+        UserError: bottleneck, scale of adapters or base of a learned temperature are others; both values are named, and
+            `start` names the first one.
+    """
     lora, old = recipe.model.lora, before.model.lora
     if lora and old and lora.alpha / lora.r != old.alpha / old.r:
         raise UserError(

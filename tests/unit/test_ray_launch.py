@@ -135,9 +135,10 @@ class TestPipeline:
     @pytest.fixture
     def files(self, tmp_path: Path) -> Path:
         two = {**RAW, "stage": "contrastive", "output": "runs/b", "bottleneck": {"tokens": 1}}
-        (tmp_path / "one.yaml").write_text(yaml.safe_dump(RAW))
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump({**RAW, "bottleneck": {"tokens": 1}}))
         (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
         (tmp_path / "ratio.yaml").write_text(yaml.safe_dump({**two, "bottleneck": {}}))
+        (tmp_path / "more.yaml").write_text(yaml.safe_dump({**two, "bottleneck": {"tokens": 2}}))
         (tmp_path / "same.yaml").write_text(yaml.safe_dump({**two, "output": "runs/a"}))
         return tmp_path
 
@@ -146,13 +147,18 @@ class TestPipeline:
         assert two.model.start_from == one.output == str(files / "runs/a")
 
     def test_a_folder_whose_name_yaml_would_read_otherwise(self, files: Path) -> None:
-        (files / "one.yaml").write_text(yaml.safe_dump({**RAW, "output": "runs/a #1: x"}))
+        (files / "one.yaml").write_text(yaml.safe_dump({**RAW, "output": "runs/a #1: x", "bottleneck": {"tokens": 1}}))
         one, two = ray_pipeline.recipes(str(files / "one.yaml"), str(files / "two.yaml"), files)
         assert two.model.start_from == one.output == str(files / "runs/a #1: x")
 
     @pytest.mark.parametrize(
         ("second", "message"),
-        [("one", "its stage is generative"), ("same", "its output is also that of"), ("ratio", "pass --tokens")],
+        [
+            ("one", "its stage is generative"),
+            ("same", "its output is also that of"),
+            ("ratio", "pass --tokens"),
+            ("more", r"one\.yaml: other bottleneck settings \(bottleneck\.tokens is 2 here and 1 there"),
+        ],
     )
     def test_mistakes_are_found_before_anything_starts(self, files: Path, second: str, message: str) -> None:
         with pytest.raises(UserError, match=message):

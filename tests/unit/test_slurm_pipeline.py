@@ -56,6 +56,10 @@ def test_a_chain_that_cannot_end_well_is_not_begun(
     assert "two.yaml: stage is contrastive: the first of the two has to be generative" in capsys.readouterr().err
     assert main(["chain", "--then", str(same), str(one)]) == 2
     assert f"its output is also that of {one}" in capsys.readouterr().err
+    same.write_text(two.read_text() + "bottleneck: {tokens: 3}\n")
+    assert main(["chain", "--then", str(same), str(one)]) == 2
+    assert "other bottleneck settings (bottleneck.tokens is 3 here and None there" in capsys.readouterr().err
+    same.write_text(two.read_text().replace(f"{tmp_path}/two", f"{tmp_path}/one"))
     same.replace(two)
     assert pipeline(LBR_PYTHON=sys.executable).returncode == 2
     assert not (tmp_path / "asked").exists()
