@@ -20,6 +20,8 @@ PROJECT = Path(__file__).parents[2]
 LONG = 500.0
 """Seconds: for what takes 10 to 100 on two free cores."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL")
+OTHERS = ("SLURM", "SBATCH", "LBR_", "RAY_")
+"""Variables of the process that tests, which no node is to have."""
 
 
 class SlurmCluster:
@@ -34,7 +36,7 @@ class SlurmCluster:
             (folder / "extra.conf").write_text(extra)
             settings["EXTRA"] = str(folder / "extra.conf")
         self.env = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "LBR_"))},
+            **{key: value for key, value in os.environ.items() if not key.startswith(OTHERS)},
             **{f"MINI_SLURM_{key}": value for key, value in settings.items()},
             "SLURM_CONF": str(folder / "slurm.conf"),
             "SLURM_EXIT_ERROR": "1",
