@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
+from lbr_dist.data.field_names import check_distinct
 from lbr_dist.data.row_values import RowError
 
 SEPARATORS = ";\t|"
@@ -87,9 +88,7 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
         names = [name.strip() for name in next(filter(any, reader), [])]
     except csv.Error as error:
         raise ValueError(f"its header: {error}") from None
-    twice = [name for name, count in Counter(names).items() if name and count > 1]
-    if twice:
-        raise ValueError(f"its header names {twice[0]!r} twice")
+    check_distinct(filter(None, names), "its header names")
     while True:
         lines.begin()
         first = lines.number + 1

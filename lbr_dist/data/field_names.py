@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lbr_dist.errors import UserError
@@ -148,3 +149,14 @@ def check_fields(fields: Mapping[str, str]) -> None:
     for role in fields:
         if role not in MAPPABLE:
             raise UserError(f"--field {role}={fields[role]}: no such role; the roles are {', '.join(MAPPABLE)}")
+
+
+def check_distinct(names: Iterable[str], where: str) -> None:
+    """Check that no name of a field is there twice: a row would have the last one's value, without a word.
+
+    Raises:
+        ValueError: one is; `where` says whose names they are.
+    """
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where} {twice[0]!r} twice")

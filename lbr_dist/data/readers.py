@@ -8,7 +8,6 @@ be read at all stops the run.
 from __future__ import annotations
 
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lbr_dist.data import beir, compressed
 from lbr_dist.data.csv_rows import csv_rows
+from lbr_dist.data.field_names import check_distinct
 from lbr_dist.data.json_rows import Numbered, Row, json_lines, json_object, json_rows
 from lbr_dist.data.row_values import CONVERT, RowError, unseen
 from lbr_dist.data.sources import Part
@@ -161,9 +161,7 @@ def _parquet(path: Path) -> Numbered:
 
     try:
         with pq.ParquetFile(path) as file:
-            twice = [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]
-            if twice:  # a row would silently have the last one's value
-                raise ValueError(f"its columns name {twice[0]!r} twice")
+            check_distinct(file.schema_arrow.names, "its columns name")
             yield from _columns(file.iter_batches(BATCH))
     except pa.ArrowException as error:
         raise ValueError(" ".join(str(error).split())) from error

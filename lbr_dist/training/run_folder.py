@@ -97,11 +97,11 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder}: is a file; choose another output")
-    if (folder / "checkpoints").exists() and not (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder}/checkpoints: is a file, not a folder: move it away, or choose another output")
-    link = folder / "checkpoints"
-    if link.is_symlink() and not link.exists():
-        raise UserError(f"{link}: is a link to {link.readlink()}, which is not there: mount it, or make the link anew")
+    kept = folder / "checkpoints"
+    if kept.exists() and not kept.is_dir():
+        raise UserError(f"{kept}: is a file, not a folder: move it away, or choose another output")
+    if kept.is_symlink() and not kept.exists():
+        raise UserError(f"{kept}: is a link to {kept.readlink()}, which is not there: mount it, or make the link anew")
     if not has_run(folder):
         if folder.is_dir() and any(path.name not in STARTED for path in folder.iterdir()):
             raise UserError(f"output {folder}: is not empty and holds no run of lbr; choose another output")
