@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lbr_dist.config import Recipe
 from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.report import read_evaluation
+from lbr_dist.export_tokens import fixed_tokens
 from lbr_dist.recipes import save_recipe
 
 if TYPE_CHECKING:
@@ -98,40 +98,6 @@ def _measured(evaluation: dict[str, Any], digest: str) -> bool:
     return any(model.get("checkpoint", {}).get("digest") == digest for model in evaluation["models"])
 
 
-def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
-    """Bottleneck tokens behind every text, as an export must have them; 0 where they cannot matter.
-
-    Raises:
-        UserError: the number varies with the text, or `tokens` contradicts the run.
-    """
-    from lbr_dist.evaluation.encoder import pooling_of
-
-    bottleneck, causal = recipe.bottleneck, recipe.contrastive.attention == "causal"
-    if not bottleneck.enabled or (pooling_of(recipe) == "mean" and causal):  # no X sees Z, and the mean is over X
-        if tokens is not None:
-            raise UserError("--tokens: this run's embedding does not depend on bottleneck tokens; leave it out")
-        return 0
-    if pooling_of(recipe) == "mean":
-        raise UserError(
-            "export: mean pooling over X beside bidirectional bottleneck tokens is nothing that sentence-transformers "
-            "can do; use `lbr encode`, or train with contrastive.pooling=bottleneck"
-        )
-    least, most = bottleneck.fewest_and_most(recipe.data.max_x_tokens)
-    if tokens is None and least != most:
-        setting = "surprisal" if bottleneck.by_surprisal else f"ratio={bottleneck.effective_ratio:g}"
-        raise UserError(
-            f"export: with bottleneck.{setting} texts get {least} to {most} bottleneck tokens, and a tokenizer can "
-            f"only append a fixed number; pass --tokens N (1 to {most}) to give every text the last N (exact for texts "
-            "that have N), or use `lbr encode`"
-        )
-    count = most if tokens is None else tokens
-    if not least <= count <= most:
-        raise UserError(
-            f"--tokens {tokens}: this run's texts have {least} to {most} bottleneck tokens; choose among these"
-        )
-    return count
-
-
 def _write(
     run: str | Path,
     folder: Path,
@@ -142,7 +108,6 @@ def _write(
     named: bool,
     check: bool,
 ) -> None:
-    from lbr_dist.evaluation.encoder import pooling_of
     from lbr_dist.export_folder import write_sentence_transformers
     from lbr_dist.loading import load_run
     from lbr_dist.model_card import model_card
@@ -162,7 +127,7 @@ def _write(
     write_sentence_transformers(
         folder,
         width=backbone.config.hidden_size,
-        pooling=pooling_of(recipe),
+        pooling=recipe.pooling,
         max_tokens=recipe.data.max_x_tokens + count,
         query_instruction=recipe.contrastive.query_instruction,
         passage_instruction=recipe.contrastive.passage_instruction,

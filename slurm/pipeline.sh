@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole path, as a chain of jobs:   slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT]
-# To be run where sbatch is, not by sbatch. Stage 2 starts from stage 1's run whatever its recipe says; the evaluation is
-# on the first set of its recipe; OUT is the exported model (default: model/ in stage 2's run). The sbatch options
-# (--nodes=4 --time=24:00:00, each one word) go to the two training jobs; a --dependency is the first one's alone. A job
-# of the chain starts when the one before it has ended well; if that fails for good, those after it are cancelled. Of
-# several clusters (--clusters), all three go to the one that takes the first: a job depends on jobs of its own cluster
-# only.
+# The whole path, as a chain of jobs:   slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT] [--tokens N]
+# To be run where sbatch is, not by sbatch. Stage 2 starts from stage 1's run whatever its recipe says, and what it needs
+# is checked before stage 1 begins; the evaluation is on the first set of its recipe; OUT is the exported model (default:
+# model/ in stage 2's run), with --tokens as for `lbr export`. The sbatch options (--nodes=4 --time=24:00:00, each one word)
+# go to the two training jobs; a --dependency is the first one's alone. A job of the chain starts when the one before it
+# has ended well; if that fails for good, those after it are cancelled. Of several clusters (--clusters), all three go to
+# the one that takes the first: a job depends on jobs of its own cluster only.
 
 set -euo pipefail
 
@@ -22,7 +22,18 @@ while [ $# -gt 0 ] && [[ $1 == -* ]]; do
   options+=("$1")
   shift
 done
-[ $# -eq 2 ] || [ $# -eq 3 ] || die "usage: slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT]"
+usage="usage: slurm/pipeline.sh [sbatch options] STAGE1.yaml STAGE2.yaml [OUT] [--tokens N]"
+[ $# -ge 2 ] || die "$usage"
+recipe1=$1 recipe2=$2 out=''
+shift 2
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+  out=$1
+  shift
+fi
+case "$#:${1:-}" in
+  0: | 2:--tokens | 1:--tokens=*) ;;
+  *) die "$usage" ;;
+esac
 
 ask() ( # ask WHAT RECIPE ...: what recipes say, with the Python of the jobs if it runs here
   read_site
@@ -41,24 +52,25 @@ undo() { # half a chain would train, and nobody would know
   [ "${#jobs[@]}" = 0 ] || { scancel "${cluster[@]}" "${jobs[@]}" && echo "error: not submitted whole; cancelled: ${jobs[*]}" >&2; }
 }
 
-found=$(ask chain --then "$2" "$1")
+found=$(ask chain --then "$recipe2" "$recipe1" "$@")
 mapfile -t found <<<"$found"
 first=${found[0]} second=${found[1]} data=${found[2]} start=${found[3]}
+out=${out:-$second/model}
 # What counts is the last --dependency: the options' own come before it.
 after() { echo "--dependency=afterok:$1" --kill-on-invalid-dep=yes; }
 
 trap undo EXIT
-one=$(sbatch --parsable "${options[@]}" "$LBR_HOME/slurm/stage1.sh" "$1")
+one=$(sbatch --parsable "${options[@]}" "$LBR_HOME/slurm/stage1.sh" "$recipe1" --then "$recipe2")
 [[ $one != *";"* ]] || cluster=("--clusters=${one#*;}") # where one was asked for: JOB;CLUSTER
 one=${one%%;*}
 jobs+=("$one")
 read -ra chained <<<"$(after "$one")"
-two=$(sbatch --parsable "${options[@]}" "${cluster[@]}" "${chained[@]}" "$LBR_HOME/slurm/stage2.sh" "$2" "$start")
+two=$(sbatch --parsable "${options[@]}" "${cluster[@]}" "${chained[@]}" "$LBR_HOME/slurm/stage2.sh" "$recipe2" "$start")
 two=${two%%;*}
 jobs+=("$two")
 read -ra chained <<<"$(after "$two")"
-three=$(sbatch --parsable "${chained[@]}" "${cluster[@]}" "$LBR_HOME/slurm/eval.sh" "$second" --data "$data" -- "${3:-$second/model}")
+three=$(sbatch --parsable "${chained[@]}" "${cluster[@]}" "$LBR_HOME/slurm/eval.sh" "$second" --data "$data" -- "$out" "$@")
 trap - EXIT
 echo "stage 1: job $one -> $first"
 echo "stage 2: job $two -> $second"
-echo "eval:    job ${three%%;*} -> $second/eval, ${3:-$second/model}"
+echo "eval:    job ${three%%;*} -> $second/eval, $out"

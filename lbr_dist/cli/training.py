@@ -21,22 +21,30 @@ def train(
     allow_change: Annotated[
         list[str] | None, typer.Option(help="Recipe field that may differ from the run that is resumed. Repeatable.")
     ] = None,
+    then: Annotated[
+        str | None,
+        typer.Option(help="Recipe of the stage 2 that is to follow: checked before this run begins, and not run."),
+    ] = None,
 ) -> None:
     """Train stage 1, stage 2, or both in every step (joint), from a recipe."""
     from lbr_dist.recipes import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
+    loaded, following = load_recipe(recipe, overrides), None
+    if then is not None:
+        from lbr_dist.training.chain import load_next
+
+        following = load_next(loaded, recipe, then)
     if nproc is not None:
         from lbr_dist.launch.local import launch
 
-        sys.exit(launch(loaded, nproc, resume=resume, allow_change=allow_change or ()))
+        sys.exit(launch(loaded, nproc, resume=resume, allow_change=allow_change or (), then=following))
     from lbr_dist.launch.mistakes import left
     from lbr_dist.training.run import ContactLostError
     from lbr_dist.training.run import train as run
 
     try:
         with left(Path(loaded.output)):
-            outcome = run(loaded, resume=resume, allow_change=allow_change or ())
+            outcome = run(loaded, resume=resume, allow_change=allow_change or (), then=following)
         sys.exit(outcome.exit_code)
     except ContactLostError as error:  # a consequence: the rank that caused it has the traceback
         print(f"error: {error}", file=sys.stderr)

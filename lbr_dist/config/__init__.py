@@ -90,6 +90,13 @@ class Recipe(Section):
                 raise ValueError(f"no set of data.sets serves the {task} loss: leave out split, or add a set")
         return self
 
+    @property
+    def pooling(self) -> Literal["bottleneck", "last", "mean"]:
+        """Pooling that the run's embeddings have; a stage 1 run without bottleneck gets `last`."""
+        if self.contrastive.pooling == "bottleneck" and not self.bottleneck.enabled:
+            return "last"
+        return self.contrastive.pooling
+
     def split_of(self, data_set: DataSet) -> str:
         """Split that this run reads from `data_set`; a joint run is read as its two `part`s."""
         return data_set.split or ("gl" if self.stage == "generative" else "cl")

@@ -52,7 +52,7 @@ class PackedEncoder:
     def __init__(self, model: LbrModel, tokenization: Tokenization, recipe: Recipe, name: str) -> None:
         """`model` is used where it lies and in the precision that it has; `recipe` is the run's."""
         self.model, self.recipe, self.name = model.eval(), recipe, name
-        self.pooling = pooling_of(recipe)
+        self.pooling = recipe.pooling
         self.tokenization = tokenization
         self.checkpoint: dict[str, str] = {}
         """Where the weights came from: `name` and `digest` of the checkpoint, where there is one."""
@@ -265,13 +265,6 @@ class TruncatedEncoder:
                 f"{self.inner.name}: its embeddings have {rows_ND.shape[1]} dimensions, fewer than {self.dim}"
             )
         return unit(rows_ND[:, : self.dim])
-
-
-def pooling_of(recipe: Recipe) -> Literal["bottleneck", "last", "mean"]:
-    """Pooling that a run's embeddings have; a stage 1 run without bottleneck has none of its own and gets `last`."""
-    if recipe.contrastive.pooling == "bottleneck" and not recipe.bottleneck.enabled:
-        return "last"
-    return recipe.contrastive.pooling
 
 
 def unit(rows_ND: np.ndarray) -> np.ndarray:

@@ -32,10 +32,19 @@ STOP_S = 300.0
 """Time that the other ranks have to finish once one has stopped on request."""
 POLL_S = 0.05
 TAIL_LINES = 40
+THEN = "then.yaml"
+"""Beside the recipe of the ranks, that of the run after theirs, where there is one."""
 
 
-def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Sequence[str] = ()) -> int:
-    """Run `train` on `nproc` ranks; returns the exit code.
+def launch(
+    recipe: Recipe,
+    nproc: int,
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    then: Recipe | None = None,
+) -> int:
+    """Run `train`, which has the same arguments, on `nproc` ranks; returns the exit code.
 
     SIGTERM, SIGUSR1, SIGINT and SIGHUP are passed on to every rank; a second one, later, ends them all. Rank 0 writes
     to this process's output, the others' is kept and shown if they are the cause of a failure.
@@ -49,6 +58,8 @@ def launch(recipe: Recipe, nproc: int, *, resume: str = "auto", allow_change: Se
     with tempfile.TemporaryDirectory(prefix="lbr-launch-") as folder:
         file = Path(folder) / "recipe.yaml"
         save_recipe(recipe, file)
+        if then is not None:
+            save_recipe(then, file.with_name(THEN))
         ranks = _Ranks(Path(folder))
         before = {number: signal.signal(number, ranks.forward) for number in stop_signals()}
         try:
@@ -187,7 +198,9 @@ def worker(file: str, resume: str, *allow_change: str) -> int:
     from lbr_dist.training.run import ContactLostError, train
 
     try:
-        return train(load_recipe(file), resume=resume, allow_change=allow_change).exit_code
+        then = Path(file).with_name(THEN)
+        following = load_recipe(then) if then.exists() else None
+        return train(load_recipe(file), resume=resume, allow_change=allow_change, then=following).exit_code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.export_tokens import fixed_tokens
 from lbr_dist.launch.ray_cluster import cluster, living_nodes
-from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_stage, requested
+from lbr_dist.launch.ray_stage import absolute, add_cluster_options, requested
 from lbr_dist.launch.ray_train import Stop, run_stage
-from lbr_dist.recipes import load_recipe, override
-from lbr_dist.training.origin import check_settings
-from lbr_dist.training.run_folder import check_apart
+from lbr_dist.recipes import load_recipe
+from lbr_dist.training.chain import load_next
 from lbr_dist.training.signals import stop_signals
 
 
@@ -30,19 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("stage1", help="recipe of stage 1")
     made.add_argument("stage2", help="recipe of stage 2; its model.start_from is stage 1's run")
     made.add_argument("out", nargs="?", help="exported model; default: model/ in stage 2's run")
+    made.add_argument("--tokens", type=int, help="bottleneck tokens of every text of the export, as for `lbr export`")
     made.add_argument("--generate", type=int, default=100, help="questions answered in the evaluation; default: 100")
     add_cluster_options(made)
     options = made.parse_args(arguments)
     try:
         if options.generate < 0:
             raise UserError(f"--generate {options.generate}: expected at least 0")
-        one, two = recipes(options.stage1, options.stage2, Path.cwd())
+        one, two = recipes(options.stage1, options.stage2, Path.cwd(), options.tokens)
         out = Path.cwd() / options.out if options.out else Path(two.output) / "model"
         with cluster() as where:
             stop = Stop()
             stop.listen()  # once for both stages: a signal that comes as the first one ends would be lost
-            for recipe in (one, two):
-                code = run_stage(recipe, requested(options), resume="auto", allow_change=(), stop=stop)
+            for recipe, then in ((one, two), (two, None)):
+                code = run_stage(recipe, requested(options), resume="auto", allow_change=(), then=then, stop=stop)
                 if code or stop.asked:
                     return code or EXIT_RUN_AGAIN
             print(f"evaluating and exporting {two.output} on {where}", file=sys.stderr, flush=True)
@@ -53,21 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def recipes(first: str, second: str, here: Path) -> tuple[Recipe, Recipe]:
+def recipes(first: str, second: str, here: Path, tokens: int | None = None) -> tuple[Recipe, Recipe]:
     """Both recipes, the second starting from the first's run.
 
     Raises:
-        UserError: either is wrong, which is found before anything starts.
+        UserError: either is wrong, or the export could not be made with so many `tokens`, which is found before
+            anything starts.
     """
-    from lbr_dist.export import fixed_tokens
-
     one = absolute(load_recipe(first), here)
-    two = absolute(load_recipe(second, [override("model.start_from", one.output)]), here)
-    check_stage(one, "generative", first)
-    check_stage(two, "contrastive", second)
-    fixed_tokens(two)
-    check_apart(one, two, (first, second))
-    check_settings(one, two, first)
+    two = absolute(load_next(one, first, second), here)
+    fixed_tokens(two, tokens)
     return one, two
 
 
@@ -79,8 +75,9 @@ def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> str:
         signal.signal(number, lambda *_: os._exit(EXIT_RUN_AGAIN))  # nothing here that cannot be done again
     bundle = requested(options)(living_nodes()).bundle
     task = ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, max_retries=1)(deliver)
+    data, (generate, tokens) = recipe.data.sets[0].path, (options.generate, options.tokens)
     try:
-        written: str = ray.get(task.remote(recipe.output, recipe.data.sets[0].path, str(out), options.generate))
+        written: str = ray.get(task.remote(recipe.output, data, str(out), generate, tokens))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
@@ -88,7 +85,7 @@ def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> str:
     return written
 
 
-def deliver(run: str, data: str, out: str, generate: int) -> str:
+def deliver(run: str, data: str, out: str, generate: int, tokens: int | None) -> str:
     """What the task does: `lbr eval` and `lbr export`; returns what to print."""
     from lbr_dist.evaluate import default_out, evaluate
     from lbr_dist.export import export
@@ -98,4 +95,4 @@ def deliver(run: str, data: str, out: str, generate: int) -> str:
     if Path(out).is_dir() and any(Path(out).iterdir()):  # an empty folder is as good as none, as for `lbr export`
         kept = f"{out} is there already: nothing is exported; move it away to export anew"
         return f"written: {folder}/eval.json; {kept}"
-    return f"written: {folder}/eval.json, {export(run, out)}"
+    return f"written: {folder}/eval.json, {export(run, out, tokens=tokens)}"

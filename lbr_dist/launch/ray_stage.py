@@ -12,6 +12,7 @@ from lbr_dist.errors import EXIT_USER_ERROR, UserError
 from lbr_dist.launch.ray_cluster import Bundle, Node
 from lbr_dist.launch.ray_train import MAX_FAILURES, Request, run_stage
 from lbr_dist.recipes import load_recipe
+from lbr_dist.training.chain import load_next
 
 UNPACKED = "working_dir_files"
 """Ray unpacks a job's working directory into a folder of this name on each node, and removes it afterwards."""
@@ -21,9 +22,12 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
     """Run one stage (`generative` or `contrastive`); a mistake of the user is one line on stderr and exit code 2."""
     options = parser(stage).parse_intermixed_args(arguments)
     try:
-        recipe = absolute(load_recipe(options.recipe, options.overrides), Path.cwd())
+        here = Path.cwd()
+        recipe = absolute(load_recipe(options.recipe, options.overrides), here)
         check_stage(recipe, stage, options.recipe)
-        return run_stage(recipe, requested(options), resume=options.resume, allow_change=tuple(options.allow_change))
+        then = absolute(load_next(recipe, options.recipe, options.then), here) if options.then else None
+        changes = tuple(options.allow_change)
+        return run_stage(recipe, requested(options), resume=options.resume, allow_change=changes, then=then)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -42,6 +46,7 @@ def parser(stage: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--allow-change", action="append", default=[], help="recipe field that may differ from the run that is resumed"
     )
+    made.add_argument("--then", help="recipe of the stage 2 that is to follow: checked before this run begins")
     return made
 
 

@@ -59,6 +59,20 @@ class Request:
         return self.min_workers < self.max_workers
 
 
+@dataclass(frozen=True)
+class Training:
+    """What is to be trained: arguments of `train` that stay the same."""
+
+    recipe: Recipe
+    allow_change: tuple[str, ...]
+    then: Recipe | None
+
+    @property
+    def run_dir(self) -> Path:
+        """Its folder."""
+        return Path(self.recipe.output)
+
+
 class Stop(FirstSignal):
     """The driver's signals: the first one is passed on to the run."""
 
@@ -79,6 +93,7 @@ def run_stage(
     *,
     resume: str,
     allow_change: tuple[str, ...],
+    then: Recipe | None = None,
     stop: Stop | None = None,
 ) -> int:
     """Train a recipe on Ray to its end, or to a request to stop; returns the exit code. No worker is started for a run
@@ -89,6 +104,7 @@ def run_stage(
         request: how many workers of what size, or a function that says so for the nodes there are.
         resume: for the first attempt; the later ones go on from the newest checkpoint.
         allow_change: see `train`.
+        then: see `train`.
         stop: the driver's signals, where it listens already.
 
     Raises:
@@ -113,16 +129,14 @@ def run_stage(
         nodes = living_nodes()
         wanted = request(nodes) if callable(request) else request
         check_room(nodes, wanted.bundle, wanted.min_workers, where)
-        return _attempts(recipe, wanted, where, stop, resume, allow_change)
+        return _attempts(Training(recipe, allow_change, then), wanted, where, stop, resume)
 
 
-def _attempts(
-    recipe: Recipe, request: Request, where: str, stop: Stop, resume: str, allow_change: tuple[str, ...]
-) -> int:
-    run_dir, failures = Path(recipe.output), 0
+def _attempts(training: Training, request: Request, where: str, stop: Stop, resume: str) -> int:
+    run_dir, failures = training.run_dir, 0
     while True:
         before = newest_checkpoint(run_dir)
-        ended = _attempt(recipe, request, stop, resume, allow_change)
+        ended = _attempt(training, request, stop, resume)
         if not isinstance(ended, Exception):
             return ended
         for cause in getattr(ended, "worker_failures", {}).values():
@@ -143,15 +157,13 @@ def _attempts(
         print(f"restart {failures} of at most {request.max_failures} without progress", file=sys.stderr, flush=True)
 
 
-def _attempt(
-    recipe: Recipe, request: Request, stop: Stop, resume: str, allow_change: tuple[str, ...]
-) -> int | Exception:
+def _attempt(training: Training, request: Request, stop: Stop, resume: str) -> int | Exception:
     """One `TorchTrainer.fit`, in a thread of its own, so that this one hears signals."""
     from lbr_dist.training.signals import request_stop, stop_requested
 
-    run_dir = Path(recipe.output)
+    run_dir = training.run_dir
     folder = _folder(run_dir)
-    trainer = _trainer(recipe, request, folder, resume, allow_change)
+    trainer = _trainer(training, request, folder, resume)
     ended: list[Any] = []
 
     def fit() -> None:
@@ -187,7 +199,7 @@ def _end_controller(folder: Path, fit: threading.Thread) -> None:
         fit.join(POLL_S)
 
 
-def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_change: tuple[str, ...]) -> Any:
+def _trainer(training: Training, request: Request, folder: Path, resume: str) -> Any:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -199,13 +211,14 @@ def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_
     return TorchTrainer(
         work,  # type: ignore[arg-type]  # what it returns, the result carries
         train_loop_config={
-            "recipe": recipe.model_dump(mode="json"),
-            "allow_change": allow_change,
+            "recipe": training.recipe.model_dump(mode="json"),
+            "allow_change": training.allow_change,
+            "then": training.then and training.then.model_dump(mode="json"),
             "attempt": str(folder),
             "source": f"ray, job {job}",
             "here": str(Path.cwd()),
         },
-        torch_config=TorchConfig(timeout_s=int(recipe.step_timeout) + 600),
+        torch_config=TorchConfig(timeout_s=int(training.recipe.step_timeout) + 600),
         scaling_config=api.ScalingConfig(
             num_workers=size,
             use_gpu=request.bundle.gpus > 0,
@@ -216,7 +229,7 @@ def _trainer(recipe: Recipe, request: Request, folder: Path, resume: str, allow_
             name=folder.name,
             storage_path=str(folder.parent),
             failure_config=api.FailureConfig(max_failures=0),
-            callbacks=[Restarts(recipe.output, str(folder), resume)],
+            callbacks=[Restarts(training.recipe.output, str(folder), resume)],
         ),
     )
 

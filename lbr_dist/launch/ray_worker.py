@@ -26,8 +26,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Train on this rank.
 
     Args:
-        config: `recipe` (a resolved recipe as a mapping), `allow_change`, `attempt` (folder), `source` (for the log),
-            `here` (the driver's working directory: a run that another launcher began may know relative paths).
+        config: `recipe` (a resolved recipe as a mapping), `allow_change`, `then` (None, or a recipe as the first),
+            `attempt` (folder), `source` (for the log), `here` (the driver's working directory: a run that another
+            launcher began may know relative paths).
 
     Returns:
         `step`, `total_steps` and `exit_code` of the outcome.
@@ -47,6 +48,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         parse_recipe(config["recipe"], "the driver's recipe"),
         resume=(Path(config["attempt"]) / RESUME).read_text(encoding="utf-8"),
         allow_change=config["allow_change"],
+        then=config["then"] and parse_recipe(config["then"], "the driver's second recipe"),
         environment=environment,
         on_row=Gauges(config["recipe"]["output"]) if environment.rank == 0 else None,
         on_claim=lambda: started.write_text(holder(run_dir), encoding="utf-8"),

@@ -9,7 +9,8 @@ in every job: the steps of checkpoints are read from their manifests without tor
                                                           below them what to resume from, where it is not what was said
     python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue or stop
     python -m lbr_dist.launch.slurm output RECIPE [key=value ...]                                prints the run folder
-    python -m lbr_dist.launch.slurm chain --then STAGE2 STAGE1      prints both run folders, and the second's first set
+    python -m lbr_dist.launch.slurm chain --then STAGE2 STAGE1 [--tokens N]
+                                                          prints both run folders, and the second's first set
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.export_tokens import fixed_tokens
 from lbr_dist.launch.mistakes import HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe, override
-from lbr_dist.training.origin import check_settings
-from lbr_dist.training.run_folder import check_apart
+from lbr_dist.training.chain import load_next
 
 MAX_RESTARTS = 3
 """Restarts without a new checkpoint after which a job is not started again."""
@@ -223,20 +224,12 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
         raise UserError(f"{file}: cannot be written on {socket.gethostname()}: {error.strerror}") from error
 
 
-def check_chain(first: tuple[Recipe, str], second: tuple[Recipe, str]) -> None:
-    """Check that two recipes, each with its name, can follow each other: stage 2 itself would find it days later."""
-    for (recipe, name), stage, place in ((first, "generative", "first"), (second, "contrastive", "second")):
-        if _SCRIPTS[recipe.stage] != _SCRIPTS[stage]:
-            raise UserError(f"recipe {name}: stage is {recipe.stage}: the {place} of the two has to be {stage}")
-    check_apart(first[0], second[0], (first[1], second[1]))
-    check_settings(first[0], second[0], first[1])
-
-
 def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
     parser = argparse.ArgumentParser(prog="python -m lbr_dist.launch.slurm")
     parser.add_argument("command", choices=("begin", "end", "output", "chain"))
     parser.add_argument("--then")
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--stage", choices=tuple(_SCRIPTS))
     parser.add_argument("--ports", type=int, default=1)
     parser.add_argument("--code", type=int, default=1)
@@ -258,8 +251,8 @@ def _run(given: argparse.Namespace) -> int:
     if given.command == "output":
         print(recipe.output)
     elif given.command == "chain":
-        second = load_recipe(given.then)
-        check_chain((recipe, given.recipe), (second, given.then))
+        second = load_next(recipe, given.recipe, given.then)
+        fixed_tokens(second, given.tokens)
         start = override("model.start_from", recipe.output)
         print(recipe.output, second.output, second.data.sets[0].path, start, sep="\n")
     elif given.command == "begin":

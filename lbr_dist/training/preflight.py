@@ -47,6 +47,8 @@ class Job:
     plan: Plan
     readers: list[ShardReader]
     allow_change: tuple[str, ...]
+    then: Recipe | None = None
+    """The run that is to begin with this one's weights, where there is one."""
 
     @property
     def total_steps(self) -> int:
@@ -54,8 +56,24 @@ class Job:
         return self.plan.total_steps(self.recipe.duration)
 
 
-def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", allow_change: Sequence[str] = ()) -> Job:
+def check(
+    recipe: Recipe,
+    environment: Environment,
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    then: Recipe | None = None,
+    ahead: bool = False,
+) -> Job:
     """Check a recipe against its output folder, model, data, DeepSpeed file and machine.
+
+    Args:
+        recipe: of the run.
+        environment: this rank.
+        resume: see `train`.
+        allow_change: see `train`.
+        then: see `train`; it is checked later, once the ranks have met.
+        ahead: whether what is in `model.start_from` is still to be made.
 
     Raises:
         UserError: the first thing found that cannot work, with the remedy.
@@ -74,10 +92,10 @@ def check(recipe: Recipe, environment: Environment, *, resume: str = "auto", all
     check_loader_processes(recipe)
     tokenization = _check_model(recipe)
     check_resumed_model(recipe, resume, allow_change)
-    if recipe.model.start_from is not None and not _resumes(recipe, resume):
+    if recipe.model.start_from is not None and not ahead and not resumes(recipe, resume):
         check_start(recipe, allow_change)
     plan, readers = open_data(recipe, tokenization)
-    return Job(recipe, environment, regime, tokenization, plan, readers, tuple(allow_change))
+    return Job(recipe, environment, regime, tokenization, plan, readers, tuple(allow_change), then)
 
 
 def complete(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
@@ -98,7 +116,7 @@ def complete(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
     return newest.step >= plan.total_steps(recipe.duration) and newest.state["plan"] == plan.fingerprint
 
 
-def _resumes(recipe: Recipe, resume: str) -> bool:
+def resumes(recipe: Recipe, resume: str) -> bool:
     """Whether the weights come from a checkpoint of this run: what it started from may be gone."""
     from lbr_dist.training.checkpoint_format import list_checkpoints
 

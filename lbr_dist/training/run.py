@@ -67,6 +67,7 @@ def train(
     *,
     resume: str = "auto",
     allow_change: Sequence[str] = (),
+    then: Recipe | None = None,
     environment: Environment | None = None,
     on_row: Callable[[dict[str, Any]], None] | None = None,
     on_claim: Callable[[], object] | None = None,
@@ -78,6 +79,7 @@ def train(
         resume: `auto`: the newest verified checkpoint of the run folder, if there is one; `never`: refuse a folder
             that holds a run; else the path of a checkpoint of this run.
         allow_change: recipe fields, or sections, that may differ from the run that is resumed.
+        then: the run that is to begin with this one's weights: what it needs is checked before this one begins.
         environment: this rank; default: what the environment variables say.
         on_row: gets each logged row of metrics too, on rank 0.
         on_claim: called on rank 0 when the run folder is this run's: its lock is held, and a stop request is for it.
@@ -92,7 +94,7 @@ def train(
     from lbr_dist.training import preflight
     from lbr_dist.training.engine import lost_contact
 
-    job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change)
+    job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change, then=then)
     tracking.start_log(run_dir, environment.rank)
     log.info("%s: %s", run_dir, environment.describe())
     signals = StopRequest(run_dir if environment.rank == 0 else None)

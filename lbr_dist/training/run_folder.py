@@ -111,16 +111,6 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
     return check_same(folder, recipe, allow_change)
 
 
-def check_apart(first: Recipe, second: Recipe, names: tuple[str, str]) -> None:
-    """Check that two runs, one from the other, do not share a folder: the second would find out when the first is done.
-
-    Raises:
-        UserError: they do; `names` are those of the recipes.
-    """
-    if Path(first.output).resolve() == Path(second.output).resolve():
-        raise UserError(f"recipe {names[1]}: its output is also that of {names[0]}: set another one")
-
-
 def check_same(folder: Path, recipe: Recipe, allow_change: Sequence[str] = ()) -> list[str]:
     """Check that a run folder, or a checkpoint, is of this recipe, but for changes that are harmless or allowed.
 

@@ -24,11 +24,12 @@ from lbr_dist.model.backbone import DTYPES
 from lbr_dist.recipes import recipe_text
 from lbr_dist.training import run_folder
 from lbr_dist.training.audit import AuditLog, last_attempt
+from lbr_dist.training.chain import check_ahead
 from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
 from lbr_dist.training.checkpoint_format import read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
 from lbr_dist.training.origin import check_resumed_model, origin, outdated
-from lbr_dist.training.preflight import Job, deep_check, disagreement, same_everywhere
+from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, same_everywhere
 from lbr_dist.training.random_state import random_state, restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.signals import request_stop
@@ -96,7 +97,8 @@ def start(
     """Bring the run to where it goes on; `on_row` and `on_claim` as for `train`. Collective.
 
     Raises:
-        UserError: a damaged set, checkpoint or model, a checkpoint of another run, or a run folder that is in use.
+        UserError: a damaged set, checkpoint or model, a checkpoint of another run, a run folder that is in use, or
+            the run after this one could not start.
     """
     recipe, environment = job.recipe, job.environment
     device = start_distributed(environment, recipe.step_timeout + 600)
@@ -105,6 +107,7 @@ def start(
     on_rank_zero(lambda: request_stop(Path(recipe.output), ""))  # what was asked of an earlier start
     on_rank_zero(on_claim or (lambda: None))
     _check_agreement(job)
+    on_rank_zero(lambda: check_ahead(job, resumes=resumes(recipe, resume)))
     on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: _prepare(job, resume))
     on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))

@@ -320,6 +320,7 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
     (folder / "edited" / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
     clip = folder / "clip.json"
     clip.write_text(json.dumps({"gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}))
+    gone = parse_recipe(recipe(folder / "next", model, folder / "gone", "contrastive"), "test")
     cases = [
         ({**done, "optim": {**done["optim"], "lr": 1e-5}}, ["optim.lr", "0.003", "1e-05", "--allow-change optim.lr"]),
         ({**done, "batch": {"global_batch": 7}}, ["batch.global_batch"]),
@@ -345,6 +346,10 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
         (recipe(folder / "x", *inputs, data={"max_x_tokens": 500, "bin_tokens": 700}), ["512 positions"]),
         (recipe(folder / "x", folder / "full", data), ["full", "not a model folder"]),
         (recipe(folder / "x", *inputs, model={"start_from": str(folder / "full")}), ["neither a checkpoint"]),
+        (
+            recipe(folder / "y", *inputs) | {"train.then": gone},
+            ["after this one", "next, could not", "gone: not a prep"],
+        ),
     ]
     results = run(folder, 1, [raw for raw, _ in cases])
     for result, (_, expected) in zip(results, cases, strict=True):

@@ -12,7 +12,8 @@ import yaml
 from runs import make_run
 
 from lbr_dist.errors import UserError
-from lbr_dist.export import CHECK_TEXTS, export, fixed_tokens
+from lbr_dist.export import CHECK_TEXTS, export
+from lbr_dist.export_tokens import fixed_tokens
 from lbr_dist.loading import load_encoder, load_run
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model_card import model_card

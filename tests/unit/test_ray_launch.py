@@ -18,7 +18,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch import ray_pipeline, ray_stage, ray_train
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
-from lbr_dist.launch.ray_train import Request, Stop
+from lbr_dist.launch.ray_train import Request, Stop, Training
 from lbr_dist.launch.ray_worker import Gauges
 from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training import preflight
@@ -133,7 +133,8 @@ class TestRecipe:
 
 class TestPipeline:
     @pytest.fixture
-    def files(self, tmp_path: Path) -> Path:
+    def files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.chdir(tmp_path)
         two = {**RAW, "stage": "contrastive", "output": "runs/b", "bottleneck": {"tokens": 1}}
         (tmp_path / "one.yaml").write_text(yaml.safe_dump({**RAW, "bottleneck": {"tokens": 1}}))
         (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
@@ -154,15 +155,23 @@ class TestPipeline:
     @pytest.mark.parametrize(
         ("second", "message"),
         [
-            ("one", "its stage is generative"),
+            ("one", "stage is generative: the second of the two has to be contrastive"),
             ("same", "its output is also that of"),
-            ("ratio", "pass --tokens"),
             ("more", r"one\.yaml: other bottleneck settings \(bottleneck\.tokens is 2 here and 1 there"),
         ],
     )
     def test_mistakes_are_found_before_anything_starts(self, files: Path, second: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
             ray_pipeline.recipes(str(files / "one.yaml"), str(files / f"{second}.yaml"), files)
+
+    def test_where_the_number_of_bottleneck_tokens_varies_the_export_is_told_how_many(self, files: Path) -> None:
+        one, two = str(files / "varies.yaml"), str(files / "ratio.yaml")
+        Path(one).write_text(yaml.safe_dump(RAW))
+        assert ray_pipeline.recipes(one, two, files, 2)[1].bottleneck.effective_ratio
+        with pytest.raises(UserError, match="pass --tokens"):
+            ray_pipeline.recipes(one, two, files)
+        with pytest.raises(UserError, match="--tokens 9: this run's texts have 1 to 3 bottleneck tokens"):
+            ray_pipeline.recipes(one, two, files, 9)
 
     @pytest.mark.parametrize("when", ["as stage 1 ends", "before stage 2 begins"])
     def test_a_signal_between_the_stages_is_heard(
@@ -175,10 +184,10 @@ class TestPipeline:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return False
 
-        def attempt(recipe: Recipe, _: Request, stop: Stop, *__: Any) -> int:
+        def attempt(training: Training, _: Request, stop: Stop, *__: Any) -> int:
             if stop.asked:
                 return EXIT_RUN_AGAIN
-            begun.append(recipe.stage)
+            begun.append(training.recipe.stage)
             if when.startswith("as"):
                 os.kill(os.getpid(), signal.SIGUSR1)  # with its last step under way, which is finished
             return 0
@@ -202,15 +211,15 @@ class TestPipeline:
         self, tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An empty folder, made beforehand, stayed empty, and the job was a success."""
-        out, exported = tmp_path / "out", list[str]()
+        out, exported = tmp_path / "out", list[tuple[str, int]]()
         if there != "nothing":
             out.mkdir()
         if there == "an export":
             (out / "modules.json").touch()
         monkeypatch.setattr("lbr_dist.evaluate.evaluate", lambda *_, **__: None)
-        monkeypatch.setattr("lbr_dist.export.export", lambda _, out: exported.append(out))
-        written = ray_pipeline.deliver(str(tmp_path / "run"), "set", str(out), 0)
-        assert exported == ([] if there == "an export" else [str(out)])
+        monkeypatch.setattr("lbr_dist.export.export", lambda _, out, tokens: exported.append((out, tokens)))
+        written = ray_pipeline.deliver(str(tmp_path / "run"), "set", str(out), 0, 2)
+        assert exported == ([] if there == "an export" else [(str(out), 2)])
         assert ("nothing is exported" in written) == (there == "an export")
 
 
@@ -238,7 +247,7 @@ class TestRestarts:
         """Attempts end as `plan` says, each (result, checkpoint that there is then)."""
         state: dict[str, Any] = {"plan": [], "resumed": [], "checkpoint": None}
 
-        def attempt(recipe: Any, request: Any, stop: Any, resume: str, allow_change: Any) -> Any:
+        def attempt(training: Any, request: Any, stop: Any, resume: str) -> Any:
             state["resumed"].append(resume)
             result, state["checkpoint"] = state["plan"].pop(0)
             return result
@@ -250,7 +259,8 @@ class TestRestarts:
 
     def run(self, max_failures: int = 2, resume: str = "auto", stop: Stop | None = None) -> int:
         request = Request(1, 2, Bundle(1, 1), max_failures)
-        return ray_train._attempts(parse_recipe(RAW, "test"), request, "here", stop or Stop(), resume, ())
+        training = Training(parse_recipe(RAW, "test"), (), None)
+        return ray_train._attempts(training, request, "here", stop or Stop(), resume)
 
     def test_a_failure_is_followed_by_another_attempt(self, attempts: dict[str, Any]) -> None:
         attempts["plan"] = [(WorkersFailedError(), None), (0, None)]

@@ -18,7 +18,7 @@ from lbr_dist.errors import EXIT_RUN_AGAIN
 from lbr_dist.launch import ray_resize, ray_train, ray_worker
 from lbr_dist.launch.ray_cluster import Bundle
 from lbr_dist.launch.ray_resize import Restarts
-from lbr_dist.launch.ray_train import Request, Stop
+from lbr_dist.launch.ray_train import Request, Stop, Training
 from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.run import Outcome
 from lbr_dist.training.run_lock import RunLock
@@ -158,8 +158,8 @@ class TestStopIsForOnesOwnRun:
     def run(self, run_dir: Path) -> Any:
         stop = Stop()
         stop.asked = "SIGTERM"
-        recipe = parse_recipe({**RAW, "output": str(run_dir)}, "test")
-        return ray_train._attempt(recipe, Request(1, 1, Bundle(1, 0)), stop, "auto", ())
+        training = Training(parse_recipe({**RAW, "output": str(run_dir)}, "test"), (), None)
+        return ray_train._attempt(training, Request(1, 1, Bundle(1, 0)), stop, "auto")
 
     def test_before_it_holds_the_lock_it_just_ends(self, attempt: Path) -> None:
         (attempt / "started").write_text("")
@@ -193,6 +193,7 @@ class TestStopIsForOnesOwnRun:
         config = {
             "recipe": {**RAW, "output": str(tmp_path)},
             "allow_change": (),
+            "then": None,
             "attempt": str(tmp_path),
             "source": "",
             "here": "/",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,16 @@ def pipeline(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     for stage, name in (("generative", "one"), ("contrastive", "two")):
         (tmp_path / f"{name}.yaml").write_text(
             f"stage: {stage}\noutput: {tmp_path}/{name}\nmodel: {{path: m}}\ndata: {{sets: [{{path: d}}]}}\n"
-            "batch: {global_batch: 1}\nduration: {steps: 1}\n"
+            "batch: {global_batch: 1}\nduration: {steps: 1}\nbottleneck: {tokens: 1}\n"
         )
 
-    def run(site_file: Path = SITE, option: str = "--nodes=2", **environ: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        site_file: Path = SITE, option: str = "--nodes=2", after: Sequence[str] = (), **environ: str
+    ) -> subprocess.CompletedProcess[str]:
         module = f'module() {{ echo "$*" >>{tmp_path}/modules; }}; export -f module'
         return subprocess.run(
             ["bash", "-c", f'{module}; exec {PROJECT}/slurm/pipeline.sh "$@"', "-", option,
-             str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")],
+             str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml"), *after],
             env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "TMPDIR": "/run/user/7", "LBR_SITE": str(site_file),
                  **environ},
             capture_output=True, text=True, check=False,
@@ -56,13 +58,33 @@ def test_a_chain_that_cannot_end_well_is_not_begun(
     assert "two.yaml: stage is contrastive: the first of the two has to be generative" in capsys.readouterr().err
     assert main(["chain", "--then", str(same), str(one)]) == 2
     assert f"its output is also that of {one}" in capsys.readouterr().err
-    same.write_text(two.read_text() + "bottleneck: {tokens: 3}\n")
+    same.write_text(two.read_text().replace("{tokens: 1}", "{tokens: 3}"))
     assert main(["chain", "--then", str(same), str(one)]) == 2
-    assert "other bottleneck settings (bottleneck.tokens is 3 here and None there" in capsys.readouterr().err
+    assert "other bottleneck settings (bottleneck.tokens is 3 here and 1 there" in capsys.readouterr().err
     same.write_text(two.read_text().replace(f"{tmp_path}/two", f"{tmp_path}/one"))
     same.replace(two)
     assert pipeline(LBR_PYTHON=sys.executable).returncode == 2
     assert not (tmp_path / "asked").exists()
+
+
+def test_an_export_that_could_not_be_made_is_told_first(
+    pipeline: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Of recipes as they ship, whose texts get one or more bottleneck tokens, the export failed behind all the rest."""
+    for file in (tmp_path / "one.yaml", tmp_path / "two.yaml"):
+        file.write_text(file.read_text().replace("{tokens: 1}", "{ratio: 500}"))
+    python = {"LBR_PYTHON": sys.executable}
+    refused = pipeline(**python)
+    assert refused.returncode == 2
+    assert "texts get 1 to 3 bottleneck tokens" in refused.stderr
+    assert "pass --tokens N (1 to 3)" in refused.stderr
+    assert pipeline(after=("--tokens=4",), **python).returncode == 2
+    assert pipeline(after=("out", "--token", "1"), **python).stderr.startswith("error: usage: ")
+    assert not (tmp_path / "asked").exists()
+    for after in (["out", "--tokens", "1"], ["--tokens=1"]):
+        assert pipeline(after=after, **python).returncode == 0
+        out = "out --tokens 1" if after[0] == "out" else f"{tmp_path}/two/model --tokens=1"
+        assert (tmp_path / "asked").read_text().splitlines()[-1].endswith(f"--data d -- {out}")
 
 
 def test_a_chain_of_jobs_that_are_not_submitted_is_refused(
@@ -92,7 +114,7 @@ def test_a_chain_stays_on_the_cluster_that_took_its_first_job(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[2] == f"eval:    job 7 -> {tmp_path}/two/eval, {tmp_path}/two/model"
     one, two, three = (tmp_path / "asked").read_text().splitlines()
-    assert f"--clusters=a,b {PROJECT}/slurm/stage1.sh" in one
+    assert one.endswith(f"--clusters=a,b {PROJECT}/slurm/stage1.sh {tmp_path}/one.yaml --then {tmp_path}/two.yaml")
     after = "--dependency=afterok:7 --kill-on-invalid-dep=yes"
     assert two.startswith(f"sbatch --parsable --clusters=a,b --clusters=b {after} {PROJECT}/slurm/stage2.sh")
     assert three.startswith(f"sbatch --parsable {after} --clusters=b {PROJECT}/slurm/eval.sh")
