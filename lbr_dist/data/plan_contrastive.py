@@ -153,17 +153,16 @@ class ContrastivePlan(Plan):
         return self._groups.steps(epoch)
 
     def summary(self, epoch: int) -> EpochSummary:
-        """Totals of an epoch; tokens are of queries and answers, without hard negatives."""
+        """Totals of an epoch."""
         tokens = 0
         for part in range(len(self._groups)):
             group = self._groups[part]
             size = group.size(epoch)
             for low in range(0, size, self._recipe.data.window):
-                set_N, row_N, _ = group.take(epoch, low, min(size, low + self._recipe.data.window))
+                set_N, row_N, pass_N = group.take(epoch, low, min(size, low + self._recipe.data.window))
                 for number, lengths in enumerate(self._lengths):
-                    of_set = row_N[set_N == number]
-                    for x_N, z_N in (lengths.query(of_set), lengths.passage(of_set)):
-                        tokens += int((x_N + z_N).sum())
+                    of_set = set_N == number
+                    tokens += lengths.tokens(row_N[of_set], pass_N[of_set])
         return EpochSummary(self.steps_per_epoch(epoch), self._groups.size(epoch), tokens, 0, 0, float("nan"))
 
     def step(self, global_step: int) -> ContrastiveStep:

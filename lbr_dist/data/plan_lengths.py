@@ -218,6 +218,14 @@ class ContrastiveLengths:
         x, z = self._both(tokens[picked], bits, self._passage_extra)
         return list(zip(picked.tolist(), x.tolist(), z.tolist(), strict=True))
 
+    def tokens(self, row_N: np.ndarray, pass_N: np.ndarray) -> int:
+        """Tokens of all texts of these records, each in its pass: query, passage and hard negatives, with their Z."""
+        total = sum(int(part_N.sum()) for part_N in (*self.query(row_N), *self.positive(row_N, pass_N)[:2]))
+        if self._recipe.contrastive.hard_negatives:
+            for row, number in zip(row_N.tolist(), pass_N.tolist(), strict=True):
+                total += sum(x_len + z_len for _, x_len, z_len in self.negatives(row, number))
+        return total
+
     def usable(self) -> tuple[np.ndarray | None, list[TooLong]]:
         """Rows that are used (None: all) and the texts that exceed the limit.
 

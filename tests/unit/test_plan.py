@@ -387,9 +387,11 @@ def test_steps_epochs_and_duration() -> None:
     assert plan.total_steps(Duration(steps=7)) == 7
 
 
-@pytest.mark.parametrize("stage", ["generative", "contrastive"])
-def test_summary_adds_up(stage: str) -> None:
-    plan = make_plan(make_recipe(stage), [make_index(300)])
+@pytest.mark.parametrize(
+    ("stage", "options"), [("generative", {}), ("contrastive", {}), ("contrastive", {"hard_negatives": 2})]
+)
+def test_summary_adds_up(stage: str, options: dict[str, Any]) -> None:
+    plan = make_plan(make_recipe(stage, contrastive=options), [make_index(300)])
     summary = plan.summary(0)
     steps = [plan.step(g) for g in range(plan.steps_per_epoch(0))]
     assert summary.steps == len(steps)

@@ -122,6 +122,8 @@ def test_positives_are_drawn_by_seed_epoch_and_id() -> None:
             assert length == min(32, tokens + 1)
     drawn = Counter(of_epoch[row][0] for of_epoch in found for row in np.flatnonzero(counts == 3))
     assert max(drawn.values()) < 1.6 * min(drawn.values())  # each of the four as often
+    steps = [plan.step(g) for g in range(plan.steps_per_epoch(0))]
+    assert plan.summary(0).input_tokens == sum(step.input_tokens for step in steps)
     other_order = make_plan(make_recipe("contrastive", 7, contrastive={"positives": "draw"}), [index])
     assert choices(other_order, 1) == found[1]
     other_seed = make_plan(make_recipe("contrastive", contrastive={"positives": "draw"}, seed=1), [index])
