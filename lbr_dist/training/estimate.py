@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lbr_dist.config import Recipe
+from lbr_dist.data.plan_base import MicroPlan, StepPlan
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.training.ds_config import load_regime
@@ -18,6 +19,9 @@ from lbr_dist.training.flops import FlopCounter
 from lbr_dist.training.memory_model import GIB, MACHINES, Machine, Memory, Shape, memory, trained_elements
 from lbr_dist.training.preflight import Job, check
 from lbr_dist.training.tracking import duration
+
+SAMPLED = 16
+"""Most steps of the first epoch that the time of a step is taken from."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +51,27 @@ def estimate(recipe: Recipe, *, world: int = 1, gpu: str = "h100") -> Estimate:
     settings = load_config(recipe.model.path, 0)
     shape, zero = Shape.of(settings), regime.config["zero_optimization"]
     micro = recipe.batch.micro_tokens or recipe.data.bin_tokens
-    first = job.plan.step(0)
-    micros = first.micro_batches(0, world)
-    flops = sum(
-        FlopCounter.of(settings, recipe).of_samples(m.samples)
-        for r in range(world)
-        for m in first.micro_batches(r, world)
-    )
-    carried = communication(shape, recipe, stage=regime.stage, world=world, micros=len(micros), zero=zero)
+    steps = _some_steps(job)
+    batches = [step.micro_batches(0, world) for step in steps]
+    counter = FlopCounter.of(settings, recipe)
+    flops = sum(counter.of_samples(m.samples) for step in steps for m in step.micro_batches(0, 1)) / len(steps)
+    micros = sum(map(len, batches)) / len(batches)
+    carried = communication(shape, recipe, stage=regime.stage, world=world, micros=micros, zero=zero)
     link = machine.outside if world > machine.per_node else machine.inside
-    recomputed = (4 / 3 if recipe.model.activation_checkpointing else 1) * (4 / 3 if _cached(recipe, micros) else 1)
+    recomputed = (4 / 3 if recipe.model.activation_checkpointing else 1) * (4 / 3 if _cached(batches) else 1)
     compute_s = flops * recomputed / (world * machine.peak_flops * machine.share)
-    forward_s = compute_s / (3 * len(micros))
+    forward_s = compute_s / (3 * micros)
     need = memory(shape, recipe, machine, world=world, zero=zero, micro=micro, forward_s=forward_s)
     step_s = max(compute_s, carried / link) if regime.stage == 3 else compute_s + carried / link
-    lines = _lines(job, shape, need, machine, regime.name, step_s, compute_s, carried, len(micros), world)
+    lines = _lines(job, shape, need, machine, regime.name, step_s, compute_s, carried, [*map(len, batches)], world)
     if need.total > 0.95 * machine.memory_gib * GIB:
         raise UserError("; ".join([*lines[:2], _remedy(recipe, need, machine, regime.stage, world)]))
     return Estimate(lines, need, step_s)
 
 
-def communication(shape: Shape, recipe: Recipe, *, stage: int, world: int, micros: int, zero: dict[str, Any]) -> float:
+def communication(
+    shape: Shape, recipe: Recipe, *, stage: int, world: int, micros: float, zero: dict[str, Any]
+) -> float:
     """Bytes that one rank sends (and receives) in one step.
 
     Stage 3 gathers the weights for every forward and backward pass, once more for a pass without gradient, and reduces
@@ -83,8 +87,14 @@ def communication(shape: Shape, recipe: Recipe, *, stage: int, world: int, micro
     return size * share * micros * (passes * shape.total + trained)
 
 
-def _cached(recipe: Recipe, micros: list[Any]) -> bool:
-    return sum(micro.task == "contrastive" for micro in micros) > 1
+def _some_steps(job: Job) -> list[StepPlan]:
+    """Steps spread over the first epoch: with batches of one domain or set, no single one stands for the others."""
+    count = job.plan.steps_per_epoch(0)
+    return [job.plan.step(number) for number in sorted({count * part // SAMPLED for part in range(SAMPLED)})]
+
+
+def _cached(batches: list[list[MicroPlan]]) -> bool:
+    return any(sum(micro.task == "contrastive" for micro in of_step) > 1 for of_step in batches)
 
 
 def _lines(
@@ -96,7 +106,7 @@ def _lines(
     step_s: float,
     compute_s: float,
     carried: float,
-    micros: int,
+    micros: list[int],
     world: int,
 ) -> list[str]:
     recipe, epoch = job.recipe, job.plan.summary(0)
@@ -107,12 +117,13 @@ def _lines(
     )
     packing = f", packing {epoch.efficiency:.1%}" if recipe.stage == "generative" else ""
     steps = job.total_steps
+    several = " to ".join(map(str, sorted({min(micros), max(micros)})))
     return [
         f"model      {shape.total / 1e6:,.1f}M parameters, {trained_elements(shape, recipe) / 1e6:,.1f}M trained",
         f"memory     {need.total / GIB:.2f} GiB per rank of {machine.memory_gib:g} ({machine.name}, {regime}): {parts}",
         f"data       {epoch.samples:,} samples, {epoch.input_tokens:,} tokens an epoch{packing}",
         f"steps      {steps:,} ({epoch.steps:,} an epoch) of {recipe.batch.global_batch} "
-        f"{'bins' if recipe.stage == 'generative' else 'pairs'}; {micros} micro-batches per rank",
+        f"{'bins' if recipe.stage == 'generative' else 'pairs'}; {several} micro-batches per rank",
         f"step       {step_s:.3g} s on {world} x {machine.name}: compute {compute_s:.3g} s at {machine.share:.0%} "
         f"of its peak, {carried / GIB:.3g} GiB sent per rank",
         f"time       {duration(step_s * steps)} for the whole run",

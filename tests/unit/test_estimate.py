@@ -16,13 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from lbr_dist.data.plan_base import PlannedSample, SampleRef
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import write_set
+from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
+from lbr_dist.model.backbone import load_config
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.estimate import communication, estimate
 from lbr_dist.training.flops import FlopCounter, peak_flops
 from lbr_dist.training.memory_model import MACHINES, Shape, copied_elements, memory, trained_elements
+from lbr_dist.training.preflight import check
 
 ZERO3 = {"stage": 3}
 SEVEN = Shape(layers=28, width=3584, query=3584, key=512, inner=18944, vocabulary=152064, tied=False)  # Qwen2.5-7B
@@ -148,6 +151,36 @@ def test_plan_of_a_recipe(prepared: dict[str, Any], tmp_path: Path) -> None:
     assert "4 x A100" in text
     assert found.step_s > 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_of_batches_of_one_domain_is_their_average(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    records = [
+        Record(
+            id=f"r{i}", question=f"what is {i}", answer=" ".join(["it is"] * (30 if i % 4 else 1) + [str(i)]), domain=d
+        )
+        for i in range(40)
+        for d in (["short", "long"][i % 4 > 0],)
+    ]
+    (tmp_path / "set").mkdir()
+    write_set(tmp_path / "set", {"cl": records}, Tokenization.load(str(tiny_model_dir())), name="plan")
+    recipe = make(
+        stage="contrastive",
+        model={"path": str(tiny_model_dir()), "dtype": "float32"},
+        data={"sets": [{"path": str(tmp_path / "set")}]},
+        contrastive={"homogeneous": "domain"},
+        batch={"global_batch": 10, "micro_tokens": 300},
+        output=str(tmp_path / "run"),
+    )
+    plan, machine = check(recipe, Environment(0, 1, 0, 1, None, "plan")).plan, MACHINES["cpu"]
+    counter = FlopCounter.of(load_config(str(tiny_model_dir()), 0), recipe)
+    batches = [plan.step(number).micro_batches(0, 1) for number in range(4)]
+    counts = [len(of_step) for of_step in batches]
+    assert plan.steps_per_epoch(0) == 4
+    assert min(counts) == 1 < max(counts)
+    flops = sum(counter.of_samples(micro.samples) for of_step in batches for micro in of_step) / 4
+    found = estimate(recipe, gpu="cpu")
+    assert found.step_s == pytest.approx(4 / 3 * flops / (machine.peak_flops * machine.share))
+    assert f"1 to {max(counts)} micro-batches per rank" in "\n".join(found.lines)
 
 
 def test_what_cannot_work_is_refused(prepared: dict[str, Any], tmp_path: Path) -> None:
