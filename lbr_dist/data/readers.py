@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from lbr_dist.data import beir, compressed
 from lbr_dist.data.csv_rows import csv_rows
 from lbr_dist.data.field_names import check_distinct
+from lbr_dist.data.formats import ENDING
 from lbr_dist.data.json_rows import Numbered, Row, json_lines, json_object, json_rows
 from lbr_dist.data.row_values import CONVERT, RowError, unseen
 from lbr_dist.data.sources import Part
@@ -86,6 +87,8 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
             with part.open() as file:
                 start = file.peek(32)[:32]  # type: ignore[attr-defined]
                 if foreign := _foreign(start):
+                    if foreign.startswith("is compressed") and ENDING.findall(part.name)[-1][1]:
+                        foreign = "is compressed twice: decompress it once"
                     raise UserError(f"{part.name}: the content {foreign}")
                 if part.format == "jsonl":
                     yield from json_lines(file)

@@ -328,6 +328,7 @@ def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
         ("a.txt", "one\ntwo\n".encode("utf-16-be"), "UTF-16BE"),
         ("a.jsonl", "{}\n".encode("utf-32"), "UTF-32"),
         ("a.jsonl", gzip.compress(b"{}", mtime=0), r"gzip: let its name end in \.gz"),
+        ("a.csv.gz", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "compressed twice: decompress it once"),
         ("a.jsonl", bz2.compress(b"{}"), r"bzip2: let its name end in \.bz2"),
         ("a.csv", lzma.compress(b"{}"), r"xz: let its name end in \.xz"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
