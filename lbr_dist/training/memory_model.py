@@ -134,17 +134,27 @@ class Memory:
 def trained_elements(shape: Shape, recipe: Recipe) -> int:
     """Elements that get gradients."""
     lora = recipe.model.lora
-    trained = recipe.bottleneck.count * shape.width
+    trained = recipe.bottleneck.count * shape.width + adapter_elements(shape, recipe)
     for name, inputs, outputs in shape.matrices():
         if name == "lm_head" and "generative" not in recipe.tasks:
             continue  # see LbrModel.freeze_head
         if lora is None or _trained_whole(name, lora.train_modules):
             trained += inputs * outputs
-        elif name.startswith(LAYERS) and (
-            isinstance(lora.target_modules, str) or any(name.endswith(f".{one}") for one in lora.target_modules)
-        ):
-            trained += lora.r * (inputs + outputs)
     return trained
+
+
+def adapter_elements(shape: Shape, recipe: Recipe) -> int:
+    """Elements of `model.lora`'s adapters, which stand beside the model's own."""
+    lora = recipe.model.lora
+    if lora is None:
+        return 0
+    return sum(
+        lora.r * (inputs + outputs)
+        for name, inputs, outputs in shape.matrices()
+        if name.startswith(LAYERS)
+        and not _trained_whole(name, lora.train_modules)
+        and (isinstance(lora.target_modules, str) or any(name.endswith(f".{one}") for one in lora.target_modules))
+    )
 
 
 def copied_elements(shape: Shape, recipe: Recipe) -> int:
@@ -191,7 +201,8 @@ def memory(
     """
     stage, size = int(zero["stage"]), 2 if recipe.model.dtype == "bfloat16" else 4
     host = machine.name == MACHINES["cpu"].name
-    total, trained = shape.total + copied_elements(shape, recipe), trained_elements(shape, recipe)
+    total = shape.total + copied_elements(shape, recipe) + adapter_elements(shape, recipe)
+    trained = trained_elements(shape, recipe)
     moments = 8 if recipe.optim.name == "adamw" else 0
     live = min(total, shape.per_layer * 2 + shape.table)  # what stage 3 holds gathered: two layers and the head
     weights = size * (total / world + live if stage == 3 else total)

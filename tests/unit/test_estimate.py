@@ -68,6 +68,8 @@ def test_counts_are_those_of_the_model(tiny_lbr: Callable[..., Any], family: str
     assert trained_elements(shape, recipe) == trained
     copies = (p.numel() for name, p in model.named_parameters() if p.dim() > 1 and "modules_to_save" in name)
     assert copied_elements(shape, recipe) == sum(copies)
+    held = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and name != "z")
+    assert memory(shape, recipe, MACHINES["h100"], world=1, zero={"stage": 0}, micro=8).weights == 2 * held
 
 
 def test_seven_billion() -> None:
