@@ -99,14 +99,19 @@ def _items(document: Mapping[str, Any]) -> list[Any]:
         counted = keys == _counted(len(keys)) or (_known(document) and all(key.isdecimal() for key in keys))
         if counted and all(list(value) == keys for value in values):
             return [dict(zip(document, row, strict=True)) for row in zip(*map(dict.values, values), strict=True)]
-        if not _known(document):
+        fields = sum(map(_recognised, document))  # of thousands of ids one may be "code" or "answer"
+        if 2 * fields < len(document):
             known = list(document) == _counted(len(document))  # numbers of rows, which another file has too
             return values if known else [{"id": name, **value} for name, value in document.items()]
     return [document]
 
 
 def _known(document: Mapping[str, Any]) -> bool:
-    return any(name.lower() in RECOGNISED for name in document)
+    return any(map(_recognised, document))
+
+
+def _recognised(name: str) -> bool:
+    return name.lower() in RECOGNISED
 
 
 def _counted(count: int) -> list[str]:

@@ -280,6 +280,14 @@ NUMBERED = {str(i): row for i, row in enumerate(PAIRS)}
         ({name: [row[name] for row in PAIRS] for name in PAIRS[0]}, PAIRS),
         (NUMBERED, PAIRS),
         ({f"pm{i}": row for i, row in NUMBERED.items()}, [{"id": f"pm{i}", **row} for i, row in NUMBERED.items()]),
+        (
+            {"code": PAIRS[0], "tort": PAIRS[1], "venue": PAIRS[2]},
+            [  # a glossary, one of whose terms is a field's name
+                {"id": "code", **PAIRS[0]},
+                {"id": "tort", **PAIRS[1]},
+                {"id": "venue", **PAIRS[2]},
+            ],
+        ),
         ({"questions": PAIRS}, PAIRS),
         (
             {"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": PAIRS}]}]},
