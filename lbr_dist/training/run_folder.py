@@ -13,8 +13,9 @@
     asked/            starts of Slurm jobs that were asked to stop
     mistakes/         starts of Slurm jobs that a rank, or the check of the nodes, ended for a mistake
 
-A folder belongs to one recipe. Going on with a changed one is refused unless the change cannot alter what the run would
-have been (logging, checkpointing, loader processes, memory layout), or the user allows the field by name.
+A folder belongs to one recipe, from the first step on. Going on with a changed one is refused unless the change cannot
+alter what the run would have been (logging, checkpointing, loader processes, memory layout), or the user allows the
+field by name.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 from lbr_dist.config import Recipe
 from lbr_dist.disk import sync
 from lbr_dist.errors import UserError
+from lbr_dist.logs import iterate_rows
 from lbr_dist.recipes import load_recipe, save_recipe
 
 RECIPE = "recipe.yaml"
@@ -75,6 +77,13 @@ def has_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
 
+def has_steps(folder: Path) -> bool:
+    """Whether a start of the run that claimed the folder came as far as a step."""
+    steps = (iterate_rows(file, holding=b'"step"') for file in (folder / "audit").glob("rank-*.jsonl"))
+    kept = folder / "checkpoints"
+    return (kept.is_dir() and any(kept.iterdir())) or any("step" in row for rows in steps for row in rows)
+
+
 def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = ()) -> list[str]:
     """Check that this recipe may write into its output folder; nothing is written.
 
@@ -106,6 +115,8 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
         if folder.is_dir() and any(path.name not in STARTED for path in folder.iterdir()):
             raise UserError(f"output {folder}: is not empty and holds no run of lbr; choose another output")
         return []
+    if not has_steps(folder):
+        return []  # a start that was refused told the user to change the recipe
     if resume == "never":
         raise UserError(f"output {folder}: holds a run already; choose another output, or drop --resume never")
     return check_same(folder, recipe, allow_change)

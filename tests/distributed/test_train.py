@@ -356,6 +356,11 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
         for part in expected:
             assert part in result.get("error", f"no error: {result}"), (part, result)
     assert not (folder / "x").exists()
+    stranger = recipe(folder / "z", *inputs, "contrastive", model={"start_from": both["lora"]["output"]})
+    mended = stranger | {"model": stranger["model"] | {"lora": {"r": 4}}, "duration": {"steps": 1}}
+    refused, done_now = run(folder, 1, [stranger, mended])  # the folder is that of the recipe that makes a step
+    assert "set model.path and model.lora as in that run" in refused["error"]
+    assert done_now == {"step": 1, "code": 0}
 
 
 def test_a_stall_between_two_rows_is_in_the_second(place: tuple[Path, Path, Path]) -> None:

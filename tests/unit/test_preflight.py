@@ -41,10 +41,13 @@ def test_ranks_must_agree_on_what_deepspeed_is_given(raw: dict[str, Any]) -> Non
     assert "(DeepSpeed file: zero_optimization.overlap_comm is True and not False)" in problem
 
 
-def test_a_folder_that_another_start_took_since_is_refused(raw: dict[str, Any]) -> None:
+def test_a_folder_that_another_start_took_since_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
     """Two starts look into the same new folder; the second one gets the lock when the first one is done."""
     late = check(parse_recipe(raw, "test"), ENVIRONMENT)
     claim(parse_recipe({**raw, "optim": {"lr": 1.0}}, "test"))
+    assert check(parse_recipe(raw, "test"), ENVIRONMENT)  # a start that made no step leaves nothing to lose
+    (tmp_path / "run" / "audit").mkdir()
+    (tmp_path / "run" / "audit" / "rank-1.jsonl").write_text('{"start":0}\n{"step":0,"epoch":0,"ids":[]}\n')
     with pytest.raises(UserError, match=r"holds another run \(optim\.lr was 1\.0 and is 0\.003"):
         _prepare(late, "auto")
 
