@@ -16,7 +16,7 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from lbr_dist.launch.ray_train import newest_checkpoint
-from lbr_dist.launch.ray_worker import CONTROLLER, RESUME, STARTED, is_ours
+from lbr_dist.launch.ray_worker import CONTROLLER, ENDED, RESUME, STARTED, is_ours
 from lbr_dist.training.signals import request_stop, stop_requested
 
 WAIT_S = 300.0
@@ -49,6 +49,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         self._first = False
         (self._attempt / RESUME).write_text(self._resume, encoding="utf-8")
         (self._attempt / STARTED).write_text("", encoding="utf-8")
+        (self._attempt / ENDED).unlink(missing_ok=True)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """Workers run from here on."""
@@ -67,4 +68,6 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         request_stop(self._run_dir, reason)
         deadline = time.monotonic() + WAIT_S
         while stop_requested(self._run_dir) == reason and time.monotonic() < deadline:
+            if (self._attempt / ENDED).exists():  # after its last step, or a failure: nobody answers
+                break
             time.sleep(0.2)

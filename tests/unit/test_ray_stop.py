@@ -204,6 +204,7 @@ class TestStopIsForOnesOwnRun:
         assert said[0] == ""
         assert said[1].startswith(f"process {os.getpid()} on ")
         assert ray_worker.is_ours(tmp_path, tmp_path)
+        assert (tmp_path / "ended").exists()
 
 
 class TestResize:
@@ -260,6 +261,16 @@ class TestResize:
         callback = Restarts(str(tmp_path), str(tmp_path), "auto")
         callback.after_worker_group_training_start(None)
         assert 0.3 <= self.decide(callback) < 60
+
+    def test_a_run_that_ends_meanwhile_is_not_waited_for(self, tmp_path: Path) -> None:
+        callback = Restarts(str(tmp_path), str(tmp_path), "auto")
+        callback.before_worker_group_start(None)
+        self.at_work(tmp_path)
+        callback.after_worker_group_training_start(None)
+        threading.Timer(0.5, (tmp_path / "ended").touch).start()
+        assert 0.5 <= self.decide(callback) < 60
+        callback.before_worker_group_start(None)
+        assert not (tmp_path / "ended").exists(), "the next workers are at work"
 
     @pytest.mark.parametrize(
         ("resume", "told"),
