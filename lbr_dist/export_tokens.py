@@ -32,7 +32,8 @@ def fixed_tokens(recipe: Recipe, tokens: int | None = None) -> int:
         )
     count = most if tokens is None else tokens
     if not least <= count <= most:
-        raise UserError(
-            f"--tokens {tokens}: this run's texts have {least} to {most} bottleneck tokens; choose among these"
-        )
+        have = f"{least} to {most} bottleneck tokens: choose among these"
+        if least == most:
+            have = f"{most} bottleneck token{'s' * (most > 1)}: leave it out"
+        raise UserError(f"--tokens {tokens}: this run's texts have {have}")
     return count

@@ -7,6 +7,7 @@ printed, so that a reader can put their own in.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -117,10 +118,11 @@ def _lines(
     )
     packing = f", packing {epoch.efficiency:.1%}" if recipe.stage == "generative" else ""
     steps = job.total_steps
+    of = "" if math.isinf(machine.memory_gib) else f" of {machine.memory_gib:g}"
     several = " to ".join(map(str, sorted({min(micros), max(micros)})))
     return [
         f"model      {shape.total / 1e6:,.1f}M parameters, {trained_elements(shape, recipe) / 1e6:,.1f}M trained",
-        f"memory     {need.total / GIB:.2f} GiB per rank of {machine.memory_gib:g} ({machine.name}, {regime}): {parts}",
+        f"memory     {need.total / GIB:.2f} GiB per rank{of} ({machine.name}, {regime}): {parts}",
         f"data       {epoch.samples:,} samples, {epoch.input_tokens:,} tokens an epoch{packing}",
         f"steps      {steps:,} ({epoch.steps:,} an epoch) of {recipe.batch.global_batch} "
         f"{'bins' if recipe.stage == 'generative' else 'pairs'}; {several} micro-batches per rank",
