@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 OTHER_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".npy", ".npz", ".arrow", ".feather", ".gz", ".zst")
 """What a reader would not open as Parquet."""
-VERSION = 5
+VERSION = 6
 """Raised when the same input and settings give other blocks, ids or texts: parts of two versions are not joined."""
 
 

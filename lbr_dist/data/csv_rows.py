@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -20,6 +21,8 @@ from lbr_dist.data.row_values import RowError
 
 SEPARATORS = ";\t|"
 """Taken for the comma of a CSV file (or the tab of a TSV file) whose header has none."""
+SAID = re.compile(r"sep=([^\w\s\"']|\t)\r?$", re.IGNORECASE)
+"""A first line in which Excel says what separates cells."""
 MOST = 1 << 23
 """Characters that a row of several lines may hold."""
 LEAST = 1 << 18
@@ -72,7 +75,7 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
 
     Args:
         file: buffered, at its beginning.
-        delimiter: what separates cells, unless the header has only one of `SEPARATORS`.
+        delimiter: what separates cells, unless the file says so (`SAID`), or the header has only one of `SEPARATORS`.
 
     Raises:
         ValueError: the header cannot be read, or names a field twice.
@@ -80,11 +83,15 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
     csv.field_size_limit(1 << 30)
     start = file.peek(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")  # type: ignore[attr-defined]
     header = start.split(b"\n", 1)[0].decode("utf-8", "replace")
-    if delimiter not in header:
+    if said := SAID.match(header):
+        delimiter = said[1]
+    elif delimiter not in header:
         delimiter = next((other for other in SEPARATORS if other in header), delimiter)
     lines = _Lines(io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=""))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
+        if said:
+            next(filter(any, reader))
         names = [name.strip() for name in next(filter(any, reader), [])]
     except csv.Error as error:
         raise ValueError(f"its header: {error}") from None

@@ -32,7 +32,7 @@ from lbr_dist.errors import UserError
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 9
+VERSION = 10
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 
 

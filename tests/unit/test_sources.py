@@ -328,6 +328,13 @@ def test_other_separators(tmp_path: Path, name: str, separator: str) -> None:
     assert [row for _, row in read(path, tmp_path)] == [{"question": "q, or not", "answer": "a"}]
 
 
+@pytest.mark.parametrize("separator", [";", ",", "|", "\t", "^"])
+def test_a_separator_that_excel_names_in_the_first_line(tmp_path: Path, separator: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"\ufeffsep={separator}\r\nquestion{separator}answer\r\n\r\nq: or not{separator}a\r\n".encode())
+    assert read(path, tmp_path) == [(4, {"question": "q: or not", "answer": "a"})]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
