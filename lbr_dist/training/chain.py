@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import load_recipe, override
-from lbr_dist.training.origin import check_settings
+from lbr_dist.training.origin import changed_model, check_settings
 
 if TYPE_CHECKING:
     from lbr_dist.training.preflight import Job
@@ -44,7 +44,8 @@ def load_next(first: Recipe, name: str, following: str) -> Recipe:
 
 
 def check_ahead(job: Job, *, resumes: bool) -> None:
-    """Check all that the run after this one names, but for the weights: its model, sets, DeepSpeed file and folder.
+    """Check all that the run after this one names, but for the weights: its model (which has to be this one's), sets,
+    DeepSpeed file and folder.
 
     Args:
         job: of this run.
@@ -59,6 +60,8 @@ def check_ahead(job: Job, *, resumes: bool) -> None:
     if job.then is None:
         return
     try:
+        if other := changed_model(Path(job.recipe.model.path), job.then, ()):
+            raise UserError(f"model {job.then.model.path}: its config.json is not that of this run ({other})")
         check(job.then, job.environment, ahead=True)
     except UserError as error:
         found = f"the run after this one, {job.then.output}, could not start: {error}"

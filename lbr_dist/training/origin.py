@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.config import Recipe
+from lbr_dist.config import Lora, Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.training.run_folder import covered, differences, load_run_recipe
 
@@ -33,14 +33,14 @@ def check_resumed_model(recipe: Recipe, resume: str, allow_change: Sequence[str]
         known = [Path(resume)] if resume != "never" else []
     # A damaged one is passed over, or refused, when all of it is read
     sound = next((path for path in known if is_sound(path, "model/config.json")), None)
-    if sound is not None and (other := _changed_model(sound / "model", recipe, allow_change)):
+    if sound is not None and (other := changed_model(sound / "model", recipe, allow_change)):
         raise UserError(
             f"model {recipe.model.path}: its config.json is not that of {sound} ({other}): restore it, choose "
             "another output, or allow it with --allow-change model.path"
         )
 
 
-def _changed_model(before: Path, recipe: Recipe, allow_change: Sequence[str]) -> str:
+def changed_model(before: Path, recipe: Recipe, allow_change: Sequence[str]) -> str:
     """In words, how the configuration in `model.path` differs from an earlier one; "" where it does not, or may."""
     from lbr_dist.model.backbone import load_config
 
@@ -62,7 +62,7 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
     assert recipe.model.start_from is not None
     start = resolve(Path(recipe.model.start_from), kinds={"extra"})  # on every rank; one of them reads it all later
     before = load_run_recipe(start)
-    if other := _changed_model(start / "model", recipe, allow_change):
+    if other := changed_model(start / "model", recipe, allow_change):
         raise UserError(
             f"model {recipe.model.path}: its config.json is not that of {start} ({other}): set model.path as there, or "
             "allow it with --allow-change model.path"
@@ -74,10 +74,12 @@ def check_settings(before: Recipe, recipe: Recipe, start: str) -> None:
     """Check that a run of the recipe `before` is one that a run of `recipe` can begin with.
 
     Raises:
-        UserError: bottleneck, scale of adapters or base of a learned temperature are others; both values are named, and
-            `start` names the first one.
+        UserError: bottleneck, adapters or base of a learned temperature are others; both values are named, and `start`
+            names the first one.
     """
     lora, old = recipe.model.lora, before.model.lora
+    if other := _other_adapters(old, lora):
+        raise UserError(f"model.lora {other} {start}: set it as there")
     if lora and old and lora.alpha / lora.r != old.alpha / old.r:
         raise UserError(
             f"model.lora.alpha is {lora.alpha:g} with r {lora.r}, but {start} has adapters of {old.alpha:g} with r "
@@ -106,6 +108,19 @@ def check_settings(before: Recipe, recipe: Recipe, start: str) -> None:
     if changed and _how_many(before) != _how_many(recipe):
         listed = "; ".join(f"{field} is {new!r} here and {old!r} there" for field, (old, new) in changed.items())
         raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
+
+
+def _other_adapters(before: Lora | None, now: Lora | None) -> str:
+    """In words, up to the name of the run before, why adapters have other weights; "" where they have the same."""
+    if before is None or now is None:
+        return "" if before is now else f"is {'not ' * (now is None)}set, and it is {'not ' * (before is None)}in"
+    for field in ("r", "target_modules", "train_modules"):
+        old, new = getattr(before, field), getattr(now, field)
+        if isinstance(old, str) or isinstance(new, str):
+            continue  # all layers can be listed by name, too
+        if (sorted(old) != sorted(new)) if isinstance(old, list) else old != new:
+            return f"has {field} {new!r}, and {field} {old!r} in"
+    return ""
 
 
 def origin(checkpoint: Path) -> dict[str, Any]:

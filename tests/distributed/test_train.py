@@ -340,6 +340,18 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
             ["model.lora.alpha is 8 with r 4", "32 with r 4", "0.25 times"],
         ),
         (
+            recipe(folder / "x", *inputs, model={"start_from": both["lora"]["output"]}),
+            ["model.lora is not set, and it is in", "lora"],
+        ),
+        (
+            recipe(folder / "x", *inputs, model={"start_from": done["output"], "lora": {"r": 4}}),
+            ["model.lora is set, and it is not in", "one"],
+        ),
+        (
+            recipe(folder / "x", *inputs, model={"start_from": both["lora"]["output"], "lora": {"r": 8, "alpha": 64}}),
+            ["model.lora has r 8, and r 4 in"],
+        ),
+        (
             recipe(folder / "x", folder / "edited", data, model={"start_from": done["output"]}),
             ["rms_norm_eps was", "and is 0.5", "set model.path as there", "--allow-change model.path"],
         ),
@@ -356,10 +368,11 @@ def test_refusals(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path
         for part in expected:
             assert part in result.get("error", f"no error: {result}"), (part, result)
     assert not (folder / "x").exists()
-    stranger = recipe(folder / "z", *inputs, "contrastive", model={"start_from": both["lora"]["output"]})
-    mended = stranger | {"model": stranger["model"] | {"lora": {"r": 4}}, "duration": {"steps": 1}}
-    refused, done_now = run(folder, 1, [stranger, mended])  # the folder is that of the recipe that makes a step
-    assert "set model.path and model.lora as in that run" in refused["error"]
+    clip.write_text(json.dumps({"zero_optimization": {"stge": 2}}))  # DeepSpeed itself refuses it
+    wrong = recipe(folder / "z", *inputs, deepspeed=str(clip))
+    mended = recipe(folder / "z", *inputs, optim={"lr": 1e-5}, duration={"epochs": None, "steps": 1})
+    refused, done_now = run(folder, 1, [wrong, mended])  # the folder is that of the recipe that makes a step
+    assert "stge" in refused["error"]
     assert done_now == {"step": 1, "code": 0}
 
 

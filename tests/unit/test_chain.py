@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,12 @@ ENVIRONMENT = Environment(0, 1, 0, 1, None, "test")
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Job]:
+def job(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
     """Makes a job of stage 1, followed by a stage 2 with these sections."""
     inputs = tiny_model_dir(), make_set(tmp_path / "set", tiny_model_dir())
+    monkeypatch.chdir(tmp_path)
+    wider = Path(shutil.copytree(inputs[0], "wider")) / "config.json"
+    wider.write_text(json.dumps({**json.loads(wider.read_text()), "hidden_size": 64}))
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(recipe(tmp_path / "one", *inputs)))
 
     def made(**sections: Any) -> Job:
@@ -41,6 +46,7 @@ def job(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Jo
         ({"data": {"sets": [{"path": "nowhere"}]}}, "nowhere: not a prepared set"),
         ({"model": {"path": "./nowhere"}}, "nowhere"),
         ({"deepspeed": "mine.json"}, "mine.json"),
+        ({"model": {"path": "wider"}}, "hidden_size was 32 and is 64"),
         ({"data": {"max_x_tokens": 600}}, "512 positions"),
         ({"batch": {"global_batch": 1}}, "a pair alone has no negatives"),
     ],
