@@ -114,13 +114,18 @@ def _other_adapters(before: Lora | None, now: Lora | None) -> str:
     """In words, up to the name of the run before, why adapters have other weights; "" where they have the same."""
     if before is None or now is None:
         return "" if before is now else f"is {'not ' * (now is None)}set, and it is {'not ' * (before is None)}in"
-    for field in ("r", "target_modules", "train_modules"):
+    if before.r != now.r:
+        return f"has r {now.r}, and r {before.r} in"
+    for field in ("target_modules", "train_modules"):
         old, new = getattr(before, field), getattr(now, field)
-        if isinstance(old, str) or isinstance(new, str):
-            continue  # all layers can be listed by name, too
-        if (sorted(old) != sorted(new)) if isinstance(old, list) else old != new:
+        # All layers can be listed by name, too, and a name can be longer than it has to
+        if not isinstance(old, str) and not isinstance(new, str) and _last_names(old) != _last_names(new):
             return f"has {field} {new!r}, and {field} {old!r} in"
     return ""
+
+
+def _last_names(modules: Sequence[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in modules}
 
 
 def origin(checkpoint: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -78,3 +79,30 @@ def test_a_run_that_is_there_already_is_another_one(job: Callable[..., Job], tmp
     (tmp_path / "two" / "thesis.txt").touch()
     with pytest.raises(UserError, match="two: is not empty and holds no run"):
         check_ahead(job(), resumes=False)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        ({"r": 4}, None, "model.lora is not set, and it is in one.yaml"),
+        (None, {"r": 4}, "model.lora is set, and it is not in one.yaml"),
+        ({"r": 4}, {"r": 8, "alpha": 64}, "model.lora has r 8, and r 4 in one.yaml"),
+        (
+            {"train_modules": ["embed_tokens"]},
+            {},
+            "model.lora has train_modules [], and train_modules ['embed_tokens']",
+        ),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["k_proj"]}, "has target_modules ['k_proj'], and"),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["self_attn.q_proj", "q_proj"]}, ""),
+        ({"target_modules": ["q_proj"]}, {}, ""),
+    ],
+)
+def test_adapters_are_those_of_the_weights(
+    one: dict[str, Any] | None, two: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
+    for stage, lora in (("generative", one), ("contrastive", two)):
+        raw = recipe(tmp_path / stage, tmp_path, tmp_path, stage, model={"lora": lora})
+        (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(raw))
+    first = load_recipe(tmp_path / "generative.yaml")
+    with pytest.raises(UserError, match=re.escape(message)) if message else contextlib.nullcontext():
+        load_next(first, "one.yaml", str(tmp_path / "contrastive.yaml"))
