@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from lbr_dist.config import Bottleneck, Duration, Recipe
 from lbr_dist.data.plan import ContrastivePlan, GenerativePlan, Plan, SampleRef, Source
-from lbr_dist.data.plan_contrastive import spread
+from lbr_dist.data.plan_contrastive import ContrastiveStep, spread
 from lbr_dist.data.plan_lengths import bottleneck_lengths
 from lbr_dist.data.plan_order import Stream, shuffled
 from lbr_dist.data.split_index import Ragged, SplitIndex
@@ -385,6 +387,22 @@ def test_steps_epochs_and_duration() -> None:
     assert plan.total_steps(Duration(epochs=1.25)) == 13
     assert plan.total_steps(Duration(epochs=0.1)) == 1
     assert plan.total_steps(Duration(steps=7)) == 7
+
+
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+def test_every_rank_knows_the_fullest_one_without_packing_them_all(
+    hard_negatives: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(make_recipe("contrastive", 97, contrastive={"hard_negatives": hard_negatives}), [make_index(300)])
+    pack, packed = ContrastiveStep._pack, list[int]()
+    monkeypatch.setattr(ContrastiveStep, "_pack", lambda *given: (packed.append(given[1]), pack(*given))[1])
+    for number, capacity in itertools.product(range(plan.steps_per_epoch(0)), (60, 64, 100, 150, 333, 5000)):
+        step = dataclasses.replace(plan.step(number), micro_tokens=capacity)
+        for world in (1, 2, 3, 8, 40, 200):
+            most = max(pack(step, rank, world)[2] for rank in range(world))
+            packed.clear()
+            assert len(step.micro_batches(world - 1, world)) == most
+            assert most > 1 or len(packed) <= 2  # its own, and the one of most tokens
 
 
 @pytest.mark.parametrize(
