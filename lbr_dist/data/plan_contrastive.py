@@ -65,7 +65,7 @@ class ContrastiveStep(StepPlan):
     def micro_batches(self, rank: int, world: int) -> list[MicroPlan]:
         """The texts of the rank's pairs, best fit into micro-batches; every rank gets as many as the fullest one."""
         texts, bin_N, own = self._pack(rank, world)
-        micros = [MicroPlan([], "contrastive") for _ in range(max(own, self._most_bins(world)))]
+        micros = [MicroPlan([], "contrastive") for _ in range(self._most_bins(rank, own, world))]
         for text, number in zip(texts, bin_N.tolist(), strict=True):
             micros[number].samples.append(text)
         return micros
@@ -78,20 +78,21 @@ class ContrastiveStep(StepPlan):
         """The record of each pair, in plan order."""
         return [texts[0].ref for texts in self.texts]
 
-    def _most_bins(self, world: int) -> int:
-        """Bins of the rank that needs most.
+    def _most_bins(self, rank: int, own: int, world: int) -> int:
+        """Bins of the rank that needs most, where `rank` needs `own`.
 
         Any two of best fit's bins hold more than one can, so n (n > 1) hold more than n / 2 full ones do: a rank
         of few tokens need not be packed to know that it has no more bins than another.
         """
         ends_N = np.cumsum([0, *(sum(text.tokens for text in texts) for texts in self.texts)])
-        slices = [self.pairs(rank, world) for rank in range(world)]
+        slices = [self.pairs(other, world) for other in range(world)]
         tokens_W = np.array([ends_N[part.stop] - ends_N[part.start] for part in slices])
-        most = 0
-        for rank in np.argsort(-tokens_W, kind="stable").tolist():
-            if 2 * tokens_W[rank] <= (most + 1) * self.micro_tokens and most:
+        most = max(own, 1)
+        for other in np.argsort(-tokens_W, kind="stable").tolist():
+            if 2 * tokens_W[other] <= (most + 1) * self.micro_tokens:
                 break
-            most = max(most, self._pack(rank, world)[2])
+            if other != rank:
+                most = max(most, self._pack(other, world)[2])
         return most
 
     def _pack(self, rank: int, world: int) -> tuple[list[PlannedSample], np.ndarray, int]:

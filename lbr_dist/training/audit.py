@@ -99,6 +99,11 @@ def last_attempt(run_dir: Path) -> int:
     return max((row["attempt"] for row in starts if "start" in row), default=0)  # a sample's id may be "attempt"
 
 
+def any_step(run_dir: Path) -> bool:
+    """Whether any rank logged a step."""
+    return any("step" in row for file in _files(run_dir) for row in iterate_rows(file, holding=b'"step"'))
+
+
 @dataclass
 class _Attempt:
     start: int

@@ -80,10 +80,10 @@ def check_settings(before: Recipe, recipe: Recipe, start: str) -> None:
     lora, old = recipe.model.lora, before.model.lora
     if other := _other_adapters(old, lora):
         raise UserError(f"model.lora {other} {start}: set it as there")
-    if lora and old and lora.alpha / lora.r != old.alpha / old.r:
+    if lora and old and lora.alpha != old.alpha:
         raise UserError(
             f"model.lora.alpha is {lora.alpha:g} with r {lora.r}, but {start} has adapters of {old.alpha:g} with r "
-            f"{old.r}, which would count {lora.alpha * old.r / lora.r / old.alpha:g} times: set them as there"
+            f"{old.r}, which would count {lora.alpha / old.alpha:g} times: set them as there"
         )
     now = recipe.contrastive
     learned = [made.stage != "generative" and made.contrastive.learn_temperature for made in (before, recipe)]

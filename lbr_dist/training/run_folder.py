@@ -31,8 +31,8 @@ from typing import Any
 from lbr_dist.config import Recipe
 from lbr_dist.disk import sync
 from lbr_dist.errors import UserError
-from lbr_dist.logs import iterate_rows
 from lbr_dist.recipes import load_recipe, save_recipe
+from lbr_dist.training.audit import any_step
 
 RECIPE = "recipe.yaml"
 UNFINISHED = f".{RECIPE}.tmp"
@@ -79,9 +79,8 @@ def has_run(folder: Path) -> bool:
 
 def has_steps(folder: Path) -> bool:
     """Whether a start of the run that claimed the folder came as far as a step."""
-    steps = (iterate_rows(file, holding=b'"step"') for file in (folder / "audit").glob("rank-*.jsonl"))
     kept = folder / "checkpoints"
-    return (kept.is_dir() and any(kept.iterdir())) or any("step" in row for rows in steps for row in rows)
+    return (kept.is_dir() and any(kept.iterdir())) or any_step(folder)
 
 
 def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = ()) -> list[str]:
