@@ -39,6 +39,8 @@ FOREIGN = {
 """First bytes of a text file that is none."""
 WIDE = ((0, 1, "UTF-16BE"), (1, 0, "UTF-16LE"))
 """Of two bytes of a text without a byte order mark: the one that is null, the one that is not, and the encoding."""
+START = 1 << 16
+"""Most bytes of a text file that tell how its lines end."""
 HEAD = 64
 """Bytes of a line that mostly tell whether it is blank."""
 LONGEST = 1 << 28
@@ -85,8 +87,8 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
             yield from _tar(part)
         else:
             with part.open() as file:
-                start = file.peek(32)[:32]  # type: ignore[attr-defined]
-                if foreign := _foreign(start):
+                start = file.peek(START)[:START]  # type: ignore[attr-defined]
+                if foreign := _foreign(start[:32]) or _old(start, part.format):
                     if foreign.startswith("is compressed") and ENDING.findall(part.name)[-1][1]:
                         foreign = "is compressed twice: decompress it once"
                     raise UserError(f"{part.name}: the content {foreign}")
@@ -114,6 +116,13 @@ def _foreign(start: bytes) -> str | None:
     for null, other, name in WIDE:  # as Windows writes it without a mark, each byte and null would be a character
         if len(start) > 3 and not any(start[null::2]) and all(start[other::2]):
             return f"is {name}: convert it to UTF-8 (iconv -f {name} -t UTF-8)"
+    return None
+
+
+def _old(start: bytes, form: str) -> str | None:
+    """What is wrong with the ends of lines: by carriage returns alone, a file of texts would be one text."""
+    if form in ("text", "jsonl") and b"\r" in start.rstrip(b"\r") and b"\n" not in start:
+        return "has lines that end in carriage returns alone, as old Macs wrote them: convert it (tr '\\r' '\\n')"
     return None
 
 

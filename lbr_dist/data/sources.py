@@ -145,7 +145,10 @@ def expand(source: Source, downloads: Path, passed_over: Counter[str] | None = N
         files = _matches(local) if re.search(r"[*?\[]", path) else []
     if not files:
         raise UserError(f"{path}: no such file, folder or glob with source files ({', '.join(FORMATS)})")
-    return [Part(str(file), format_of(file.name), file, source) for file in files]
+    return [
+        _dataset_part(source, str(file), file) if file.is_dir() else Part(str(file), format_of(file.name), file, source)
+        for file in files
+    ]
 
 
 def _matches(pattern: Path) -> list[Path]:
@@ -161,7 +164,7 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
-    """The source files in a folder and those in it, sorted, links followed; the others are counted.
+    """The source files and saved data sets in a folder and those in it, sorted, links followed; the others are counted.
 
     What is hidden is left aside, as are prepared sets (an earlier output) and .json files (settings and the like).
     """
@@ -179,6 +182,15 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(identity)
+        if (folder / "dataset_dict.json").is_file():
+            raise UserError(
+                f"{folder}: is a saved data set of several splits, in a folder of sources: name one by itself, as "
+                f"{folder}@train, and leave it out of that folder"
+            )
+        if _is_dataset(folder):
+            found.append(folder)
+            folders.clear()
+            continue
         if "qrels" in folders and find_beir(str(folder)) is not None:  # by file, its questions are texts to learn
             raise UserError(
                 f"{folder}: is a benchmark, in a folder of sources: name it by itself, as {folder}@SPLIT, or for its "

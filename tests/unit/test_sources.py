@@ -103,6 +103,19 @@ def test_saved_dataset_and_its_splits(tmp_path: Path, monkeypatch: pytest.Monkey
         read(f"{tmp_path}/three@test", tmp_path)
 
 
+def test_saved_dataset_in_a_folder_of_sources(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    root, one = tmp_path / "data", datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(str(root / "inner" / "one"))
+    (root / "z.jsonl").write_text('{"text": "last"}\n')
+    parts = expand(Source(str(root)), tmp_path)
+    assert [(part.base, part.format) for part in parts] == [("one", "datasets"), ("z.jsonl", "jsonl")]
+    assert [row for part in parts for _, row in rows(part)] == [*ROWS, {"text": "last"}]
+    datasets.DatasetDict({"train": one}).save_to_disk(str(root / "two"))
+    with pytest.raises(UserError, match=r"two: is a saved data set of several splits, .* as .*two@train, and leave it"):
+        expand(Source(str(root)), tmp_path)
+
+
 def test_a_saved_dataset_has_the_identity_of_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 1 << 30)  # HF_DATASETS_IN_MEMORY_MAX_SIZE
@@ -342,6 +355,8 @@ def test_a_separator_that_excel_names_in_the_first_line(tmp_path: Path, separato
         ("a.txt", "one\ntwo\n".encode("utf-16-le"), "UTF-16LE"),
         ("a.txt", "one\ntwo\n".encode("utf-16-be"), "UTF-16BE"),
         ("a.jsonl", "{}\n".encode("utf-32"), "UTF-32"),
+        ("a.txt", b"one\rtwo\rthree", r"carriage returns alone, .* \(tr '\\r' '\\n'\)"),
+        ("a.jsonl", b'{"text": "one"}\r{"text": "two"}\r', "carriage returns alone"),
         ("a.jsonl", gzip.compress(b"{}", mtime=0), r"gzip: let its name end in \.gz"),
         ("a.csv.gz", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "compressed twice: decompress it once"),
         ("a.jsonl", bz2.compress(b"{}"), r"bzip2: let its name end in \.bz2"),
