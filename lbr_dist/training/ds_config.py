@@ -8,6 +8,7 @@ torch, so that a wrong file is found before anything slow is imported.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,14 @@ def load_regime(recipe: Recipe, *, world: int, cuda: bool) -> Regime:
     if not isinstance(given, dict) or not isinstance(given.get("zero_optimization"), dict):
         raise UserError(f"deepspeed: {file}: expected an object with a zero_optimization section")
     return Regime(name, resolve(given, recipe, str(file), cuda=cuda), note)
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, if there is no GPU: looking for one, it prints that it found none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -> dict[str, Any]:

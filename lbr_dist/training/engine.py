@@ -25,7 +25,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.bottleneck import LbrModel
-from lbr_dist.training.ds_config import Regime
+from lbr_dist.training.ds_config import Regime, name_accelerator
 from lbr_dist.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def check_regime(regime: Regime) -> None:
     Raises:
         UserError: it does not take it.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    name_accelerator()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
@@ -145,8 +144,7 @@ def _import_deepspeed() -> Any:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    name_accelerator()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("LBR_DEEPSPEED_LOG", "ERROR"))

@@ -22,7 +22,7 @@ from lbr_dist.data.shards import file_xxh128
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.training.ds_config import Regime, load_regime
+from lbr_dist.training.ds_config import Regime, load_regime, name_accelerator
 from lbr_dist.training.origin import NOT_THE_MODEL, check_resumed_model, check_start
 from lbr_dist.training.run_folder import FOLDERS, SET_PATH, check_folder, covered, flat
 
@@ -182,10 +182,7 @@ def check_nvme(recipe: Recipe, regime: Regime) -> None:
 
 
 def _check_async_io(regime: Regime) -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    name_accelerator()
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("AsyncIOBuilder")
