@@ -7,6 +7,7 @@ ranks (stop, skip, which checkpoint) comes out of one collective call per step, 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -94,12 +95,13 @@ def train(
     from lbr_dist.training import preflight
     from lbr_dist.training.engine import lost_contact
 
-    job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change, then=then)
+    with _storage_named(run_dir):
+        job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change, then=then)
     tracking.start_log(run_dir, environment.rank)
     log.info("%s: %s", run_dir, environment.describe())
     signals = StopRequest(run_dir if environment.rank == 0 else None)
     watch = Watchdog(run_dir, environment.rank, recipe.step_timeout)
-    with _full_disk_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir) as lock:
+    with _storage_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir) as lock:
         from lbr_dist.training.session import start
 
         session = start(job, resume, lock, on_row, on_claim)
@@ -118,14 +120,19 @@ def train(
 
 
 @contextmanager
-def _full_disk_named(run_dir: Path) -> Iterator[None]:
+def _storage_named(run_dir: Path) -> Iterator[None]:
+    """A full disk, and what belongs to another user, are met by each further start as well."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in FULL:
+            remedy = "more can be written there"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            remedy = "this user may read and write there"
+        else:
             raise
         raise UserError(
-            f"{error.filename or run_dir}: {error.strerror}: see to it that more can be written there, and run again; "
+            f"{error.filename or run_dir}: {error.strerror}: see to it that {remedy}, and run again; "
             "the run goes on from its newest checkpoint"
         ) from error
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 import lbr_dist
 from lbr_dist.config import Recipe
+from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.model.attention import choose_backend
 from lbr_dist.model.backbone import DTYPES
@@ -26,7 +27,7 @@ from lbr_dist.training import run_folder
 from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.chain import check_ahead
 from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
-from lbr_dist.training.checkpoint_format import read_manifest
+from lbr_dist.training.checkpoint_format import checkpoints_folder, read_manifest
 from lbr_dist.training.engine import make_engine, start_distributed
 from lbr_dist.training.origin import check_resumed_model, origin, outdated
 from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, same_everywhere
@@ -240,6 +241,9 @@ def _prepare(job: Job, resume: str) -> Path | None:
         log.warning("%s: was started before, and has no checkpoint: from step 0", recipe.output)
     if checkpoint is None or not run_folder.has_run(Path(recipe.output)):
         run_folder.claim(recipe)
+    if checkpoint is None or read_manifest(checkpoint).step < job.total_steps:  # not found out at the first save
+        kept = checkpoints_folder(Path(recipe.output))
+        usable_folder(kept, str(kept), "see to it that this user can write there, or choose another output")
     return checkpoint
 
 

@@ -21,6 +21,7 @@ from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint import iterate_weights
+from lbr_dist.training.run_folder import claim
 from lbr_dist.training.signals import request_stop
 
 pytestmark = pytest.mark.timeout(1200)
@@ -133,6 +134,17 @@ def test_a_folder_that_is_taken_over_or_moved_under_a_run(place: tuple[Path, Pat
     assert "was moved or removed while the run was at work there; the weights of step 4 are" in results[0][1]["error"]
     assert (moved / "checkpoints/step-000004/recipe.yaml").is_file()
     assert len(losses(str(folder / "moved-away"))) == 4
+
+
+def test_checkpoints_that_cannot_be_written_are_named_before_the_first_step(place: tuple[Path, Path, Path]) -> None:
+    """They may be elsewhere, through a link; else the work up to the first save would be lost."""
+    folder, *inputs = place
+    raw = recipe(folder / "unwritable", *inputs)
+    claim(parse_recipe(raw, "test"))
+    (folder / "unwritable/checkpoints").symlink_to("/proc")  # where nobody makes a file, not even root
+    result = run(folder, 1, [raw])[0]
+    assert "unwritable/checkpoints: cannot be written (" in result["error"]
+    assert not (folder / "unwritable/audit").exists()
 
 
 def test_loss_goes_down(both: dict[str, dict[str, Any]]) -> None:
