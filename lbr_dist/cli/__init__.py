@@ -53,6 +53,11 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except PermissionError as error:  # a file of another user, anywhere in what a command was given
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}: see to it that this user may use it", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 def quiet() -> None:

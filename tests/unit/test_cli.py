@@ -1,6 +1,8 @@
 """The command line: answers at once, says one line and exits with 2 where the user is wrong."""
 
+import errno
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -63,6 +65,19 @@ def test_help_answers_within_a_second() -> None:
         subprocess.run([sys.executable, "-m", "lbr_dist", "--help"], capture_output=True, check=True, timeout=60)
         times.append(spent() - before)
     assert min(times) < 1.0
+
+
+def test_a_file_of_another_user_is_one_line(
+    tmp_path: Path, lbr: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.setattr(Path, "iterdir", closed)  # root, as whom tests may run, may read everything
+    done = lbr("checkpoint", "list", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/checkpoints: Permission denied: see to it that this user may use it\n"
 
 
 @pytest.mark.parametrize(
