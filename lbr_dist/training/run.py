@@ -169,7 +169,7 @@ class _Loop:
                 if asked:
                     who = self._stop.asked() or "a signal"
                     self._stop.obeyed()
-                    log.info("stopped by %s after step %d; run again to go on", who, s.done)
+                    log.info("stopped by %s after step %d%s", who, s.done, "" if last else "; run again to go on")
                     break
                 self._watchdog.alive(f"loading the samples of step {s.done + 1}")
         outcome = Outcome(Path(self._recipe.output), s.done, total)

@@ -147,6 +147,17 @@ def test_checkpoints_that_cannot_be_written_are_named_before_the_first_step(plac
     assert not (folder / "unwritable/audit").exists()
 
 
+def test_a_stop_after_the_last_step_asks_for_nothing_more(place: tuple[Path, Path, Path]) -> None:
+    folder, *inputs = place
+    raw = recipe(folder / "late", *inputs, duration={"epochs": None, "steps": 2})
+    stop = functools.partial(request_stop, folder / "late", "maintenance")
+    (result,) = run(folder, 1, [raw | {"train.on_row": functools.partial(after_step, 1, stop)}])
+    assert result == {"step": 2, "code": 0}
+    log = (folder / "late/log.txt").read_text()
+    assert "stopped by maintenance after step 2\n" in log
+    assert "run again" not in log
+
+
 def test_loss_goes_down(both: dict[str, dict[str, Any]]) -> None:
     for case in ("one", "two", "bf16"):
         found = losses(both[case]["output"])
