@@ -92,6 +92,7 @@ def train(
     began = time.monotonic()
     environment = environment or detect()
     run_dir = Path(recipe.output)
+    signals = StopRequest(run_dir if environment.rank == 0 else None)
     from lbr_dist.training import preflight
     from lbr_dist.training.engine import lost_contact
 
@@ -99,12 +100,17 @@ def train(
         job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change, then=then)
     tracking.start_log(run_dir, environment.rank)
     log.info("%s: %s", run_dir, environment.describe())
-    signals = StopRequest(run_dir if environment.rank == 0 else None)
+
+    def claimed() -> None:
+        signals.begin()
+        if on_claim is not None:
+            on_claim()
+
     watch = Watchdog(run_dir, environment.rank, recipe.step_timeout)
     with _storage_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir) as lock:
         from lbr_dist.training.session import start
 
-        session = start(job, resume, lock, on_row, on_claim)
+        session = start(job, resume, lock, claimed, on_row)
         log.info("ready after %s", tracking.duration(time.monotonic() - began))
         try:
             return _Loop(session, stop, watchdog).run()

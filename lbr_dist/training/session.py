@@ -33,7 +33,6 @@ from lbr_dist.training.origin import check_resumed_model, origin, outdated
 from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, same_everywhere
 from lbr_dist.training.random_state import random_state, restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
-from lbr_dist.training.signals import request_stop
 from lbr_dist.training.steps import Objective, make_objective
 from lbr_dist.training.tracking import Tracker
 
@@ -92,10 +91,10 @@ def start(
     job: Job,
     resume: str,
     lock: RunLock,
+    on_claim: Callable[[], object],
     on_row: Callable[[dict[str, Any]], None] | None = None,
-    on_claim: Callable[[], object] | None = None,
 ) -> Session:
-    """Bring the run to where it goes on; `on_row` and `on_claim` as for `train`. Collective.
+    """Bring the run to where it goes on; `on_claim` and `on_row` as for `train`. Collective.
 
     Raises:
         UserError: a damaged set, checkpoint or model, a checkpoint of another run, a run folder that is in use, or
@@ -105,8 +104,7 @@ def start(
     device = start_distributed(environment, recipe.step_timeout + 600)
     choose_backend(recipe.model.attention, device, DTYPES[recipe.model.dtype])  # refused before the load
     on_rank_zero(lock.take)
-    on_rank_zero(lambda: request_stop(Path(recipe.output), ""))  # what was asked of an earlier start
-    on_rank_zero(on_claim or (lambda: None))
+    on_rank_zero(on_claim)
     _check_agreement(job)
     on_rank_zero(lambda: check_ahead(job, resumes=resumes(recipe, resume)))
     on_all_ranks(lambda: deep_check(job))

@@ -25,6 +25,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from lbr_dist.disk import mark
+
 FILE = "stop"
 ASKED = "asked"
 REPEATED_S = 2.0
@@ -89,6 +91,7 @@ class StopRequest:
 
     def __init__(self, run_dir: Path | None = None) -> None:
         self._run_dir, self._signal = run_dir, FirstSignal()
+        self._older = mark(run_dir / FILE) if run_dir is not None else None
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}
 
@@ -97,6 +100,11 @@ class StopRequest:
         if not self._signal.asked and self._run_dir is not None:
             self._signal.asked = stop_requested(self._run_dir)
         return self._signal.asked
+
+    def begin(self) -> None:
+        """The folder is this run's now: what its file asked of an earlier start, before this was made, is forgotten."""
+        if self._run_dir is not None and mark(self._run_dir / FILE) == self._older:
+            request_stop(self._run_dir, "")
 
     def obeyed(self) -> None:
         """The run has stopped: its file asks for nothing more."""

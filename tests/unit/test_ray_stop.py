@@ -109,6 +109,20 @@ class TestStopFile:
             pass
         assert stop_requested(tmp_path) == "maintenance"
 
+    def test_of_what_stands_in_it_only_that_of_an_earlier_start_is_forgotten(self, tmp_path: Path) -> None:
+        """From its own beginning to the lock a start may take minutes."""
+        with StopRequest(tmp_path) as stop:
+            stop.begin()
+            assert (tmp_path / "stop").read_bytes() == b""  # there from now on
+        request_stop(tmp_path, "maintenance")
+        with StopRequest(tmp_path) as stop:
+            stop.begin()
+            assert stop.asked() == ""
+        with StopRequest(tmp_path) as stop:
+            request_stop(tmp_path, "another maintenance")
+            stop.begin()
+            assert stop.asked() == "another maintenance"
+
     def test_other_ranks_do_not_read_it(self, tmp_path: Path) -> None:
         with StopRequest() as stop:
             request_stop(tmp_path, "now")
