@@ -16,10 +16,12 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from lbr_dist.launch.ray_train import newest_checkpoint
-from lbr_dist.launch.ray_worker import CONTROLLER, ENDED, RESUME, STARTED, is_ours
+from lbr_dist.launch.ray_worker import CONTROLLER, RESUME, STARTED, is_ours
 from lbr_dist.training.signals import request_stop, stop_requested
 
 WAIT_S = 300.0
+POLL_S = 1.0
+"""How long the workers may take to say how they are."""
 
 
 class Restarts(ControllerCallback, WorkerGroupCallback):
@@ -33,7 +35,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
 
     def __init__(self, run_dir: str, attempt: str, resume: str) -> None:
         self._run_dir, self._attempt, self._resume = Path(run_dir), Path(attempt), resume
-        self._running = False
+        self._group: Any = None  # that runs
         self._first, self._before = True, newest_checkpoint(self._run_dir)
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -49,25 +51,28 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
         self._first = False
         (self._attempt / RESUME).write_text(self._resume, encoding="utf-8")
         (self._attempt / STARTED).write_text("", encoding="utf-8")
-        (self._attempt / ENDED).unlink(missing_ok=True)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """Workers run from here on."""
-        self._running = True
+        self._group = worker_group
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """They do not any more."""
-        self._running = False
+        self._group = None
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Let the workers save and stop, if there are any."""
-        running, self._running = self._running, False
-        if not (running and is_ours(self._run_dir, self._attempt)):
+        """Let the workers save and stop, if there are any.
+
+        Ray does not look after them meanwhile: where all have ended, or one failed or was lost, nobody answers.
+        """
+        group, self._group = self._group, None
+        if group is None or not is_ours(self._run_dir, self._attempt):
             return  # maybe they still wait for the lock, and the run at work there is another submission's
         reason = f"a resize to {resize_decision.num_workers} workers"
         request_stop(self._run_dir, reason)
         deadline = time.monotonic() + WAIT_S
         while stop_requested(self._run_dir) == reason and time.monotonic() < deadline:
-            if (self._attempt / ENDED).exists():  # after its last step, or a failure: nobody answers
+            status = group.poll_status(POLL_S)
+            if status.finished or status.errors:
                 break
             time.sleep(0.2)

@@ -16,8 +16,6 @@ from lbr_dist.environment import Environment
 
 STARTED = "started"
 """File in the attempt's folder: which holder of the run folder's lock rank 0 is; empty until it holds it."""
-ENDED = "ended"
-"""File in the attempt's folder: rank 0 is done, however it ended."""
 RESUME = "resume"
 """File in the attempt's folder: what these workers resume from."""
 CONTROLLER = "controller"
@@ -46,20 +44,15 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     from lbr_dist.training.run_lock import holder
 
     started, run_dir = Path(config["attempt"]) / STARTED, Path(config["recipe"]["output"])
-    try:
-        outcome = train(
-            parse_recipe(config["recipe"], "the driver's recipe"),
-            resume=(Path(config["attempt"]) / RESUME).read_text(encoding="utf-8"),
-            allow_change=config["allow_change"],
-            then=config["then"] and parse_recipe(config["then"], "the driver's second recipe"),
-            environment=environment,
-            on_row=Gauges(config["recipe"]["output"]) if environment.rank == 0 else None,
-            on_claim=lambda: started.write_text(holder(run_dir), encoding="utf-8"),
-        )
-    finally:
-        if environment.rank == 0:
-            with contextlib.suppress(OSError):  # a full disk is told by what is under way
-                (Path(config["attempt"]) / ENDED).touch()
+    outcome = train(
+        parse_recipe(config["recipe"], "the driver's recipe"),
+        resume=(Path(config["attempt"]) / RESUME).read_text(encoding="utf-8"),
+        allow_change=config["allow_change"],
+        then=config["then"] and parse_recipe(config["then"], "the driver's second recipe"),
+        environment=environment,
+        on_row=Gauges(config["recipe"]["output"]) if environment.rank == 0 else None,
+        on_claim=lambda: started.write_text(holder(run_dir), encoding="utf-8"),
+    )
     return {"step": outcome.step, "total_steps": outcome.total_steps, "exit_code": outcome.exit_code}
 
 
