@@ -35,7 +35,7 @@ PARTS = (
     ("checksums of the shards", "lbr_dist.training.session", "deep_check"),
     ("model load", "lbr_dist.model.bottleneck", "LbrModel.build"),
     ("DeepSpeed engine", "lbr_dist.training.session", "make_engine"),
-    ("checkpoint: verify", "lbr_dist.training.session", "_prepare"),
+    ("checkpoint: verify", "lbr_dist.training.session", "choose"),
     ("checkpoint: load", "lbr_dist.training.checkpoint", "Checkpointer.load"),
     ("first step", "lbr_dist.training.run", "_Loop._step"),
 )

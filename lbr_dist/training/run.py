@@ -248,8 +248,9 @@ class _Loop:
         return failed
 
     def _save(self, wait: bool) -> None:
+        from lbr_dist.training.collective import on_rank_zero
+        from lbr_dist.training.position import loop_state
         from lbr_dist.training.random_state import random_state
-        from lbr_dist.training.session import loop_state, on_rank_zero
 
         s = self._s
         there = on_rank_zero(s.lock.check)

@@ -11,14 +11,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-import lbr_dist
 from lbr_dist.config import Recipe
-from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.model.attention import choose_backend
 from lbr_dist.model.backbone import DTYPES
@@ -26,12 +24,13 @@ from lbr_dist.recipes import recipe_text
 from lbr_dist.training import run_folder
 from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.chain import check_ahead
-from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, start_from, verify
-from lbr_dist.training.checkpoint_format import checkpoints_folder, read_manifest
+from lbr_dist.training.checkpoint import Checkpointer, start_from
+from lbr_dist.training.collective import on_all_ranks, on_rank_zero
 from lbr_dist.training.engine import make_engine, start_distributed
-from lbr_dist.training.origin import check_resumed_model, origin, outdated
+from lbr_dist.training.origin import origin
+from lbr_dist.training.position import choose, go_back
 from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, same_everywhere
-from lbr_dist.training.random_state import random_state, restore_random_state, seed_rank
+from lbr_dist.training.random_state import restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.steps import Objective, make_objective
 from lbr_dist.training.tracking import Tracker
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 log = logging.getLogger("lbr")
-Result = TypeVar("Result")
 
 MODEL_FILES = (
     "config.json",
@@ -108,7 +106,7 @@ def start(
     _check_agreement(job)
     on_rank_zero(lambda: check_ahead(job, resumes=resumes(recipe, resume)))
     on_all_ranks(lambda: deep_check(job))
-    checkpoint = on_rank_zero(lambda: _prepare(job, resume))
+    checkpoint = on_rank_zero(lambda: choose(job, resume))
     on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))
     log.info(
         "DeepSpeed %s, stage %d%s", job.regime.name, job.regime.stage, f" ({job.regime.note})" * bool(job.regime.note)
@@ -127,7 +125,7 @@ def start(
         restore_random_state(own)
     if checkpoint is not None and state["step"] < job.total_steps:  # else what was run stays on record
         if resume != "auto":
-            _go_back(job, checkpoint, checkpointer, state)
+            go_back(job, checkpoint, checkpointer, state)
         on_rank_zero(lambda: run_folder.claim(recipe))
     attempt = on_rank_zero(lambda: last_attempt(Path(recipe.output)) + 1)
     tracker = None
@@ -171,136 +169,6 @@ def _check_agreement(job: Job) -> None:
     dist.all_gather_object(found, same_everywhere(job))
     if problem := disagreement(found):
         raise UserError(problem)
-
-
-def on_rank_zero(function: Callable[[], Result]) -> Result:
-    """Run a function on rank 0 and give its result, or its `UserError`, to every rank. Collective."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = function()
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
-
-
-def on_all_ranks(function: Callable[[], None]) -> None:
-    """Run a function on every rank; if it raises a `UserError` on some, the first one is raised on all. Collective."""
-    error = None
-    try:
-        function()
-    except UserError as raised:
-        error = str(raised)
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise UserError(found)
-
-
-def _prepare(job: Job, resume: str) -> Path | None:
-    """Rank 0, with the lock: choose the checkpoint to go on from, and claim a folder that has no run yet."""
-    recipe = job.recipe
-    for change in run_folder.check_folder(recipe, resume=resume, allow_change=job.allow_change):
-        log.info("changed since the last start: %s", change)
-    check_resumed_model(recipe, resume, job.allow_change)
-    for entry in (*job.plan.too_long, *job.plan.notes):
-        log.info("%s", entry)
-    if job.plan.steps_per_epoch(0) == 1:
-        count, samples = recipe.batch.global_batch, job.plan.summary(0).samples
-        log.warning("an epoch is a single step: batch.global_batch=%d takes all its %d samples at once", count, samples)
-    checkpoint: Path | None = None
-    reasons: list[str] = []
-    if resume not in ("auto", "never"):
-        checkpoint = Path(resume)
-        problems = verify(checkpoint)
-        if problems:
-            raise UserError(f"--resume {resume}: cannot be resumed from: {'; '.join(problems)}")
-        run_folder.check_same(checkpoint, recipe, job.allow_change)
-    elif resume == "auto" and run_folder.has_run(Path(recipe.output)):
-        checkpoint, reasons = find_resumable(recipe.output)
-    for reason in reasons:
-        log.warning("passed over %s", reason)
-    if checkpoint is None and list_checkpoints(recipe.output):
-        raise UserError(
-            f"{recipe.output}: none of its checkpoints can be used ({'; '.join(reasons)}): if their storage comes "
-            "back, run again then; to start over from step 0, move the folder checkpoints/ away"
-        )
-    if checkpoint is not None:
-        _check_plan(job, checkpoint)
-        _check_versions(checkpoint)
-        log.info("resuming from %s", checkpoint)
-        if other := outdated(recipe, checkpoint):
-            log.warning("%s", other)
-    elif resume == "auto" and last_attempt(Path(recipe.output)):
-        log.warning("%s: was started before, and has no checkpoint: from step 0", recipe.output)
-    if checkpoint is None or not run_folder.has_run(Path(recipe.output)):
-        run_folder.claim(recipe)
-    if checkpoint is None or read_manifest(checkpoint).step < job.total_steps:  # not found out at the first save
-        kept = checkpoints_folder(Path(recipe.output))
-        usable_folder(kept, str(kept), "see to it that this user can write there, or choose another output")
-    return checkpoint
-
-
-def _go_back(job: Job, checkpoint: Path, checkpointer: Checkpointer, state: dict[str, Any]) -> None:
-    """Save what was loaded again, if the folder has anything newer. Collective.
-
-    Rows of later steps are dropped next; a start that is killed before its first save would otherwise be forgotten.
-    """
-
-    def needed() -> bool:
-        newest = next((path for path, manifest in list_checkpoints(job.recipe.output) if manifest), None)
-        return newest is None or not checkpoint.samefile(newest)
-
-    if on_rank_zero(needed):
-        checkpointer.save(state["step"], loop_state(job, **state), rank_state=random_state(), wait=True)
-
-
-def loop_state(
-    job: Job,
-    *,
-    step: int,
-    samples: int,
-    skipped: int,
-    wandb_id: str | None,
-    began_with: dict[str, Any] | None = None,
-    **_: Any,
-) -> dict[str, Any]:
-    """What a checkpoint says of the loop, of where it began, and of the plan that it follows."""
-    identity = {key: str(value) for key, value in job.plan.identity.items()}
-    done = {"step": step, "samples": samples, "skipped": skipped, "wandb_id": wandb_id, "began_with": began_with}
-    return {**done, "plan": job.plan.fingerprint, "identity": identity}
-
-
-def _check_plan(job: Job, checkpoint: Path) -> None:
-    """The checkpoint must have been trained on this plan."""
-    state = read_manifest(checkpoint).state
-    if state["plan"] == job.plan.fingerprint:
-        return
-    now = {key: str(value) for key, value in job.plan.identity.items()}
-    differing = [key for key in sorted({*now, *state["identity"]}) if now.get(key) != state["identity"].get(key)]
-    if all(run_folder.covered(key, job.allow_change) for key in differing):
-        log.warning("the data order changed (%s), as allowed", ", ".join(differing))
-        return
-    listed = "; ".join(f"{key} was {state['identity'].get(key)} and is {now.get(key)}" for key in differing)
-    raise UserError(
-        f"{checkpoint}: the order of the data changed since ({listed}), so samples would be repeated or left out: set "
-        "the recipe's fields back, restore the prepared sets, start a new run, or allow it with "
-        + " ".join(f"--allow-change {key}" for key in differing)
-    )
-
-
-def _check_versions(checkpoint: Path) -> None:
-    """Say what else changed. The data order and the shapes are compared by themselves, so this refuses nothing."""
-    import deepspeed
-
-    now = {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    for name, before in read_manifest(checkpoint).versions.items():
-        if now.get(name) != before:
-            log.warning("%s was %s and is now %s: losses may differ in the last digits", name, before, now.get(name))
 
 
 def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> Path:

@@ -22,6 +22,7 @@ import pytest
 from slurm_cluster import PROJECT, SlurmCluster, wait_for
 
 from lbr_dist.launch.ray_cluster import make_token
+from lbr_dist.launch.ray_resize import WAIT_S
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe, save_recipe
 from lbr_dist.training.audit import audit
@@ -201,7 +202,7 @@ def calm(ray: RayCluster, recipe: Callable[..., Path]) -> list[dict[str, Any]]:
 def test_a_killed_worker_a_lost_node_and_its_return(
     ray: RayCluster, recipe: Callable[..., Path], calm: list[dict[str, Any]]
 ) -> None:
-    """Scenario 4."""
+    """Scenario 4, and once more, but that rank 0 is killed while it is asked to save before the run grows."""
     run, log = ray.folder / "runs" / "held", ray.folder / "job.log"
     ray.hold(5)
     job = ray.begin(
@@ -233,7 +234,19 @@ def test_a_killed_worker_a_lost_node_and_its_return(
         ray.hold(13)
         until(13, 3)
         ray.recover("n3")
-        wait_for(lambda: len(starts(run)) == 4, 240, lambda: log.read_text(errors="replace")[-6000:])
+        ray.hold(17)
+        until(17, 4)
+        ray.lose("n3")
+        ray.hold(19)
+        until(19, 5)
+        (ray.folder / "gate" / "deaf").touch()
+        ray.recover("n3")
+        wait_for(lambda: (run / "stop").read_text() == "a resize to 3 workers", 120, lambda: log.read_text()[-6000:])
+        address = re.findall(rf"meeting at {SUBNET}\.(\d)", (run / "log.txt").read_text())[-1]
+        ray.kill_worker(f"n{address}")  # rank 0, which was asked
+        (ray.folder / "gate" / "deaf").unlink()
+        assert WAIT_S >= 300
+        wait_for(lambda: len(starts(run)) == 6, 240, lambda: log.read_text(errors="replace")[-6000:])
         ray.hold(STEPS)
         assert job.wait(240) == 0, log.read_text(errors="replace")[-6000:]
     finally:
@@ -241,8 +254,8 @@ def test_a_killed_worker_a_lost_node_and_its_return(
         ray.hold(STEPS)
 
     found = starts(run)
-    assert [row["world"] for row in found] == [3, 3, 2, 3]
-    assert [row["start"] for row in found[:3]] == [0, 4, 8]  # the newest committed checkpoint
+    assert [row["world"] for row in found] == [3, 3, 2, 3, 2, 3]
+    assert [row["start"] for row in [*found[:3], *found[4:]]] == [0, 4, 8, 16, 18]  # the newest committed checkpoint
     assert found[3]["start"] in (14, 15), "the return of a node costs no step: the run saved before it grew"
     result = audit(run)
     assert result.problems == []

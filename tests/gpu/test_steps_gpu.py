@@ -24,10 +24,10 @@ from lbr_dist.model.surprisal import Scorer
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.objectives.infonce import info_nce
 from lbr_dist.training.checkpoint_writer import GlooTeam
+from lbr_dist.training.collective import on_all_ranks, on_rank_zero
 from lbr_dist.training.engine import start_distributed
 from lbr_dist.training.gradcache import prepare
 from lbr_dist.training.random_state import random_state, restore_random_state
-from lbr_dist.training.session import on_all_ranks, on_rank_zero
 from lbr_dist.training.weights import pack_rank_state, read_rank_state
 
 DEVICE = "cuda"

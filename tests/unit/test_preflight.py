@@ -15,9 +15,9 @@ from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe
 from lbr_dist.training.ds_config import Regime
+from lbr_dist.training.position import choose
 from lbr_dist.training.preflight import check, disagreement, same_everywhere
 from lbr_dist.training.run_folder import claim
-from lbr_dist.training.session import _prepare
 
 ENVIRONMENT = Environment(0, 2, 0, 2, None, "test")
 
@@ -49,7 +49,7 @@ def test_a_folder_that_another_start_took_since_is_refused(raw: dict[str, Any], 
     (tmp_path / "run" / "audit").mkdir()
     (tmp_path / "run" / "audit" / "rank-1.jsonl").write_text('{"start":0}\n{"step":0,"epoch":0,"ids":[]}\n')
     with pytest.raises(UserError, match=r"holds another run \(optim\.lr was 1\.0 and is 0\.003"):
-        _prepare(late, "auto")
+        choose(late, "auto")
 
 
 def test_a_model_folder_that_lies_about_is_not_resumed_from(

@@ -23,14 +23,14 @@ SAVES = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from lbr_dist.training import run, session, watchdog
+from lbr_dist.training import collective, run, watchdog
 from lbr_dist.training.random_state import random_state
 watchdog.START_S = watchdog.GRACE_S = 0.5
 
 def slow(*_, **__):
     time.sleep(5)
 
-session.on_rank_zero = lambda function: function()
+collective.on_rank_zero = lambda function: function()
 saved = SimpleNamespace(wait=slow, save=slow)
 job = SimpleNamespace(plan=SimpleNamespace(fingerprint="", identity={}))
 loop = object.__new__(run._Loop)
