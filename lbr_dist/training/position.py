@@ -24,7 +24,12 @@ log = logging.getLogger("lbr")
 
 
 def choose(job: Job, resume: str) -> Path | None:
-    """Rank 0, with the lock: choose the checkpoint to go on from, and claim a folder that has no run yet."""
+    """The checkpoint to go on from, None for step 0; a folder that has no run yet is claimed. On rank 0, with the lock.
+
+    Raises:
+        UserError: the folder holds another run, or checkpoints of which none can be used, or cannot be written; or the
+            checkpoint is of another model or plan.
+    """
     recipe = job.recipe
     for change in run_folder.check_folder(recipe, resume=resume, allow_change=job.allow_change):
         log.info("changed since the last start: %s", change)
