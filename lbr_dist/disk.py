@@ -25,6 +25,8 @@ log = logging.getLogger("lbr")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of a disk that takes no more, whatever is written."""
+DENIED = (errno.EACCES, errno.EPERM)
+"""Errors of a file or folder that this user may not use."""
 
 
 def sync(path: Path) -> None:

@@ -182,12 +182,12 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(identity)
-        if (folder / "dataset_dict.json").is_file():
-            raise UserError(
-                f"{folder}: is a saved data set of several splits, in a folder of sources: name one by itself, as "
-                f"{folder}@train, and leave it out of that folder"
-            )
         if _is_dataset(folder):
+            if "dataset_dict.json" in names:
+                raise UserError(
+                    f"{folder}: is a saved data set of several splits, in a folder of sources: name one by itself, as "
+                    f"{folder}@train, and leave it out of that folder"
+                )
             found.append(folder)
             folders.clear()
             continue

@@ -9,7 +9,6 @@ arrive when its caches expire and a dead rank is a time-out to be guessed.
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lbr_dist.disk import FULL, mark, sync
+from lbr_dist.disk import DENIED, FULL, mark, sync
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
@@ -30,7 +29,7 @@ from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
 
 log = logging.getLogger("lbr")
 
-MENDABLE = (*FULL, errno.EACCES, errno.EPERM)
+MENDABLE = (*FULL, *DENIED)
 """What a restart meets again, and the user can mend; anything else may be storage that comes back."""
 SLOWEST_WRITE = timedelta(hours=2)
 """How long a rank waits for the others' files; a rank that died is noticed at once."""

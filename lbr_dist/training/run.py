@@ -7,7 +7,6 @@ ranks (stop, skip, which checkpoint) comes out of one collective call per step, 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.config import Recipe
-from lbr_dist.disk import FULL
+from lbr_dist.disk import DENIED, FULL
 from lbr_dist.environment import Environment, detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.training import tracking
@@ -133,7 +132,7 @@ def _storage_named(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             remedy = "more can be written there"
-        elif error.errno in (errno.EACCES, errno.EPERM):
+        elif error.errno in DENIED:
             remedy = "this user may read and write there"
         else:
             raise

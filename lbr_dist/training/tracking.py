@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lbr_dist.config import Recipe
-from lbr_dist.disk import FULL
+from lbr_dist.disk import DENIED, FULL
 from lbr_dist.errors import UserError
 from lbr_dist.logs import read_rows
 
@@ -29,8 +29,7 @@ PLAIN_SECONDS = 5.0
 
 NO_PLACE = {
     *FULL,
-    errno.EACCES,
-    errno.EPERM,
+    *DENIED,
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EEXIST,
