@@ -6,7 +6,6 @@ that is made for one block, by whichever process; `TextTable` joins them in orde
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -86,15 +85,15 @@ class BadRows:
         ordered = sorted(self.counts.items(), key=lambda item: -item[1])
         return "; ".join(f"{count} {reason} (first: {self.first[reason]})" for reason, count in ordered)
 
-    def to_json(self) -> bytes:
-        """For `from_json`."""
-        return json.dumps(vars(self)).encode()
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, for `from_dict`."""
+        return vars(self)
 
     @classmethod
-    def from_json(cls, data: bytes) -> BadRows:
-        """Inverse of `to_json`."""
+    def from_dict(cls, values: Mapping[str, Any]) -> BadRows:
+        """Inverse of `to_dict`."""
         bad = cls()
-        vars(bad).update(json.loads(data))
+        vars(bad).update(values)
         return bad
 
 

@@ -14,12 +14,13 @@ import numpy as np
 from lbr_dist.data.collect import NO_ENTITY, BadRows, Numbers, Texts, compared_texts
 from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.field_names import listed
-from lbr_dist.data.first_pass import DigestRows, FirstPass, PartJob, first_pass
+from lbr_dist.data.first_pass import DigestRows, FirstPass, first_pass
 from lbr_dist.data.isolation import Containment, HoldsTarget, crossings
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.proof import prove
 from lbr_dist.data.readers import rows
 from lbr_dist.data.record import batches
+from lbr_dist.data.row_blocks import PartJob
 from lbr_dist.data.second_pass import WriteShard, write_shards
 from lbr_dist.data.shard_writer import write_manifest
 from lbr_dist.data.sources import Part, printable

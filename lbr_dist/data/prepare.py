@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from lbr_dist.data.entity import Entity
 from lbr_dist.data.execute import Executor, current
 from lbr_dist.data.field_names import check_fields
-from lbr_dist.data.first_pass import BLOCK_CHARACTERS, BLOCK_ROWS
 from lbr_dist.data.pipeline import Pipeline, Settings
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
+from lbr_dist.data.row_blocks import BLOCK_CHARACTERS, BLOCK_ROWS, TOGETHER
 from lbr_dist.data.sources import Part, Source, expand, printable
 from lbr_dist.data.split import SIDES, parse_sizes
 from lbr_dist.disk import mark
@@ -166,7 +166,7 @@ def prepare(
         done = finished(place, origin, overwrite, partial(_difference, new=origin))
         if done is not None:
             return PrepareReport(Path(out), done, unchanged=True)
-        folder = resumable(work.absolute(), {**origin, "blocks": [BLOCK_ROWS, BLOCK_CHARACTERS]})
+        folder = resumable(work.absolute(), {**origin, "blocks": [BLOCK_ROWS, BLOCK_CHARACTERS, TOGETHER]})
         pipeline = Pipeline(folder, settings, tokens, origin, progress, executor or current())
         report = pipeline.run(parts, outside, passed_over, partial(_check_unchanged, before))
         publish(folder / "set", place)

@@ -183,10 +183,10 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
             continue
         seen.add(identity)
         if _is_dataset(folder):
-            if "dataset_dict.json" in names:
+            if splits := _splits(folder):
                 raise UserError(
-                    f"{folder}: is a saved data set of several splits, in a folder of sources: name one by itself, as "
-                    f"{folder}@train, and leave it out of that folder"
+                    f"{folder}: is a saved data set with the splits {', '.join(splits)}, in a folder of sources: name "
+                    f"one by itself, as {folder}@{splits[0]}, and leave it out of that folder"
                 )
             found.append(folder)
             folders.clear()
@@ -228,6 +228,14 @@ def _is_dataset(folder: Path) -> bool:
     """Whether `datasets` saved it, asked as `load_from_disk` asks: other tools have a state.json too."""
     parts = [(folder / name).is_file() for name in ("dataset_info.json", "state.json")]
     return all(parts) or (folder / "dataset_dict.json").is_file()
+
+
+def _splits(folder: Path) -> list[str]:
+    """Names of the splits of a saved data set of several; without any where it is of one, or damaged."""
+    try:
+        return [str(name) for name in json.loads((folder / "dataset_dict.json").read_bytes())["splits"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def _beir_part(source: Source, folder: Path, split: str) -> Part:

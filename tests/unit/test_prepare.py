@@ -628,7 +628,7 @@ def test_real_tokenizer(tiny_model_dir: Callable[..., Path], sources: list[str],
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "BATCH_CHARACTERS", 20_000)
     monkeypatch.setattr("lbr_dist.data.minhash._WORD_CHUNK", 1 << 14)
-    monkeypatch.setattr("lbr_dist.data.first_pass.BLOCK_CHARACTERS", 20_000)
+    monkeypatch.setattr("lbr_dist.data.row_blocks.BLOCK_CHARACTERS", 20_000)
     rng = random.Random(0)
     sizes, peaks = [], []
     for words in (20, 20, 1500):  # the first run also imports and fills tables

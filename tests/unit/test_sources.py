@@ -111,8 +111,8 @@ def test_saved_dataset_in_a_folder_of_sources(tmp_path: Path) -> None:
     parts = expand(Source(str(root)), tmp_path)
     assert [(part.base, part.format) for part in parts] == [("one", "datasets"), ("z.jsonl", "jsonl")]
     assert [row for part in parts for _, row in rows(part)] == [*ROWS, {"text": "last"}]
-    datasets.DatasetDict({"train": one}).save_to_disk(str(root / "two"))
-    with pytest.raises(UserError, match=r"two: is a saved data set of several splits, .* as .*two@train, and leave it"):
+    datasets.DatasetDict({"dev": one, "hard": one}).save_to_disk(str(root / "two"))
+    with pytest.raises(UserError, match=r"two: is a saved .* splits dev, hard, .* as .*two@dev, and leave it"):
         expand(Source(str(root)), tmp_path)
 
 
