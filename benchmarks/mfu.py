@@ -31,8 +31,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks import lengths
 from benchmarks.common import SHAPES, add_options, clock, head, random_model, save, table, title
 from lbr_dist.config import Bottleneck, Recipe
-from lbr_dist.data.packing import best_fit
-from lbr_dist.data.plan_base import PlannedSample, SampleRef
+from lbr_dist.data.plan.base import PlannedSample, SampleRef
+from lbr_dist.data.plan.packing import best_fit
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import PackedBatch, Sample, pack
 from lbr_dist.training.flops import FlopCounter, peak_flops

@@ -35,8 +35,8 @@ from torch.nn.functional import cross_entropy
 from benchmarks import common
 from lbr_dist.config import Recipe
 from lbr_dist.data.loader import Loader
-from lbr_dist.data.packing import assign_bins
 from lbr_dist.data.plan import open_data
+from lbr_dist.data.plan.packing import assign_bins
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import write_set
 from lbr_dist.model.bottleneck import LbrModel

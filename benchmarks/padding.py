@@ -30,7 +30,7 @@ from benchmarks import lengths
 from benchmarks.common import SHAPES, add_options, head, random_model, ratio, save, table, take_turns, title
 from benchmarks.dense import collate, dense_loss
 from lbr_dist.config import Bottleneck
-from lbr_dist.data.packing import best_fit
+from lbr_dist.data.plan.packing import best_fit
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import Sample, pack
 

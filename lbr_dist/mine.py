@@ -25,7 +25,7 @@ from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
-from lbr_dist.data.sources import printable
+from lbr_dist.data.sources.parts import printable
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose, commit, is_committed

@@ -1,6 +1,6 @@
 """Texts with ids out of any file that `lbr prepare` reads, one row at a time, for encode and search.
 
-Files are opened and decoded where `lbr prepare` does it (data/readers.py), so that a byte order mark, an ending in
+Files are opened and decoded where `lbr prepare` does it (data/sources/readers.py), so that a byte order mark, an ending in
 capitals or a file that was cut short mean the same to every command. There a bad row is counted; here it is an error,
 because a text that is left out of an output would be missed by nobody.
 """
@@ -13,10 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lbr_dist.data.field_names import Finder, listed, reach, value
-from lbr_dist.data.readers import rows
-from lbr_dist.data.row_values import RowError, blank, identifier, text, type_name
-from lbr_dist.data.sources import Source, expand
+from lbr_dist.data.sources.field_names import Finder, listed, reach, value
+from lbr_dist.data.sources.parts import Source, expand
+from lbr_dist.data.sources.readers import rows
+from lbr_dist.data.sources.row_values import RowError, blank, identifier, text, type_name
 from lbr_dist.errors import UserError
 
 FIELDS = {

@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.remote import is_url
-from lbr_dist.data.row_values import REASONS, RowError, text
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
+from lbr_dist.data.sources.row_values import REASONS, RowError, text
 from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError
 from lbr_dist.rows import read_texts

@@ -12,7 +12,7 @@ import numpy as np
 
 from lbr_dist.config import Bottleneck
 from lbr_dist.data.information import read_information
-from lbr_dist.data.plan_lengths import bottleneck_lengths
+from lbr_dist.data.plan.lengths import bottleneck_lengths
 from lbr_dist.data.shards import open_set
 
 if TYPE_CHECKING:

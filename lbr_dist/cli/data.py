@@ -61,7 +61,7 @@ def prepare(
     overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input.")] = False,
 ) -> None:
     """Turn raw files into isolated GL / CL / eval shards."""
-    from lbr_dist.data.prepare import prepare as run
+    from lbr_dist.data.preparation.prepare import prepare as run
 
     fields = dict[str, str]()
     for role, named in (_pair(item, "--field") for item in field or []):

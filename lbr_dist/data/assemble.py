@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.plan_base import PlannedSample, Source, Task
+from lbr_dist.data.plan.base import PlannedSample, Source, Task
 from lbr_dist.data.record import normalised_hash
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.errors import UserError

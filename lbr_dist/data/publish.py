@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.shards import open_set
-from lbr_dist.data.sources import printable
+from lbr_dist.data.sources.parts import printable
 from lbr_dist.disk import is_mount, sync
 from lbr_dist.errors import UserError
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.information import known_bits
-from lbr_dist.data.row_values import unseen
+from lbr_dist.data.sources.row_values import unseen
 from lbr_dist.errors import UserError
 from lbr_dist.model.batching import batches
 from lbr_dist.model.tokenizer import Tokenization

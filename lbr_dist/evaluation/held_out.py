@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lbr_dist.data import beir
-from lbr_dist.data.readers import rows
 from lbr_dist.data.record import normalise, normalised_hash
 from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
-from lbr_dist.data.sources import Source, expand
+from lbr_dist.data.sources import beir
+from lbr_dist.data.sources.parts import Source, expand
+from lbr_dist.data.sources.readers import rows
 from lbr_dist.errors import UserError
 
 

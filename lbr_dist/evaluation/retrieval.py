@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbr_dist.data import beir
-from lbr_dist.data.sources import Source, expand
+from lbr_dist.data.sources import beir
+from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.disk import home
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.bm25 import BM25

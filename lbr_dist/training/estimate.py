@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.plan_base import MicroPlan, StepPlan
+from lbr_dist.data.plan.base import MicroPlan, StepPlan
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.training.ds_config import load_regime

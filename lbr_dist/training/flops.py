@@ -22,7 +22,7 @@ import torch
 from lbr_dist.config import Recipe
 
 if TYPE_CHECKING:
-    from lbr_dist.data.plan_base import PlannedSample
+    from lbr_dist.data.plan.base import PlannedSample
 
 PEAK_FLOPS = {
     "H200 NVL": 836e12,

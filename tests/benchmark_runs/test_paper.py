@@ -22,7 +22,7 @@ from benchmarks.paper.search import LEARN
 from benchmarks.paper.workplace import train_arguments
 from lbr_dist.config import Bottleneck
 from lbr_dist.data.information import model_fingerprint
-from lbr_dist.data.plan_lengths import bottleneck_lengths
+from lbr_dist.data.plan.lengths import bottleneck_lengths
 from lbr_dist.errors import UserError
 from lbr_dist.loading import load_run
 from lbr_dist.recipes import load_recipe

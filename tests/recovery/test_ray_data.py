@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from lbr_dist.data import first_pass
-from lbr_dist.data import prepare as prepare_module
-from lbr_dist.data.prepare import prepare
+from lbr_dist.data.preparation import first_pass
+from lbr_dist.data.preparation import prepare as prepare_module
+from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.encode import encode_file
 from lbr_dist.errors import UserError
 from lbr_dist.launch import ray_cluster
@@ -122,7 +122,7 @@ import sys, time
 sys.path[:0] = {folders!r}
 from pathlib import Path
 import test_ray_data
-from lbr_dist.data import first_pass, second_pass
+from lbr_dist.data.preparation import first_pass, second_pass
 from lbr_dist.launch.ray_cluster import cluster
 from lbr_dist.launch.ray_data import RayData
 

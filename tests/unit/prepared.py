@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.data.prepare import PrepareReport, prepare
+from lbr_dist.data.preparation.prepare import PrepareReport, prepare
 from lbr_dist.data.shards import ShardReader, open_set
 
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from prepared import domain, everything, run, sentence, write
 
-from lbr_dist.data.readers import rows
-from lbr_dist.data.sources import Source, expand
+from lbr_dist.data.sources.parts import Source, expand
+from lbr_dist.data.sources.readers import rows
 from lbr_dist.errors import UserError
 from lbr_dist.evaluate import evaluate
 from lbr_dist.evaluation.held_out import load_held_out

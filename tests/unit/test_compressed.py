@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from lbr_dist.data.compressed import DAMAGE, open_file
-from lbr_dist.data.readers import rows
-from lbr_dist.data.sources import Source, expand
+from lbr_dist.data.sources.compressed import DAMAGE, open_file
+from lbr_dist.data.sources.parts import Source, expand
+from lbr_dist.data.sources.readers import rows
 from lbr_dist.errors import UserError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

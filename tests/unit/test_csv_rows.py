@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lbr_dist.data import csv_rows as module
-from lbr_dist.data.csv_rows import csv_rows
-from lbr_dist.data.row_values import RowError
+from lbr_dist.data.sources import csv_rows as module
+from lbr_dist.data.sources.csv_rows import csv_rows
+from lbr_dist.data.sources.row_values import RowError
 
 
 def read(text: str, delimiter: str = ",") -> list[tuple[int, Any]]:

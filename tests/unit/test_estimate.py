@@ -13,7 +13,7 @@ import torch
 from conftest import make_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from lbr_dist.data.plan_base import PlannedSample, SampleRef
+from lbr_dist.data.plan.base import PlannedSample, SampleRef
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import write_set
 from lbr_dist.environment import Environment

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import make_run
 
-from lbr_dist.data.prepare import prepare
+from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.errors import UserError
 from lbr_dist.evaluate import default_out, evaluate
 from lbr_dist.evaluation.held_out import load_held_out

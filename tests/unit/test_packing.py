@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lbr_dist.data.packing import assign_bins, best_fit
+from lbr_dist.data.plan.packing import assign_bins, best_fit
 
 MEDICINE = Path(__file__).parents[3] / "shared" / "data" / "medicine.jsonl.gz"
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from lbr_dist.config import Bottleneck, Duration, Recipe
 from lbr_dist.data.plan import ContrastivePlan, GenerativePlan, Plan, SampleRef, Source
-from lbr_dist.data.plan_contrastive import ContrastiveStep, spread
-from lbr_dist.data.plan_lengths import bottleneck_lengths
-from lbr_dist.data.plan_order import Stream, shuffled
+from lbr_dist.data.plan.contrastive import ContrastiveStep, spread
+from lbr_dist.data.plan.lengths import bottleneck_lengths
+from lbr_dist.data.plan.order import Stream, shuffled
 from lbr_dist.data.split_index import Ragged, SplitIndex
 from lbr_dist.errors import UserError
 
@@ -131,7 +131,7 @@ def test_a_step_is_a_pure_function(stage: str) -> None:
 
 def test_the_order_is_the_same_in_another_process() -> None:
     """No hash randomisation, no dependence on a random generator's version: the order is pinned to these numbers."""
-    code = "from lbr_dist.data.plan_order import shuffled; print(shuffled(8, 7, 'blocks', 0).tolist())"
+    code = "from lbr_dist.data.plan.order import shuffled; print(shuffled(8, 7, 'blocks', 0).tolist())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(shuffled(8, 7, "blocks", 0).tolist()) == "[4, 2, 0, 6, 1, 5, 3, 7]"
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from prepared import WORDS, domain, everything, questions_and_texts, run, write
 
-from lbr_dist.data import first_pass, pipeline, shard_writer
 from lbr_dist.data import record as record_module
-from lbr_dist.data.isolation import Crossings
-from lbr_dist.data.prepare import prepare
+from lbr_dist.data import shard_writer
+from lbr_dist.data.preparation import first_pass, pipeline
+from lbr_dist.data.preparation.isolation import Crossings
+from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.data.record import normalise
 from lbr_dist.data.shards import ShardReader, open_set, verify
 from lbr_dist.errors import UserError
@@ -54,7 +55,7 @@ def test_sides_share_nothing(sources: list[str], tmp_path: Path) -> None:
 
 
 def test_the_proof_can_fail(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lbr_dist.data import pipeline
+    from lbr_dist.data.preparation import pipeline
 
     real = pipeline.assign
 
@@ -288,7 +289,7 @@ def test_sketches_are_on_disk_twice_at_most(
 def test_blocks_do_not_change_the_output(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(sources, tmp_path / "one", name="same", shard_records=30)
     monkeypatch.setattr(first_pass, "BLOCK_ROWS", 7)
-    monkeypatch.setattr("lbr_dist.data.pipeline.SLICE", 11)
+    monkeypatch.setattr("lbr_dist.data.preparation.pipeline.SLICE", 11)
     run(sources, tmp_path / "many", name="same", shard_records=30)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
@@ -333,7 +334,7 @@ def test_bad_rows_are_counted_by_reason_and_the_first_is_named(tmp_path: Path) -
 
 
 def test_hopeless_source_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbr_dist.data.first_pass.HOPELESS", 20)
+    monkeypatch.setattr("lbr_dist.data.preparation.first_pass.HOPELESS", 20)
     path = write(tmp_path / "a.jsonl", [{"frage": "q", "antwort": "a"}] * 500)
     with pytest.raises(
         UserError, match=r"first 20 rows of .*a.jsonl are bad.*line 1: cannot tell .* fields frage, antwort"
@@ -342,7 +343,7 @@ def test_hopeless_source_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_wrong_answers_are_left_out_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbr_dist.data.first_pass.HOPELESS", 10)
+    monkeypatch.setattr("lbr_dist.data.preparation.first_pass.HOPELESS", 10)
     rows = [{"question": f"q {i}", "answer": f"a {i}", "label": int(i >= 30)} for i in range(60)]
     path = write(tmp_path / "qa.jsonl", rows)
     with pytest.raises(UserError, match=r"30 of 60 rows are bad, .* label is 0, .*--max-bad-share 1"):
@@ -627,8 +628,8 @@ def test_real_tokenizer(tiny_model_dir: Callable[..., Path], sources: list[str],
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_module, "BATCH_CHARACTERS", 20_000)
-    monkeypatch.setattr("lbr_dist.data.minhash._WORD_CHUNK", 1 << 14)
-    monkeypatch.setattr("lbr_dist.data.row_blocks.BLOCK_CHARACTERS", 20_000)
+    monkeypatch.setattr("lbr_dist.data.preparation.minhash._WORD_CHUNK", 1 << 14)
+    monkeypatch.setattr("lbr_dist.data.preparation.row_blocks.BLOCK_CHARACTERS", 20_000)
     rng = random.Random(0)
     sizes, peaks = [], []
     for words in (20, 20, 1500):  # the first run also imports and fills tables

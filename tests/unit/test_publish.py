@@ -95,11 +95,11 @@ def test_a_file_system_that_becomes_read_only(
         raise OSError(errno.EROFS, "Read-only file system")
 
     real: Any = publish.publish
-    monkeypatch.setattr("lbr_dist.data.prepare.publish", fail)
+    monkeypatch.setattr("lbr_dist.data.preparation.prepare.publish", fail)
     with pytest.raises(UserError, match="the file system became read-only: mend that and run again"):
         run(source, tmp_path / "out")
     assert list((tmp_path / ".out.preparing/resume/blocks").glob("*.npz"))
-    monkeypatch.setattr("lbr_dist.data.prepare.publish", real)
+    monkeypatch.setattr("lbr_dist.data.preparation.prepare.publish", real)
     run(source, tmp_path / "out")
     assert verify(open_set(tmp_path / "out"))
     assert not (tmp_path / ".out.preparing").exists()

@@ -15,9 +15,9 @@ import pytest
 
 from lbr_dist.cli import on_ray
 from lbr_dist.cli.data import mine
-from lbr_dist.data import first_pass
 from lbr_dist.data.execute import current, executing
-from lbr_dist.data.prepare import prepare
+from lbr_dist.data.preparation import first_pass
+from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.errors import UserError
 from lbr_dist.launch import ray_data
 

@@ -6,11 +6,11 @@ from uuid import UUID
 
 import pytest
 
-from lbr_dist.data.entity import Entity
-from lbr_dist.data.field_names import check_fields
-from lbr_dist.data.fields import Converter
 from lbr_dist.data.record import Record, batches, content_id, normalise, normalised_hash
-from lbr_dist.data.row_values import RowError, identifier
+from lbr_dist.data.sources.entity import Entity
+from lbr_dist.data.sources.field_names import check_fields
+from lbr_dist.data.sources.fields import Converter
+from lbr_dist.data.sources.row_values import RowError, identifier
 from lbr_dist.errors import UserError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from prepared import domain, run, sentence, write
 
-from lbr_dist.data import first_pass, row_blocks
-from lbr_dist.data.row_blocks import PartJob, ReadJob, read_jobs
-from lbr_dist.data.sources import Source, expand
+from lbr_dist.data.preparation import first_pass, row_blocks
+from lbr_dist.data.preparation.row_blocks import PartJob, ReadJob, read_jobs
+from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.errors import UserError
 
 

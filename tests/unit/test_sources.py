@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lbr_dist.data import readers
-from lbr_dist.data.readers import rows
-from lbr_dist.data.row_values import RowError, text
-from lbr_dist.data.sources import Part, Source, expand
+from lbr_dist.data.sources import readers
+from lbr_dist.data.sources.parts import Part, Source, expand
+from lbr_dist.data.sources.readers import rows
+from lbr_dist.data.sources.row_values import RowError, text
 from lbr_dist.errors import UserError
 
 ROWS = [{"id": f"r{i}", "question": f"Was ist {i}?", "answer": f"Größe, {i}\nzwei"} for i in range(5)]

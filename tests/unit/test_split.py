@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lbr_dist.data import minhash
-from lbr_dist.data.collect import NO_ENTITY, Numbers, Texts, TextTable
-from lbr_dist.data.isolation import Containment, crossings
-from lbr_dist.data.minhash import MIN_WORDS, Sketches, sketch, word_hashes
-from lbr_dist.data.record import Record, normalise
-from lbr_dist.data.split import (
+from lbr_dist.data.preparation import minhash
+from lbr_dist.data.preparation.collect import NO_ENTITY, Numbers, Texts, TextTable
+from lbr_dist.data.preparation.isolation import Containment, crossings
+from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, sketch, word_hashes
+from lbr_dist.data.preparation.split import (
     CL,
     EVAL,
     EXTERNAL,
@@ -27,6 +26,7 @@ from lbr_dist.data.split import (
     merge,
     parse_sizes,
 )
+from lbr_dist.data.record import Record, normalise
 from lbr_dist.errors import UserError
 
 WORDS = [f"w{i}" for i in range(4000)]

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import xxhash
 
-from lbr_dist.data.collect import Texts
-from lbr_dist.data.minhash import MIN_WORDS, Sketches, windows, word_hashes
+from lbr_dist.data.preparation.collect import Texts
+from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, windows, word_hashes
+from lbr_dist.data.preparation.split import CL, EVAL, EXTERNAL, FLUSH, GL, TEXT, UNUSED
+from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.record import batches, normalise
-from lbr_dist.data.split import CL, EVAL, EXTERNAL, FLUSH, GL, TEXT, UNUSED
-from lbr_dist.data.spool import SpoolSlice
 
 NAMES = {GL: "gl", CL: "cl", EVAL: "eval", TEXT: "gl texts", EXTERNAL: "external evaluation"}
 APART = ((GL, CL), (GL, EVAL), (CL, EVAL), (TEXT, EVAL), (GL, EXTERNAL), (CL, EXTERNAL), (TEXT, EXTERNAL))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lbr_dist.data.plan_base import EpochSummary, MicroPlan, Plan, SampleRef, StepPlan
+from lbr_dist.data.plan.base import EpochSummary, MicroPlan, Plan, SampleRef, StepPlan
 
 
 @dataclass(frozen=True)
 class JointStep(StepPlan):
-    """One step of both plans; see `plan_base.StepPlan`."""
+    """One step of both plans; see `base.StepPlan`."""
 
     step: int
     epoch: int
@@ -64,7 +64,7 @@ class JointStep(StepPlan):
 
 
 class JointPlan(Plan):
-    """Plan of a joint run; see `plan_base.Plan`. Epochs are those of the pairs."""
+    """Plan of a joint run; see `base.Plan`. Epochs are those of the pairs."""
 
     def __init__(self, generative: Plan, contrastive: Plan) -> None:
         super().__init__([*generative.sources, *contrastive.sources])

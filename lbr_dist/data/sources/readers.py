@@ -13,13 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from lbr_dist.data import beir, compressed
-from lbr_dist.data.csv_rows import csv_rows
-from lbr_dist.data.field_names import check_distinct
-from lbr_dist.data.formats import ENDING
-from lbr_dist.data.json_rows import Numbered, Row, json_lines, json_object, json_rows
-from lbr_dist.data.row_values import CONVERT, RowError, unseen
-from lbr_dist.data.sources import Part
+from lbr_dist.data.sources import beir, compressed
+from lbr_dist.data.sources.csv_rows import csv_rows
+from lbr_dist.data.sources.field_names import check_distinct
+from lbr_dist.data.sources.formats import ENDING
+from lbr_dist.data.sources.json_rows import Numbered, Row, json_lines, json_object, json_rows
+from lbr_dist.data.sources.parts import Part
+from lbr_dist.data.sources.row_values import CONVERT, RowError, unseen
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:

@@ -18,16 +18,24 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lbr_dist.data.collect import NO_ENTITY, BadRows, Numbers, TextDigest, Texts, TextTable, compared_texts
-from lbr_dist.data.entity import Entity
 from lbr_dist.data.execute import Executor
-from lbr_dist.data.fields import Converter
-from lbr_dist.data.minhash import Sketches
+from lbr_dist.data.preparation.collect import NO_ENTITY, BadRows, Numbers, TextDigest, Texts, TextTable, compared_texts
+from lbr_dist.data.preparation.minhash import Sketches
+from lbr_dist.data.preparation.row_blocks import (
+    BLOCK_ROWS,
+    PartJob,
+    PartRows,
+    RowBlock,
+    numbers_file,
+    read_jobs,
+    row_blocks,
+)
+from lbr_dist.data.preparation.spool import Spool, commit, records_file
 from lbr_dist.data.record import Record, batches, normalised_hash
-from lbr_dist.data.row_blocks import BLOCK_ROWS, PartJob, PartRows, RowBlock, numbers_file, read_jobs, row_blocks
-from lbr_dist.data.row_values import RowError
-from lbr_dist.data.sources import Part
-from lbr_dist.data.spool import Spool, commit, records_file
+from lbr_dist.data.sources.entity import Entity
+from lbr_dist.data.sources.fields import Converter
+from lbr_dist.data.sources.parts import Part
+from lbr_dist.data.sources.row_values import RowError
 from lbr_dist.errors import UserError
 
 HOPELESS = 1000

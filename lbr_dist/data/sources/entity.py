@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lbr_dist.data.field_names import look_up
 from lbr_dist.data.record import Record
-from lbr_dist.data.row_values import WHOLE
+from lbr_dist.data.sources.field_names import look_up
+from lbr_dist.data.sources.row_values import WHOLE
 from lbr_dist.errors import UserError
 
 

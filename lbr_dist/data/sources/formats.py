@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lbr_dist.data.compressed import ENDINGS
+from lbr_dist.data.sources.compressed import ENDINGS
 from lbr_dist.errors import UserError
 
 FORMATS = {

@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbr_dist.data.entity import Entity
 from lbr_dist.data.execute import Executor, current
-from lbr_dist.data.field_names import check_fields
-from lbr_dist.data.pipeline import Pipeline, Settings
+from lbr_dist.data.preparation.pipeline import Pipeline, Settings
+from lbr_dist.data.preparation.row_blocks import BLOCK_CHARACTERS, BLOCK_ROWS, TOGETHER
+from lbr_dist.data.preparation.split import SIDES, parse_sizes
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
-from lbr_dist.data.row_blocks import BLOCK_CHARACTERS, BLOCK_ROWS, TOGETHER
-from lbr_dist.data.sources import Part, Source, expand, printable
-from lbr_dist.data.split import SIDES, parse_sizes
+from lbr_dist.data.sources.entity import Entity
+from lbr_dist.data.sources.field_names import check_fields
+from lbr_dist.data.sources.parts import Part, Source, expand, printable
 from lbr_dist.disk import mark
 from lbr_dist.errors import UserError
 
@@ -107,7 +107,7 @@ def prepare(
             (`hub:NAME[:CONFIG][@SPLIT]`); `KIND=PATH` gives one a kind of its own.
         out: folder to make.
         tokenizer: folder or name of the model whose tokenizer the token counts are for.
-        kind: one of `fields.KINDS`; None: recognised from the fields of each file.
+        kind: one of `field_names.KINDS`; None: recognised from the fields of each file.
         fields: role to field name, for fields whose names are not recognised (`{"question": "prompt"}`).
         sizes: "gl", "cl", "eval" to a count ("5000"), a share ("0.2") of the question-answer records, or "rest";
             None: eval 0.05, cl 0.25, gl the rest. Plain texts always go to gl.

@@ -12,8 +12,8 @@ import numpy as np
 
 from lbr_dist.config import Bottleneck, Recipe
 from lbr_dist.data.information import known_bits
-from lbr_dist.data.plan_base import Source, TooLong
-from lbr_dist.data.plan_order import key64, uniform
+from lbr_dist.data.plan.base import Source, TooLong
+from lbr_dist.data.plan.order import key64, uniform
 from lbr_dist.errors import UserError
 
 

@@ -11,21 +11,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbr_dist.data.collect import NO_ENTITY, BadRows, Numbers, Texts, compared_texts
 from lbr_dist.data.execute import Executor, alone
-from lbr_dist.data.field_names import listed
-from lbr_dist.data.first_pass import DigestRows, FirstPass, first_pass
-from lbr_dist.data.isolation import Containment, HoldsTarget, crossings
+from lbr_dist.data.preparation.checks import check_entity, check_left, check_named_fields, check_outside
+from lbr_dist.data.preparation.collect import Numbers, Texts, compared_texts
+from lbr_dist.data.preparation.first_pass import DigestRows, FirstPass, first_pass
+from lbr_dist.data.preparation.isolation import Containment, HoldsTarget, crossings
+from lbr_dist.data.preparation.proof import prove
+from lbr_dist.data.preparation.row_blocks import PartJob
+from lbr_dist.data.preparation.second_pass import WriteShard, write_shards
+from lbr_dist.data.preparation.split import (
+    CL,
+    EVAL,
+    EXTERNAL,
+    GL,
+    SIDES,
+    TEXT,
+    UNUSED,
+    assign,
+    common_texts,
+    components,
+)
+from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.proof import prove
-from lbr_dist.data.readers import rows
 from lbr_dist.data.record import batches
-from lbr_dist.data.row_blocks import PartJob
-from lbr_dist.data.second_pass import WriteShard, write_shards
 from lbr_dist.data.shard_writer import write_manifest
-from lbr_dist.data.sources import Part, printable
-from lbr_dist.data.split import CL, EVAL, EXTERNAL, GL, SIDES, TEXT, UNUSED, assign, common_texts, components
-from lbr_dist.data.spool import SpoolSlice
+from lbr_dist.data.sources.parts import Part, printable
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,13 +107,13 @@ class Pipeline:
                 why = f"all rows are bad: {self.read.bad}" if self.read.bad.total else "the sources are empty"
                 raise UserError(f"{', '.join(part.name for part in parts)}: no records: {why}")
             for name, found in self.read.outside.items():
-                _check_outside(name, found)
-            self._check_fields(alive, parts)
-            self._check_entity(alive, parts)
+                check_outside(name, found)
+            check_named_fields(self.read, alive, parts)
+            self.ungrouped = check_entity(self.read, alive, parts, self.settings.entity)
             self.common = common_texts(texts.of(alive), numbers, spool)
             self.common_hashes = np.array([text.hash for text in self.common], np.uint64)
             side, labels = self._sides(texts.of(alive))
-            self._check_left(side, parts)
+            check_left(side, parts, self.dropped)
             shutil.rmtree(self.folder / "sketches")  # room for those of the proof
             held = texts.of((side == EVAL) | (side == EXTERNAL))
             manifest = self._write(side, held.hash[held.linking(self.common_hashes)].astype(np.int64))
@@ -161,49 +171,6 @@ class Pipeline:
         self.original = np.arange(len(alive))  # of each record the one that it repeats whole, else itself
         self.original[own[again & ~conflict]] = original[again & ~conflict]
         return alive
-
-    def _check_fields(self, alive: np.ndarray, parts: list[Part]) -> None:
-        """See that the fields exist that --field names for roles that a row may lack; without another, rows are bad.
-
-        Raises:
-            UserError: no row has such a field.
-        """
-        numbers = self.read.numbers
-        pairs = (alive & ~numbers.external & ~numbers.is_text).any()  # a plain text has no role of these but an id
-        roles = ("id", "domain", "source", "negatives", "positives", "label") if pairs else ("id",)
-        for part in parts:
-            for role, name in part.source.fields.items():
-                if name and role in roles and role not in self.read.bad.met:
-                    raise UserError(f"--field {role}={name}: no row has such a field; {_first_fields(parts)}")
-
-    def _check_entity(self, alive: np.ndarray, parts: list[Part]) -> None:
-        """Count the records that `--entity` groups.
-
-        Raises:
-            UserError: it groups none.
-        """
-        numbers = self.read.numbers
-        records = alive & ~numbers.external & ~numbers.is_text
-        if self.settings.entity is None or not records.any():
-            return
-        self.ungrouped = int((records & (numbers.entity == NO_ENTITY)).sum())
-        if self.ungrouped == records.sum():
-            raise UserError(f"--entity {self.settings.entity}: no record has a value for it; {_first_fields(parts)}")
-
-    def _check_left(self, side: np.ndarray, parts: list[Part]) -> None:
-        """See that a side has a record.
-
-        Raises:
-            UserError: all were dropped.
-        """
-        if np.isin(side, (GL, CL, EVAL, TEXT)).any():
-            return
-        names = ", ".join(part.name for part in parts)
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items() if count)
-        raise UserError(
-            f"{names}: no record is left for gl, cl or eval (dropped: {dropped}): give other sources, another "
-            "--decontaminate or larger sizes"
-        )
 
     def _sides(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
         """Side of each record, int8 [records], and its component, int64 [records]."""
@@ -313,26 +280,6 @@ class Pipeline:
             "components": {**components, "similarity": self.settings.similarity, "without_entity": self.ungrouped},
             "isolation": isolation,
         }
-
-
-def _first_fields(parts: list[Part]) -> str:
-    first = next((row for part in parts for _, row in rows(part) if isinstance(row, Mapping)), {})
-    return printable(f"the first row has the fields {listed(first)}")
-
-
-def _check_outside(name: str, found: BadRows) -> None:
-    """Every row of an external evaluation set counts: one that is not read is one that training may hold.
-
-    Raises:
-        UserError: a row cannot be read, or there is none.
-    """
-    if found.total:
-        raise UserError(
-            f"--decontaminate {name}: {found.total} of {found.rows} rows cannot be read, so training could hold them: "
-            f"{found}: name its fields with --field or its kind with KIND=FILE, or mend these rows"
-        )
-    if not found.rows:
-        raise UserError(f"--decontaminate {name}: has no rows: nothing would be kept out of training")
 
 
 def _component_report(numbers: Numbers, side: np.ndarray, labels: np.ndarray) -> dict[str, Any]:

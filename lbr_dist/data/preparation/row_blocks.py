@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from lbr_dist.data.fields import Converter
-from lbr_dist.data.readers import Row, rows
-from lbr_dist.data.row_values import RowError
-from lbr_dist.data.sources import Part
-from lbr_dist.data.spool import is_committed
+from lbr_dist.data.preparation.spool import is_committed
+from lbr_dist.data.sources.fields import Converter
+from lbr_dist.data.sources.parts import Part
+from lbr_dist.data.sources.readers import Row, rows
+from lbr_dist.data.sources.row_values import RowError
 
 BLOCK_ROWS = 8192
 """Rows in a block at most,"""

@@ -16,10 +16,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
-from lbr_dist.data.chat import CONVERSATIONS
-from lbr_dist.data.field_names import NAMES, RECOGNISED
-from lbr_dist.data.row_values import CONVERT, RowError, blank
-from lbr_dist.data.sources import Part
+from lbr_dist.data.sources.chat import CONVERSATIONS
+from lbr_dist.data.sources.field_names import NAMES, RECOGNISED
+from lbr_dist.data.sources.parts import Part
+from lbr_dist.data.sources.row_values import CONVERT, RowError, blank
 
 ARRAYS = ("data", "rows", "examples", "records", "items", "questions")
 """Names under which a JSON file's object may hold its array of rows."""

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from lbr_dist.data.field_names import MOST_FORMS
-from lbr_dist.data.row_values import blank, parsed
+from lbr_dist.data.sources.field_names import MOST_FORMS
+from lbr_dist.data.sources.row_values import blank, parsed
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 INPUTS = ("input", "context")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.information import read_information
-from lbr_dist.data.plan_base import (
+from lbr_dist.data.plan.base import (
     EpochSummary,
     MicroPlan,
     Plan,
@@ -22,9 +22,9 @@ from lbr_dist.data.plan_base import (
     StepPlan,
     TooLong,
 )
-from lbr_dist.data.plan_contrastive import ContrastivePlan
-from lbr_dist.data.plan_generative import GenerativePlan
-from lbr_dist.data.plan_joint import JointPlan
+from lbr_dist.data.plan.contrastive import ContrastivePlan
+from lbr_dist.data.plan.generative import GenerativePlan
+from lbr_dist.data.plan.joint import JointPlan
 from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set
 from lbr_dist.errors import UserError
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.packing import assign_bins, group_by_bin
-from lbr_dist.data.plan_base import (
+from lbr_dist.data.plan.base import (
     EpochSummary,
     MicroPlan,
     Plan,
@@ -26,8 +25,9 @@ from lbr_dist.data.plan_base import (
     StepPlan,
     rank_slice,
 )
-from lbr_dist.data.plan_lengths import GenerativeLengths
-from lbr_dist.data.plan_order import Mixture, Stream, key64, shuffled
+from lbr_dist.data.plan.lengths import GenerativeLengths
+from lbr_dist.data.plan.order import Mixture, Stream, key64, shuffled
+from lbr_dist.data.plan.packing import assign_bins, group_by_bin
 from lbr_dist.errors import UserError
 
 SPAN_WINDOWS = 8
@@ -43,7 +43,7 @@ class Packed(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerativeStep(StepPlan):
-    """Stage 1 `StepPlan`: whole bins; see `plan_base.StepPlan`."""
+    """Stage 1 `StepPlan`: whole bins; see `base.StepPlan`."""
 
     step: int
     epoch: int
@@ -97,7 +97,7 @@ class _Table(NamedTuple):
 
 
 class GenerativePlan(Plan):
-    """Plan of stage 1; see `plan_base.Plan`."""
+    """Plan of stage 1; see `base.Plan`."""
 
     def __init__(self, recipe: Recipe, sources: Sequence[Source], *, bos: int, eos: int) -> None:
         """Plan from the indexes.

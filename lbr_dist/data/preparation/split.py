@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lbr_dist.data.collect import NO_ENTITY, Numbers, Texts, compared_texts
-from lbr_dist.data.minhash import Sketches, word_hashes
+from lbr_dist.data.preparation.collect import NO_ENTITY, Numbers, Texts, compared_texts
+from lbr_dist.data.preparation.minhash import Sketches, word_hashes
+from lbr_dist.data.preparation.spool import Spool
 from lbr_dist.data.record import normalise, normalised_hash
-from lbr_dist.data.spool import Spool
 from lbr_dist.errors import UserError
 
 GL, CL, EVAL, TEXT, EXTERNAL, UNUSED = 0, 1, 2, 3, 4, 5

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from lbr_dist.data.collect import TextDigest, TextTable, compared_texts
 from lbr_dist.data.execute import Executor, alone
-from lbr_dist.data.isolation import Containment, crossings
+from lbr_dist.data.preparation.collect import TextDigest, TextTable, compared_texts
+from lbr_dist.data.preparation.isolation import Containment, crossings
+from lbr_dist.data.preparation.split import EVAL, EXTERNAL, GL, SIDES, TEXT, CommonText
+from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.record import Record, batches
 from lbr_dist.data.shard_writer import ShardInfo
 from lbr_dist.data.shards import open_set
-from lbr_dist.data.split import EVAL, EXTERNAL, GL, SIDES, TEXT, CommonText
-from lbr_dist.data.spool import SpoolSlice
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbr_dist.data.field_names import listed
-from lbr_dist.data.formats import ENDING, format_of
-from lbr_dist.data.row_values import RowError, blank, identifier
+from lbr_dist.data.sources.field_names import listed
+from lbr_dist.data.sources.formats import ENDING, format_of
+from lbr_dist.data.sources.row_values import RowError, blank, identifier
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from lbr_dist.data.json_rows import Numbered
-    from lbr_dist.data.sources import Part
+    from lbr_dist.data.sources.json_rows import Numbered
+    from lbr_dist.data.sources.parts import Part
 
     Read = Callable[[Part], Numbered]
 

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.data.execute import Executor, alone
+from lbr_dist.data.preparation.spool import Spool, SpoolSlice
 from lbr_dist.data.record import Record, batches, normalised_hash
 from lbr_dist.data.shard_writer import ShardInfo, ShardWriter, SplitInfo, shard_starts
 from lbr_dist.data.shards import file_xxh128
-from lbr_dist.data.spool import Spool, SpoolSlice
 from lbr_dist.data.token_counter import TokenCounter, Tokens
 
 

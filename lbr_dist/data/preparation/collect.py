@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from lbr_dist.data.minhash import SketchBlock, Sketches
+from lbr_dist.data.preparation.minhash import SketchBlock, Sketches
 from lbr_dist.data.record import Record, normalise
-from lbr_dist.data.row_values import REASONS
-from lbr_dist.data.sources import printable
+from lbr_dist.data.sources.parts import printable
+from lbr_dist.data.sources.row_values import REASONS
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:

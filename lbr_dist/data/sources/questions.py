@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lbr_dist.data.field_names import Finder, reach
-from lbr_dist.data.row_values import RowError, blank, parsed
+from lbr_dist.data.sources.field_names import Finder, reach
+from lbr_dist.data.sources.row_values import RowError, blank, parsed
 
 FIELD = "questions"
 

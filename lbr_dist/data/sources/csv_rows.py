@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
-from lbr_dist.data.field_names import check_distinct
-from lbr_dist.data.row_values import RowError
+from lbr_dist.data.sources.field_names import check_distinct
+from lbr_dist.data.sources.row_values import RowError
 
 SEPARATORS = ";\t|"
 """Taken for the comma of a CSV file (or the tab of a TSV file) whose header has none."""

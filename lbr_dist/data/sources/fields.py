@@ -11,12 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lbr_dist.data import field_names, row_values
-from lbr_dist.data.chat import unfold
-from lbr_dist.data.field_names import NAMES, Finder, listed
-from lbr_dist.data.questions import each_question
 from lbr_dist.data.record import Record, content_id
-from lbr_dist.data.row_values import RowError
+from lbr_dist.data.sources import field_names, row_values
+from lbr_dist.data.sources.chat import unfold
+from lbr_dist.data.sources.field_names import NAMES, Finder, listed
+from lbr_dist.data.sources.questions import each_question
+from lbr_dist.data.sources.row_values import RowError
 
 
 class Converter:

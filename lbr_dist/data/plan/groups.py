@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.plan_base import Source
-from lbr_dist.data.plan_generative import make_stream
-from lbr_dist.data.plan_order import Mixture, shuffled
+from lbr_dist.data.plan.base import Source
+from lbr_dist.data.plan.generative import make_stream
+from lbr_dist.data.plan.order import Mixture, shuffled
 from lbr_dist.errors import UserError
 
 

@@ -14,8 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.packing import assign_bins
-from lbr_dist.data.plan_base import (
+from lbr_dist.data.plan.base import (
     EpochSummary,
     MicroPlan,
     Plan,
@@ -25,10 +24,11 @@ from lbr_dist.data.plan_base import (
     StepPlan,
     rank_slice,
 )
-from lbr_dist.data.plan_generative import make_identity
-from lbr_dist.data.plan_groups import make_groups
-from lbr_dist.data.plan_lengths import ContrastiveLengths
-from lbr_dist.data.plan_order import key64, shuffled
+from lbr_dist.data.plan.generative import make_identity
+from lbr_dist.data.plan.groups import make_groups
+from lbr_dist.data.plan.lengths import ContrastiveLengths
+from lbr_dist.data.plan.order import key64, shuffled
+from lbr_dist.data.plan.packing import assign_bins
 from lbr_dist.errors import UserError
 
 SWAP_TRIES = 256
@@ -39,7 +39,7 @@ CACHED_GROUPS = 256
 
 @dataclass(frozen=True)
 class ContrastiveStep(StepPlan):
-    """Stage 2 `StepPlan`: pairs, each with its hard negatives; see `plan_base.StepPlan`."""
+    """Stage 2 `StepPlan`: pairs, each with its hard negatives; see `base.StepPlan`."""
 
     step: int
     epoch: int
@@ -105,7 +105,7 @@ class ContrastiveStep(StepPlan):
 
 
 class ContrastivePlan(Plan):
-    """Plan of stage 2; see `plan_base.Plan`."""
+    """Plan of stage 2; see `base.Plan`."""
 
     def __init__(self, recipe: Recipe, sources: Sequence[Source], *, query_extra: int, passage_extra: int) -> None:
         """Plan from the indexes.
