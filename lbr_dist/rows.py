@@ -1,6 +1,6 @@
 """Texts with ids out of any file that `lbr prepare` reads, one row at a time, for encode and search.
 
-Files are opened and decoded where `lbr prepare` does it (data/sources/readers.py), so that a byte order mark, an ending in
+Files are opened and decoded where `lbr prepare` does it (data/sources), so that a byte order mark, an ending in
 capitals or a file that was cut short mean the same to every command. There a bad row is counted; here it is an error,
 because a text that is left out of an output would be missed by nobody.
 """
