@@ -69,3 +69,8 @@ def questions_and_texts(folder: Path) -> list[str]:
     with gzip.open(folder / "corpus.txt.gz", "wt") as file:
         file.write("\n".join(texts))
     return [str(folder / "qa.jsonl"), str(folder / "corpus.txt.gz")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

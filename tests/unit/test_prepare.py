@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepared import WORDS, domain, everything, questions_and_texts, run, write
+from prepared import WORDS, contents, domain, everything, questions_and_texts, run, write
 
 from lbr_dist.data import record as record_module
 from lbr_dist.data import shard_writer
@@ -292,10 +292,6 @@ def test_blocks_do_not_change_the_output(sources: list[str], tmp_path: Path, mon
     monkeypatch.setattr("lbr_dist.data.preparation.pipeline.SLICE", 11)
     run(sources, tmp_path / "many", name="same", shard_records=30)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_bad_rows_are_counted_by_reason_and_the_first_is_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepared import contents
 
 from lbr_dist.cli import on_ray
 from lbr_dist.cli.data import mine
@@ -71,10 +72,6 @@ def sources(tmp_path: Path) -> list[str]:
 def run(sources: list[str], out: Path, **settings: Any) -> dict[str, Any]:
     options = {"sizes": {"gl": "0.4", "cl": "0.4", "eval": "0.2"}, "shard_records": 20, "name": "same"}
     return prepare(sources, out, tokenizer=Bytes(), **{**options, **settings}).data  # type: ignore[arg-type]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_prepare_gives_the_same_bytes(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepared import domain, run, sentence, write
+from prepared import contents, domain, run, sentence, write
 
 from lbr_dist.data.preparation import first_pass, row_blocks
 from lbr_dist.data.preparation.row_blocks import PartJob, ReadJob, read_jobs
@@ -34,10 +34,6 @@ def folder(tmp_path: Path) -> Path:
 def jobs(folder: Path) -> list[ReadJob]:
     parts = expand(Source(str(folder)), folder)
     return read_jobs([PartJob(number, part, False) for number, part in enumerate(parts)])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def blocks_made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
