@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepared import contents
+from prepared import Bytes, contents
 
 from lbr_dist.cli import on_ray
 from lbr_dist.cli.data import mine
@@ -23,14 +23,6 @@ from lbr_dist.errors import UserError
 from lbr_dist.launch import ray_data
 
 WORDS = [f"word{i}" for i in range(400)]
-
-
-class Bytes:
-    fingerprint = "bytes-1"
-    path = "models/bytes"
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
 
 
 class Elsewhere:

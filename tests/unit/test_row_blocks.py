@@ -69,9 +69,7 @@ def test_small_files_are_read_together_with_the_same_result(
     assert contents(tmp_path / "apart") == contents(tmp_path / "together")
 
     monkeypatch.setattr(row_blocks, "TOGETHER", 1 << 20)
-    monkeypatch.setattr(
-        first_pass, "BLOCK_ROWS", 7
-    )  # a block ends within one file, the next holds parts of two or three
+    monkeypatch.setattr(first_pass, "BLOCK_ROWS", 7)  # blocks end within a file, and hold parts of several
     made.clear()
     assert run([str(folder)], tmp_path / "cut", **settings).data == report
     assert len(made) == -(-(report["rows"]["read"] + 5) // 7)

@@ -17,22 +17,12 @@ from urllib.parse import quote
 
 import pyarrow.parquet as pq
 import pytest
+from prepared import Bytes
 
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record, normalised_hash
 from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set, verify, write_set
 from lbr_dist.errors import UserError
-
-
-class Bytes:
-    """A tokenizer of one token per byte."""
-
-    fingerprint = "bytes-1"
-    path = "models/bytes"
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
-
 
 RECORDS = [
     Record(f"r{i}", question=f"q{i}", answer="ä" * i, domain="d", source="s", negatives=("n",) * (i % 3))

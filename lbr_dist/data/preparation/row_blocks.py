@@ -7,6 +7,7 @@ small ones are read together, many to a block.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,6 +19,7 @@ from lbr_dist.data.sources.fields import Converter
 from lbr_dist.data.sources.parts import Part
 from lbr_dist.data.sources.readers import Row, rows
 from lbr_dist.data.sources.row_values import RowError
+from lbr_dist.disk import mark
 
 BLOCK_ROWS = 8192
 """Rows in a block at most,"""
@@ -43,12 +45,10 @@ class PartJob:
         return "corpus" if self.part.format == "text" and named is None else named
 
     @property
-    def size(self) -> int | None:
-        """Bytes of its file; None where it is not one file."""
-        try:
-            return self.part.path.stat().st_size if self.part.path.is_file() else None
-        except OSError:
-            return None  # its reader says why
+    def size(self) -> float:
+        """Bytes of its file; infinite where it is not one file."""
+        found = mark(self.part.path) if self.part.path.is_file() else None
+        return found[0] if found else math.inf
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ class RowBlock:
 
 def read_jobs(parts: Sequence[PartJob]) -> list[ReadJob]:
     """The parts in order, neighbours together while they have `TOGETHER` bytes at most."""
-    groups, room = list[list[PartJob]](), 0
+    groups, room = list[list[PartJob]](), -math.inf
     for part in parts:
         size = part.size
-        if not groups or size is None or size > room:
+        if size > room:
             groups.append([])
             room = TOGETHER
         groups[-1].append(part)
-        room = -1 if size is None else room - size
+        room -= size
     return [ReadJob(number, group) for number, group in enumerate(groups)]
 
 
@@ -109,16 +109,11 @@ def row_blocks(job: ReadJob, *, paragraphs: bool, folder: Path, most: int) -> It
         UserError: a file is damaged.
     """
     held, characters, number = list[_Held](), 0, 0
-    begun: set[int] = set()
 
     def block() -> RowBlock:
-        parts = list[PartRows]()
-        for _, group in groupby(held, lambda row: row.job.number):
-            of_part = list(group)
-            first = of_part[0]
-            parts.append(_part_rows(first, [(row.place, row.row) for row in of_part], first.job.number not in begun))
-            begun.add(first.job.number)
-        return RowBlock(job.number, number, [] if is_committed(numbers_file(folder, job.number, number)) else parts)
+        kept = [] if is_committed(numbers_file(folder, job.number, number)) else held
+        parts = [_part_rows(list(rows_of)) for _, rows_of in groupby(kept, lambda row: row.job.number)]
+        return RowBlock(job.number, number, parts)
 
     for part in job.parts:
         for row in _rows(part, paragraphs):
@@ -137,30 +132,36 @@ def numbers_file(folder: Path, job: int, number: int) -> Path:
 
 
 class _Held(NamedTuple):
-    """A row, its place in its part, and the kind of the part's rows as far as it is known before it."""
+    """A row of a part, and where in it."""
 
     job: PartJob
+    first: bool
+    """It is the part's first."""
     kind: str | None
+    """Of the part's rows, as far as it is known before this one."""
     place: int
     row: Row
 
 
 def _rows(job: PartJob, paragraphs: bool) -> Iterator[_Held]:
-    kind = job.kind
+    first, kind = True, job.kind
     teller = Converter(None, job.part.source.fields, max_chars=0, external=job.external)
     for place, row in rows(job.part, paragraphs=paragraphs):
         for one in [row] if isinstance(row, RowError) or job.kind == "corpus" else teller.questions(row):
-            yield _Held(job, kind, place, one)
+            yield _Held(job, first, kind, place, one)
+            first = False
             if kind is None and not isinstance(one, RowError):
                 with contextlib.suppress(RowError):
                     kind = teller.detect(one)
 
 
-def _part_rows(first: _Held, rows: list[tuple[int, Row]], is_start: bool) -> PartRows:
-    job, part = first.job, first.job.part
+def _part_rows(held: Sequence[_Held]) -> PartRows:
+    """Neighbouring rows of one part."""
+    start = held[0]
+    job, part = start.job, start.job.part
     return PartRows(
-        job.number, is_start, f"{part.name} {part.unit}", first.kind, job.kind is None, part.source.fields, part.base,
-        part.format in ("csv", "tsv"), job.external, rows,
+        job.number, start.first, f"{part.name} {part.unit}", start.kind, job.kind is None, part.source.fields,
+        part.base, part.format in ("csv", "tsv"), job.external, [(row.place, row.row) for row in held],
     )  # fmt: skip
 
 
