@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prepared import domain, everything, questions_and_texts, run, sentence, write
 
+from lbr_dist.data.preparation import minhash
 from lbr_dist.data.record import normalise
 from lbr_dist.errors import UserError
 
@@ -136,3 +137,29 @@ def test_withheld_choices_leave_the_question_with_its_options(tmp_path: Path) ->
     kept = json.dumps(everything(tmp_path / "out"))
     assert rows[7]["question"] not in kept
     assert sum(row["question"] in kept for row in rows) == 180
+
+
+def test_very_many_alike_texts_of_which_some_quote_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropping those that quote makes runs of alike texts shorter, so that the proof compares others of them."""
+    monkeypatch.setattr(minhash, "LARGE_RUN", 100)
+    rng, words = random.Random(3), [f"w{number}" for number in range(50_000)]
+    fixed = [f"f{number}" for number in range(45)]
+    questions = [" ".join(rng.choices(words, k=8)) for _ in range(50)]
+
+    def report(part: str) -> str:
+        return " ".join([*fixed[:20], part, *fixed[20:34], rng.choice(words), *fixed[34:]])
+
+    quoting = [report(rng.choice(questions)) for _ in range(300)]
+    texts = [report(" ".join(rng.choices(words, k=8))) for _ in range(900)]
+    outside = [
+        {"question": f"case {number}", "answer": report(" ".join(rng.choices(words, k=8)))} for number in range(10)
+    ]
+    outside += [{"question": question, "answer": f"short {number}"} for number, question in enumerate(questions)]
+    corpus = write(tmp_path / "corpus.jsonl", [{"text": text} for text in quoting + texts])
+    bench = write(tmp_path / "bench.jsonl", outside)
+    run([str(corpus)], tmp_path / "out", sizes={"cl": 0}, decontaminate=[str(bench)])
+    kept = {row["text"] for row in everything(tmp_path / "out")["gl"]}
+    assert kept
+    assert not kept & set(quoting)

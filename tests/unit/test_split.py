@@ -429,7 +429,7 @@ def test_crossings_find_each_kind_of_leak(tmp_path: Path) -> None:
 def test_containment() -> None:
     target = "The vessel that carries blood away from the heart."
     containment = Containment([[target, "too short", "The vessel that carries blood away from the lungs"], [target]])
-    held = containment.holds(
+    held = containment.of(
         [
             "Lesson 3. The vessel that carries blood, away from the HEART is the aorta.",
             "The vessel that carries blood away from the liver",
@@ -440,5 +440,39 @@ def test_containment() -> None:
             "x the vessel that carries blood away from the lungs",
         ]
     )
-    assert held.tolist() == [True, False, False, False, False, False, True]
-    assert Containment([]).holds([target]).tolist() == [False]
+    assert held.tolist() == [True, False, True, False, False, False, True]
+    assert Containment([]).of([target]).tolist() == [False]
+
+
+def test_a_part_of_an_evaluation_text_is_contained() -> None:
+    answer = (
+        "It relieves pain and fever. It acts by blocking the making of prostaglandins, early on. Take it with food."
+    )
+    containment = Containment([["short words of no account", answer]])
+    found = containment.of(
+        [
+            "It acts by blocking the making of prostaglandins, early on.",
+            "acts by blocking the making of prostaglandins, late",
+            "blocking the making of prostaglandins, early on",  # seven words
+            "It acts by blocking the making of prostaglandins, early on. So they say.",
+            "Take it with food. It relieves pain and fever.",
+        ]
+    )
+    assert found.tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("アルツハイマー病", "祖母はアルツハイマー病と診断されました。"),
+        ("โรคเบาหวาน", "ผู้ป่วยโรคเบาหวานควรออกกำลังกาย"),
+        ("Alzheimer's disease", "My grandmother was told that it is Alzheimer's disease."),
+    ],
+)
+def test_a_name_is_no_text_of_eight_words(name: str, page: str) -> None:
+    assert Containment([[name]]).of([page]).tolist() == [False]
+
+
+def test_a_definition_in_a_script_without_spaces_is_one() -> None:
+    definition = "糖尿病是一种以高血糖为特征的代谢性疾病,由胰岛素分泌缺陷引起。"
+    assert Containment([[definition]]).of([f"第一课。{definition}请记住。"]).tolist() == [True]

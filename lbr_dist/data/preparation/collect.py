@@ -1,6 +1,6 @@
 """What memory holds of the records of a preparation: hashes and numbers in flat arrays, never the texts.
 
-About 100 bytes a record, so memory grows with the number of records and not with the text. A `TextDigest` is the part
+Some 400 bytes a record at the peak, so memory grows with the number of records and not with the text. A `TextDigest` is the part
 that is made for one block, by whichever process; `TextTable` joins them in order.
 """
 

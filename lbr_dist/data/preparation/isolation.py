@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.preparation.collect import Texts
-from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, windows, word_hashes
+from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, windows, word_counts, word_hashes
 from lbr_dist.data.preparation.split import CL, EVAL, EXTERNAL, FLUSH, GL, TEXT, UNUSED
 from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.record import batches, normalise
@@ -132,31 +132,33 @@ def _note(counts: dict[str, int], loses: np.ndarray, sides: np.ndarray, a: np.nd
 
 
 class Containment:
-    """Whether a text holds a whole evaluation question or answer, word for word, among other words.
+    """Whether a text holds a whole evaluation question or answer, word for word, or lies whole in one.
 
-    Similarity does not see this: a page that quotes a definition is not a near-duplicate of it. Texts of fewer than
-    `MIN_WORDS` words are left aside, for they occur by chance.
+    Similarity does not see this: a page that quotes a definition is not a near-duplicate of it, nor is a sentence of a
+    long answer. Texts of fewer than `MIN_WORDS` words are left aside, for they occur by chance.
     """
 
     def __init__(self, targets: Iterable[Sequence[str]]) -> None:
-        """Take the evaluation texts, batch by batch; memory holds two numbers for each."""
+        """Take the evaluation texts, batch by batch; memory holds a number for each of their words."""
         self._lengths: dict[int, set[int]] = {}
         self._whole: set[int] = set()
+        parts = [np.zeros(0, np.uint64)]
         for batch in targets:
-            hashes, offsets = word_hashes([normalise(text) for text in batch])
+            hashes, offsets, enough = _words(batch)
             anchors = windows(hashes, MIN_WORDS)
-            for start, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-                if end - start >= MIN_WORDS:
-                    self._lengths.setdefault(int(anchors[start]), set()).add(end - start)
-                    self._whole.add(_whole(hashes[start:end]))
+            for start, end in zip(offsets[:-1][enough].tolist(), offsets[1:][enough].tolist(), strict=True):
+                self._lengths.setdefault(int(anchors[start]), set()).add(end - start)
+                self._whole.add(_whole(hashes[start:end]))
+                parts.append(anchors[start : end - MIN_WORDS + 1])
+        self._windows = np.unique(np.concatenate(parts))
         self._anchors = np.array(sorted(self._lengths), np.uint64)
 
-    def holds(self, texts: Sequence[str]) -> np.ndarray:
-        """Whether each text holds one of the targets, bool [texts]."""
-        found = np.zeros(len(texts), bool)
-        hashes, offsets = word_hashes([normalise(text) for text in texts])
+    def of(self, texts: Sequence[str]) -> np.ndarray:
+        """Whether each text holds one of the targets, or lies in one, bool [texts]."""
+        hashes, offsets, enough = _words(texts)
         anchors = windows(hashes, MIN_WORDS)
-        places = np.flatnonzero(np.isin(anchors, self._anchors))
+        found = self._inside(anchors, offsets, enough)
+        places = np.flatnonzero(_among(anchors, self._anchors))
         owners = np.searchsorted(offsets, places, side="right") - 1
         for place, owner in zip(places.tolist(), owners.tolist(), strict=True):
             room = int(offsets[owner + 1]) - place
@@ -165,18 +167,39 @@ class Containment:
                     found[owner] = True
         return found
 
+    def _inside(self, anchors: np.ndarray, offsets: np.ndarray, enough: np.ndarray) -> np.ndarray:
+        """Whether all windows of a text are windows of targets: those of one, since neighbours share all but a word."""
+        known = np.concatenate([[0], np.cumsum(_among(anchors, self._windows))])
+        first = np.minimum(offsets[:-1], len(anchors))
+        last = np.clip(offsets[1:] - MIN_WORDS + 1, first, len(anchors))
+        return enough & (known[last] - known[first] == last - first)
 
-class HoldsTarget:
-    """Says of plain texts in the spool whether they hold one of the targets; picklable."""
+
+class InContainment:
+    """Says of plain texts in the spool whether a `Containment` finds them; picklable."""
 
     def __init__(self, containment: Containment) -> None:
         self._containment = containment
 
     def __call__(self, task: tuple[np.ndarray, SpoolSlice]) -> np.ndarray:
-        """Numbers of the records that do; a task has the numbers, and where the records are."""
+        """Numbers of the records that it does; a task has the numbers, and where the records are."""
         numbers, records = task
-        found = [self._containment.holds([r.document for r in batch]) for batch in batches(records.records())]
+        found = [self._containment.of([r.document for r in batch]) for batch in batches(records.records())]
         return numbers[np.concatenate([np.zeros(0, bool), *found])]
+
+
+def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes of the words of all texts, each text's place in them, and whether it has `MIN_WORDS` of them."""
+    forms = [normalise(text) for text in texts]
+    hashes, offsets = word_hashes(forms)
+    return hashes, offsets, word_counts(forms, offsets) >= MIN_WORDS
+
+
+def _among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Whether each value is one of `ordered`."""
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
 
 
 def _whole(hashes: np.ndarray) -> int:

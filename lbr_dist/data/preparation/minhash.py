@@ -22,6 +22,8 @@ SHINGLE = 3
 MIN_WORDS = 8
 """Shorter texts get no sketch: a template around one term ("What is X of Y?") would make them all alike. They are
 compared exactly."""
+WORD_CHARACTERS = 2
+"""Characters of a script without spaces that are as long as a word, where it counts how much a text says."""
 BANDS, ROWS = 24, 5
 """24 bands of 5 rows: a pair of Jaccard similarity 0.7 is a candidate with probability 0.99, of 0.8 with 0.9999."""
 HASHES = BANDS * ROWS
@@ -34,6 +36,7 @@ CHUNK = 1 << 14
 _SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(f"[^\\W{_SPACELESS}]+|[{_SPACELESS}]")
 """Runs of word characters; in scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han) every character."""
+_SPACELESS_CHARACTER = re.compile(f"[{_SPACELESS}]")
 _MARKS = re.compile(
     f"(?![{_SPACELESS}])["
     + "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
@@ -68,6 +71,15 @@ def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
             first, size = number + 1, 0
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([[], *counts]))]).astype(np.int64)
     return np.concatenate([np.zeros(0, np.uint64), *hashes]), offsets
+
+
+def word_counts(texts: Sequence[str], offsets: np.ndarray) -> np.ndarray:
+    """How many words the normalised texts have, float64 [texts]; `offsets` are those of `word_hashes`.
+
+    A name of eight characters is no text of eight words: in scripts without spaces `WORD_CHARACTERS` are one.
+    """
+    spaceless = [0 if text.isascii() else len(_SPACELESS_CHARACTER.findall(text)) for text in texts]
+    return np.diff(offsets) - np.array(spaceless) * (1 - 1 / WORD_CHARACTERS)
 
 
 def _hash_words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.preparation.checks import check_entity, check_left, check_named_fields, check_outside
 from lbr_dist.data.preparation.collect import Numbers, Texts, compared_texts
 from lbr_dist.data.preparation.first_pass import DigestRows, FirstPass, first_pass
-from lbr_dist.data.preparation.isolation import Containment, HoldsTarget, crossings
+from lbr_dist.data.preparation.isolation import Containment, InContainment, crossings
 from lbr_dist.data.preparation.proof import prove
 from lbr_dist.data.preparation.row_blocks import PartJob
 from lbr_dist.data.preparation.second_pass import WriteShard, write_shards
@@ -192,29 +192,38 @@ class Pipeline:
         side[alive & numbers.is_text & ~numbers.external] = TEXT
         side[numbers.external] = EXTERNAL
         with self.progress.phase("comparing sides"):
-            self.dropped["text_like_evaluation"] = self.dropped["record_like_evaluation"] = 0
-            while len(
-                losers := crossings(side, texts, sketches, similarity=similarity, common=common).losers
-            ):  # one round, unless dropping changes which of very many alike texts are compared
-                plain = int((side[losers] == TEXT).sum())
-                self.dropped["text_like_evaluation"] += plain
-                self.dropped["record_like_evaluation"] += len(losers) - plain
-                side[losers] = UNUSED
-            self._drop_containing(side)
+            self._keep_apart(side, texts)
         return side, labels
 
-    def _drop_containing(self, side: np.ndarray) -> None:
-        """Drop plain texts that quote a whole evaluation question or answer."""
+    def _keep_apart(self, side: np.ndarray, texts: Texts) -> None:
+        """Drop what is like an evaluation record."""
+        self.dropped["text_like_evaluation"] = self.dropped["record_like_evaluation"] = 0
+        self._drop_alike(side, texts)
+        contained = self._contained(side)
+        self.dropped["text_contains_evaluation"] = len(contained)
+        side[contained] = UNUSED
+        if len(contained):  # dropping changes which of very many alike texts are compared
+            self._drop_alike(side, texts)
+
+    def _drop_alike(self, side: np.ndarray, texts: Texts) -> None:
+        """Drop near-duplicates of evaluation records: in one round, but of very many alike texts."""
+        sketches, similarity, common = self.read.sketches, self.settings.similarity, self.common_hashes
+        while len(losers := crossings(side, texts, sketches, similarity=similarity, common=common).losers):
+            plain = int((side[losers] == TEXT).sum())
+            self.dropped["text_like_evaluation"] += plain
+            self.dropped["record_like_evaluation"] += len(losers) - plain
+            side[losers] = UNUSED
+
+    def _contained(self, side: np.ndarray) -> np.ndarray:
+        """Plain texts that quote a whole evaluation question or answer, or are a part of one."""
         held = self._slices((side == EVAL) | (side == EXTERNAL))
         containment = Containment(
             [text for record in batch for text in compared_texts(record)]
             for _, records in held
             for batch in batches(records.records())
         )
-        found = self.executor.stream(self._slices(side == TEXT), alone, HoldsTarget(containment))
-        members = np.concatenate([np.zeros(0, np.int64), *found])
-        side[members] = UNUSED
-        self.dropped["text_contains_evaluation"] = len(members)
+        found = self.executor.stream(self._slices(side == TEXT), alone, InContainment(containment))
+        return np.concatenate([np.zeros(0, np.int64), *found])
 
     def _write(self, side: np.ndarray, evaluation: np.ndarray) -> dict[str, Any]:
         """Second pass: each side's records in shuffled order; `evaluation` are hashes that no negative may have."""

@@ -49,7 +49,8 @@ class ProofTask:
 
 @dataclass(frozen=True)
 class ProofBlock:
-    """What was found: a file with the digest, the side of each record, and the texts that quote an evaluation text."""
+    """What was found: a file with the digest, the side of each record, and how many plain texts hold an evaluation text
+    or lie in one."""
 
     number: int
     file: Path
@@ -71,7 +72,7 @@ class DigestShard:
             sides += [TEXT if record.is_text and task.side != EXTERNAL else task.side for record in batch]
             if task.side == GL:
                 plain = [record.text for record in batch if record.text is not None]
-                containing += int(self._containment.holds(plain).sum())
+                containing += int(self._containment.of(plain).sum())
         file = self._folder / f"{task.number:08d}.npz"
         temporary = file.with_suffix(".tmp.npz")
         arrays: dict[str, Any] = {**TextDigest.join(digests).arrays()}

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lbr_dist.data.preparation.collect import NO_ENTITY, Numbers, Texts, compared_texts
-from lbr_dist.data.preparation.minhash import Sketches, word_hashes
+from lbr_dist.data.preparation.minhash import Sketches, word_counts, word_hashes
 from lbr_dist.data.preparation.spool import Spool
 from lbr_dist.data.record import normalise, normalised_hash
 from lbr_dist.errors import UserError
@@ -95,7 +95,8 @@ def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonTex
         record = spool[int(texts.record[answers[first[position]]])]
         signed = int(hashes[position].astype(np.int64))
         text = next(text for text in compared_texts(record) if normalised_hash(text) == signed)
-        if len(word_hashes([normalise(text)])[0]) <= COMMON_WORDS:
+        form = [normalise(text)]
+        if word_counts(form, word_hashes(form)[1])[0] <= COMMON_WORDS:
             found.append(CommonText(text, int(hashes[position]), int(counts[position])))
     return sorted(found, key=lambda common: (-common.records, common.text))
 
