@@ -1,14 +1,16 @@
-"""Quotes in CSV files: one that is wrong costs one row."""
+"""Quotes in CSV files: one that is wrong costs one row; what cells hold."""
 
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import pytest
 
 from lbr_dist.data.sources import csv_rows as module
 from lbr_dist.data.sources.csv_rows import csv_rows
+from lbr_dist.data.sources.fields import Converter
 from lbr_dist.data.sources.row_values import RowError
 
 
@@ -114,3 +116,54 @@ def test_headers_that_cannot_be_read() -> None:
         read("q,a,a\n1,x,y\n")
     assert read("") == []
     assert read(",q,\n0,1,2\n") == [(2, {"": "2", "q": "1"})]
+
+
+@pytest.mark.parametrize("again", ["q , a", "\ufeffq ,a"])
+def test_the_header_again_where_files_were_joined(again: str) -> None:
+    found = read(f"q ,a\n1,x\n{again}\n2,q\na,q\n")
+    assert good(found) == {2: "x", 4: "q", 5: "q"}
+    assert "the names of the columns again: were files joined?" in dict(found)[3]
+
+
+def test_what_databases_write_for_nothing_is_null() -> None:
+    found = read("q\ta\n1\t\\N\n2\t\\N.\n", "\t")
+    assert [row for _, row in found] == [{"q": "1", "a": None}, {"q": "2", "a": "\\N."}]
+
+
+PASSAGES = [{"docid": "1", "title": "T", "text": "one"}, {"docid": "2", "title": "", "text": "two"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answers": [{"text": "Saint", "answer_start": 5}]},
+        {"query": "q", "positive_passages": PASSAGES, "negative_passages": PASSAGES[:1]},
+        {"query": {"title": "T", "text": "q"}, "text": {"text": "t"}},
+        {"abstract": ["One.", None, "Two."]},
+        {"abstract": PASSAGES},
+    ],
+)
+def test_json_in_cells_is_read_as_in_json_lines(row: dict[str, Any]) -> None:
+    cells = {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
+    assert Converter(None, {}, max_chars=99, cells=True)(cells) == Converter(None, {}, max_chars=99)(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "q", "answers": "[{'text': 'Saint', 'answer_start': 5}]"},
+        {"query": "q", "answer": "a", "negative_passages": str(PASSAGES).replace("}, {", "}\n {")},  # numpy's
+        {"abstract": "['One.', 'Two.']"},
+        {"questions": "['one', 'two']", "answer": "a"},
+    ],
+)
+def test_lists_as_python_prints_them_are_refused_in_every_field(row: dict[str, str]) -> None:
+    with pytest.raises(RowError, match=r" is a list( of objects)? as Python prints it: write it as JSON"):
+        Converter(None, {}, max_chars=99, cells=True)(row)
+
+
+@pytest.mark.parametrize("cell", ["[1, 2]", '{"a": 1}', '[{"a": 1}]', "[{'a': 1}]", "{'text': 'a'}, {'b'}", '"x"'])
+def test_texts_that_only_look_like_lists(cell: str) -> None:
+    for row in ({"question": "q", "answer": cell}, {"question": cell, "answer": "a"}):
+        found = Converter(None, {}, max_chars=99, cells=True)(row)
+        assert (found.question, found.answer) == tuple(row.values())

@@ -31,7 +31,8 @@ def check_outside(name: str, found: BadRows) -> None:
 
 
 def check_named_fields(read: FirstPass, alive: np.ndarray, parts: Sequence[Part]) -> None:
-    """See that the fields exist that --field names for roles that a row may lack; without another, rows are bad.
+    """See that the fields exist that --field names for roles that a row may lack, or that tell its kind; without
+    another, rows are bad.
 
     Args:
         read: what the first pass left.
@@ -44,8 +45,10 @@ def check_named_fields(read: FirstPass, alive: np.ndarray, parts: Sequence[Part]
     has_pairs = (alive & ~read.numbers.external & ~read.numbers.is_text).any()
     roles = ("id", "domain", "source", "negatives", "positives", "label") if has_pairs else ("id",)  # a text has an id
     for part in parts:
+        told = part.format == "text" or part.source.kind is not None
+        checked = roles if told else (*roles, "question", "answer", "options", "text")
         for role, name in part.source.fields.items():
-            if name and role in roles and role not in read.bad.met:
+            if name and role in checked and role not in read.bad.met:
                 raise UserError(f"--field {role}={name}: no row has such a field; {_first_fields(parts)}")
 
 

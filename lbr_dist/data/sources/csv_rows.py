@@ -29,6 +29,8 @@ LEAST = 1 << 18
 """The same, where so many characters were read in vain that going on so would take very long."""
 IN_VAIN = 1 << 26
 """Characters that may be read in vain, besides as many as the good rows hold, before `LEAST` applies."""
+NULL = r"\N"
+"""What databases write into a cell of nothing."""
 LINE = 16
 """Characters that a line counts for at least: a short one takes four times as much memory."""
 
@@ -92,7 +94,7 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
     try:
         if said:
             next(filter(any, reader))
-        names = [name.strip() for name in next(filter(any, reader), [])]
+        names = _names(next(filter(any, reader), []))
     except csv.Error as error:
         raise ValueError(f"its header: {error}") from None
     check_distinct(filter(None, names), "its header names")
@@ -113,5 +115,12 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
             yield first, RowError("wrong_type", f"not a CSV row: is a quote missing or not doubled? ({problem})")
         elif len(cells) > len(names):
             yield first, RowError("wrong_type", f"the line has {len(cells)} cells, more than the header: {len(names)}")
+        elif _names(cells) == names:
+            yield first, RowError("wrong_type", "the names of the columns again: were files joined? Leave them out")
         elif any(cells):
-            yield first, dict(zip(names, cells, strict=False))
+            values = [None if cell == NULL else cell for cell in cells] if NULL in cells else cells
+            yield first, dict(zip(names, values, strict=False))
+
+
+def _names(cells: list[str]) -> list[str]:
+    return [cell.removeprefix("\ufeff").strip() for cell in cells]

@@ -42,6 +42,13 @@ NAMES: dict[str, tuple[str, ...]] = {
 """Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
 fields of one role."""
 
+CODED = (
+    *("answer_idx", "answer_index", "answerkey", "answer_key", "correct_option", "correct_answer_id", "cop", "label"),
+)
+"""Fields, in small letters, with the label, letter or number of the right option and not its text."""
+COLUMN = re.compile(r"(?:op(?:tion)?_?)?([A-Z])", re.IGNORECASE)
+"""A field with the option of a letter."""
+
 RECOGNISED = frozenset(
     part.lower() for names in NAMES.values() for name in names for part in name.split(",") if len(part) > 1
 )
@@ -68,7 +75,14 @@ class Finder:
         self.fields, self._lenient = dict(fields), lenient
         self.met = set[str]()
         """Roles of `fields` whose field a row had."""
+        self._unmet = [role for role, name in self.fields.items() if name]
         self._found: dict[tuple[str, tuple[str, ...]], tuple[str, ...] | None] = {}
+
+    def meet(self, row: Mapping[str, Any]) -> None:
+        """Take down which of the fields that the user named the row has, whatever its kind."""
+        if self._unmet:
+            self.met.update(role for role in self._unmet if _has(row, self.fields[role].split(",")))
+            self._unmet = [role for role in self._unmet if role not in self.met]
 
     def find(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
         """Names of the row's fields for a role; None: it has none."""
@@ -78,7 +92,7 @@ class Finder:
             return None
         if mapped is not None:
             parts = tuple(mapped.split(","))
-            if all(_MISSING is not reach(row, part) for part in parts):
+            if _has(row, parts):
                 self.met.add(named)
                 return parts
             if not self._lenient:
@@ -113,6 +127,10 @@ def reach(row: Mapping[str, Any], name: str) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+def _has(row: Mapping[str, Any], names: Iterable[str]) -> bool:
+    return all(reach(row, name) is not _MISSING for name in names)
+
+
 def look_up(row: Mapping[str, Any], name: str) -> Any:
     """The value of a field that the user named, in capitals or not, or in an object; None where there is none."""
     found = reach(row, name)
@@ -125,6 +143,12 @@ def value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """What the fields that `Finder.find` named hold: a list where there are several."""
     values = [reach(row, name) for name in names]
     return values if len(values) > 1 else values[0]
+
+
+def column_labels(names: tuple[str, ...]) -> list[str]:
+    """The letters of the options that are in these fields; none where not each is the field of a letter."""
+    found = [match[1].upper() for match in map(COLUMN.fullmatch, names) if match]
+    return found if len(found) == len(names) > 1 else []
 
 
 def _recognise(row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:

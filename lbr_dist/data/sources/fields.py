@@ -14,7 +14,7 @@ from typing import Any
 from lbr_dist.data.record import Record, content_id
 from lbr_dist.data.sources import field_names, row_values
 from lbr_dist.data.sources.chat import unfold
-from lbr_dist.data.sources.field_names import NAMES, Finder, listed
+from lbr_dist.data.sources.field_names import CODED, NAMES, Finder, listed
 from lbr_dist.data.sources.questions import each_question
 from lbr_dist.data.sources.row_values import RowError
 
@@ -61,6 +61,7 @@ class Converter:
         Raises:
             RowError: it cannot be used.
         """
+        self._finder.meet(row)
         row = self._unfolded(row)
         if self.kind is None:
             self.kind = self._kind_of(row)
@@ -161,8 +162,10 @@ class Converter:
 
     def _refuse_unasked(self, row: Mapping[str, Any]) -> None:
         """See that no answer would be left out with the question that is not recognised."""
-        [name, *_] = self._finder.find(row, "answer") or [""]
-        if name and name.lower() not in NAMES["text"] and "text" not in self._finder.fields:
+        names = self._finder.find(row, "answer")
+        [name, *_] = names or [""]
+        is_text = names == self._finder.find(row, "text") or name.lower() in ("document", "passage")  # a text itself
+        if name and not is_text and "text" not in self._finder.fields:
             raise RowError(
                 "missing_field",
                 f"an answer ({name}) and no question among the fields {listed(row)}: name the question, for "
@@ -179,17 +182,19 @@ class Converter:
             raise RowError("wrong_type", str(error)) from None
 
     def _get(self, row: Mapping[str, Any], role: str, optional: bool = False) -> Any:
-        names = self._finder.find(row, role)
+        names, named = self._finder.find(row, role), "answer" if role in ("right", "document") else role
         if names is not None:
             value = field_names.value(row, names)
-            if role in ("question", "answer", "document", "text") and len(names) > 1:
-                return "\n".join(
-                    self._joined(part, role) for part in value if part != [] and not row_values.blank(part)
-                )
-            return value
+            if role not in ("question", "answer", "document", "text"):
+                return value
+            parts = value if len(names) > 1 else [value]
+            if self._cells:
+                parts = [row_values.cell(part, named) for part in parts]
+            if len(parts) == 1:
+                return parts[0]
+            return "\n".join(self._joined(part, role) for part in parts if part != [] and not row_values.blank(part))
         if optional:
             return None
-        named = "answer" if role in ("right", "document") else role
         wanted = self._finder.fields.get(named) or ", ".join(NAMES[role])
         kind = "" if self._told else f"; an earlier row told that these are of kind {self.kind}: see --kind"
         what = "right option (--field answer=NAME)" if role == "right" else role
@@ -198,9 +203,13 @@ class Converter:
     def _answer(self, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The answer and, where the field holds a list, the further answers."""
         value = self._get(row, "document" if self.kind == "query-document" else "answer")
-        if self._cells:
-            value = row_values.cell(value, "answer")
         if isinstance(value, list | tuple) or row_values.holds_list(value):
+            if "answer" not in self._finder.fields and field_names.look_up(row, "correct_answer_id") is not None:
+                raise RowError(
+                    "wrong_type",
+                    "the row has a list of answers and a correct_answer_id: read them as options (--kind "
+                    "multiple-choice --field options=answers --field answer=correct_answer_id)",
+                )
             first, *more = dict.fromkeys(self._texts(value, "answer") or (self._text("", "answer"),))
             return first, tuple(more)
         return self._text(value, "answer"), ()
@@ -208,7 +217,7 @@ class Converter:
     def _refuse_wrong(self, row: Mapping[str, Any]) -> None:
         """See that the row's label, where data sets hold right and wrong answers, does not call the answer wrong."""
         value = self._get(row, "label", optional=True)
-        if str(value).strip().lower() in ("0", "0.0", "false"):
+        if str(value).strip().lower() in ("0", "0.0", "false", "f"):
             name = ",".join(self._finder.find(row, "label") or ())
             raise RowError(
                 "wrong_answer",
@@ -220,21 +229,17 @@ class Converter:
         """Stem and options, one per line with a letter, as the question; the right option as the answer."""
         stem = self._text(self._get(row, "question"), "question")
         options, labels = row_values.options(self._get(row, "options"), self.max_chars)
+        labels = labels or field_names.column_labels(self._finder.find(row, "options") or ())
         return self._with_options(stem, options), options[self._right(row, options, labels)]
 
     def _right(self, row: Mapping[str, Any], options: list[str], labels: list[str]) -> int:
-        """Number of the right option; a label, which may mean something else, must agree with an answer beside it."""
+        """Number of the right option, which must agree with an answer beside it."""
         value = self._get(row, "right")
-        right = row_values.choose(value, options, labels)
         [name, *_] = self._finder.find(row, "right") or ()
-        if name.lower() == "label" and name != self._finder.fields.get("answer"):
+        right = row_values.choose(value, options, labels, coded=name.lower() in CODED)
+        if name.lower() != "answer" and name != self._finder.fields.get("answer"):
             answer = field_names.look_up(row, "answer")
-            try:
-                agrees = row_values.blank(answer) or str(answer).strip() == options[right]
-                agrees = agrees or row_values.choose(answer, options, labels) == right
-            except RowError:
-                agrees = True  # it is no option: an explanation
-            if not agrees:
+            if not _agrees(answer, right, options, labels):
                 raise RowError(
                     "bad_option",
                     f"answer is {str(answer)[:40]!r} and {name} is {value!r}, another option: name the field of the "
@@ -260,7 +265,7 @@ class Converter:
 
     def _label(self, row: Mapping[str, Any], role: str, default: str) -> str:
         value = self._get(row, role, optional=True)
-        if value in (None, "", [], {}):
+        if row_values.blank(value) or value in ([], {}):
             return default
         return self._text(value if isinstance(value, str) else json.dumps(value, default=str), role)
 
@@ -268,3 +273,14 @@ class Converter:
         value = self._get(row, "id", optional=True)
         name = row_values.identifier(value)
         return content_id(*content) if name is None else self._text(name, "id")
+
+
+def _agrees(answer: Any, right: int, options: list[str], labels: list[str]) -> bool:
+    """Whether an answer names the right option, or none: it is an explanation."""
+    if row_values.blank(answer) or str(answer).strip() == options[right]:
+        return True
+    try:
+        named = [options[number] for number in row_values.readings(answer, options, labels) if number is not None]
+    except RowError:
+        return True
+    return not named or options[right] in named

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from lbr_dist.data.sources.chat import CONVERSATIONS
-from lbr_dist.data.sources.field_names import NAMES, RECOGNISED
+from lbr_dist.data.sources.field_names import NAMES, RECOGNISED, check_distinct
 from lbr_dist.data.sources.parts import Part
 from lbr_dist.data.sources.row_values import CONVERT, RowError, blank
 
@@ -50,11 +50,13 @@ def json_rows(part: Part) -> Numbered:
         first, alone = next(lines, b""), next(lines, None) is None
     items: Any = None
     if first[:1] == b"[":
-        items = json.loads(_content(part).decode("utf-8-sig"))
-    elif first[:1] == b"{" and (alone or isinstance(json_object(first), RowError)):  # one object, over lines or not?
+        items = _decoded(_content(part))
+    elif first[:1] == b"{" and (alone or _begins(first)):
         row = json_object(_content(part))
         if not isinstance(row, RowError):
             items = _items(row)
+        elif _TWICE in row.detail and not alone:
+            raise ValueError(row.detail)
     if items is None:
         with part.open() as file:
             yield from json_lines(file)
@@ -67,7 +69,7 @@ def json_rows(part: Part) -> Numbered:
 def json_object(data: bytes) -> Row:
     """The object that these bytes are, or what is wrong with them."""
     try:
-        row = json.loads(data.decode("utf-8-sig"))
+        row = _decoded(data)
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start}{CONVERT}")
     except json.JSONDecodeError as error:
@@ -75,6 +77,34 @@ def json_object(data: bytes) -> Row:
     except (ValueError, RecursionError) as error:
         return RowError("invalid_json", str(error))
     return row if isinstance(row, dict) else RowError("wrong_type", "the line is not a JSON object")
+
+
+_TWICE = "an object has the key"
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        check_distinct((name for name, _ in pairs), _TWICE)
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def _decoded(data: bytes) -> Any:
+    """What these bytes are in JSON.
+
+    Raises:
+        ValueError: they are none, or an object in it has a key twice.
+    """
+    return _DECODER.decode(data.decode("utf-8-sig"))
+
+
+def _begins(line: bytes) -> bool:
+    """Whether a line is no object by itself: it may begin one."""
+    row = json_object(line)
+    return isinstance(row, RowError) and _TWICE not in row.detail
 
 
 def _content(part: Part) -> bytes:
@@ -126,6 +156,8 @@ def _nested(row: Row) -> list[Row]:
     for name in NESTED:
         inner = None if isinstance(row, RowError) else row.get(name)
         if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
+            if name == "paragraphs" and not any("qas" in item for item in inner):
+                continue  # of one question, as in MuSiQue
             assert not isinstance(row, RowError)
             around = {key: value for key, value in row.items() if key != name}
             ids = {key: value for key, value in around.items() if key.lower() in NAMES["id"] and not blank(value)}

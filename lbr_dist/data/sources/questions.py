@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lbr_dist.data.sources.field_names import Finder, reach
-from lbr_dist.data.sources.row_values import RowError, blank, parsed
+from lbr_dist.data.sources.row_values import RowError, blank, holds_list, parsed
 
 FIELD = "questions"
 
@@ -39,7 +39,9 @@ def _texts(value: Any) -> Iterator[Any]:
 
 def _answers(row: Mapping[str, Any], finder: Finder) -> int:
     names = finder.find(row, "answer")
-    value = parsed(reach(row, names[0])) if names and len(names) == 1 else None
+    value: Any = parsed(reach(row, names[0])) if names and len(names) == 1 else None
+    if holds_list(value):
+        value = value["text"]
     return len(value) if isinstance(value, list | tuple) else 1
 
 

@@ -35,8 +35,10 @@ WHOLE = re.compile(r"-?\d+\.0")
 """A whole number as pandas writes it, in a file of any format, where another row has none."""
 PYTHON_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
 """What str() makes of a list of texts, where it is not JSON too."""
-PYTHON_OBJECT = re.compile(r"\s*\{.*'text': (array\()?\[.*\}\s*", re.DOTALL)
-"""What str() makes of an object with a list under `text`, as `to_csv` writes the answers of SQuAD, likewise."""
+PYTHON_OBJECT = re.compile(r"\s*\{(?=.*'text': (array\()?\[).*\}\s*", re.DOTALL)
+"""What str() makes of an object with a list under `text`, as `to_csv` writes the answers of SQuAD, likewise,"""
+PYTHON_OBJECTS = re.compile(r"\s*\[\s*\{(?=.*'text': ).*\}\s*\]\s*", re.DOTALL)
+"""and of a list of objects with a `text`, as it writes passages."""
 
 
 class RowError(Exception):
@@ -62,7 +64,7 @@ def text(value: Any, role: str, max_chars: int) -> str:
     Raises:
         RowError: it is none, or empty, or has more than `max_chars` characters.
     """
-    if isinstance(value, Mapping) and isinstance(value.get("text"), str):
+    if _holds_text(value):
         title = value.get("title")
         value = f"{title} {value['text']}" if isinstance(title, str) and title else value["text"]
     if not isinstance(value, str):
@@ -132,6 +134,10 @@ def holds_list(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple)
 
 
+def _holds_text(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("text"), str)
+
+
 def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
     """Option texts and their labels: a list of texts or of {"text": ..., "label": ...}, {"text": [...], "label": [...]}
     or {"A": ..., "B": ...}.
@@ -161,35 +167,52 @@ def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
     return found, labels
 
 
-def choose(value: Any, options: list[str], labels: list[str]) -> int:
+def choose(value: Any, options: list[str], labels: list[str], *, coded: bool = False) -> int:
     """Number of the right option, from its label, its text, its letter or its index (from 0).
+
+    Args:
+        coded: the value comes out of a field for labels, letters and numbers: it is a text only if it is none of these.
+
+    Raises:
+        RowError: it is none of the options, or the text of one and the label, letter or index of another.
+    """
+    by_text, by_code = readings(value, options, labels)
+    repaired = WHOLE.fullmatch(str(value).strip()) is not None
+    number = by_text if by_code is None or (repaired and by_text is not None and not coded) else by_code
+    if number is None:
+        hint = "; a number counts from 0, unless the options have labels"
+        shown = str(_whole(value)).strip()
+        raise RowError("bad_option", f"{shown[:40]!r} is none of the {len(options)} options{hint * shown.isdecimal()}")
+    if by_text is not None and options[by_text] != options[number] and not coded:
+        raise RowError(
+            "bad_option",
+            f"{str(value)[:40]!r} reads both as a text and as a letter or number of different options: give the letter "
+            "or number of the right one, in a field answer_key",
+        )
+    return number
+
+
+def readings(value: Any, options: list[str], labels: list[str]) -> tuple[int | None, int | None]:
+    """Numbers of the options that a value names: as their text, and as their label, letter or index.
 
     Where the labels are letters, a letter is one of them and says nothing about the place; likewise a number.
     """
-    if isinstance(value, float | Decimal | str) and str(value) in (*labels, *options):
-        value = str(value)
-    elif isinstance(value, str) and WHOLE.fullmatch(value.strip()):
-        value = value.strip()[:-2]
-    else:
-        value = _whole(value)
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
         raise RowError("wrong_type", f"the right option is {type_name(value)}, not a text or a whole number")
-    name, number = str(value).strip().upper(), -1
+    written, number = str(value), -1
+    name = str(_whole(value)).strip().upper()
+    name = name[:-2] if WHOLE.fullmatch(name) else name
     known = [label.strip().upper() for label in labels]
-    if str(value) in labels:
-        number = labels.index(str(value))
-    elif value in options:
-        number = options.index(str(value))
+    if written in labels:
+        number = labels.index(written)
     elif name in known:
         number = known.index(name)
     elif name in LETTERS and not any(label in LETTERS for label in known):
         number = LETTERS.index(name)
     elif name.isdecimal() and len(name) < 3 and not any(label.isdecimal() for label in known):
         number = int(name)
-    if not 0 <= number < len(options):
-        hint = "; a number counts from 0, unless the options have labels" * str(value).strip().isdecimal()
-        raise RowError("bad_option", f"{str(value)[:40]!r} is none of the {len(options)} options{hint}")
-    return number
+    by_text = options.index(written) if written in options and not isinstance(value, int) else None
+    return by_text, number if 0 <= number < len(options) else None
 
 
 def parsed(value: Any) -> Any:
@@ -203,20 +226,23 @@ def parsed(value: Any) -> Any:
 
 
 def cell(value: Any, role: str) -> Any:
-    """A text, or the list of texts, or the object with one under `text`, that it is in JSON.
+    """A text, or the object with a text or a list under `text`, or the list of texts or such objects, that it is in
+    JSON.
 
     Raises:
         RowError: it is one of these as Python prints it.
     """
     found = parsed(value)
-    if holds_list(found) or (isinstance(found, list) and all(isinstance(item, str) for item in found)):
+    if holds_list(found) or _holds_text(found):
+        return found
+    if isinstance(found, list) and all(blank(item) or isinstance(item, str) or _holds_text(item) for item in found):
         return found
     _refuse_python(value, role)
     return value
 
 
 def _refuse_python(value: Any, role: str) -> None:
-    forms = {"a list": PYTHON_LIST, "an object": PYTHON_OBJECT}
+    forms = {"a list": PYTHON_LIST, "an object": PYTHON_OBJECT, "a list of objects": PYTHON_OBJECTS}
     for name, form in forms.items():
         if isinstance(value, str) and form.fullmatch(value):
             raise RowError("wrong_type", f"{role} is {name} as Python prints it: write it as JSON (json.dumps)")
