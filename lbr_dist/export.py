@@ -3,6 +3,8 @@
 The folder is written beside its destination and renamed at the end, after a check: a handful of awkward texts (empty,
 far too long, non-Latin) must have the same vectors from plain sentence-transformers as from the run. So an export that
 exists is an export that agrees; what a tokenizer of some family does differently is found here and not in production.
+One difference is told and not refused: many tokenizers join the white space that a text begins with to the line break
+of an instruction before it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.report import read_evaluation
 from lbr_dist.export_tokens import fixed_tokens
-from lbr_dist.recipes import save_recipe
+from lbr_dist.model.tokenizer import BEGINNINGS, Tokenization
+from lbr_dist.recipes import load_recipe, save_recipe
 
 if TYPE_CHECKING:
+    from lbr_dist.config import Recipe
     from lbr_dist.loading import Run
 
 log = logging.getLogger("lbr")
@@ -33,17 +37,9 @@ COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 CHECK_TEXTS = (
     "",
     " ",
-    "What is it?",
     "  leading and trailing spaces \n",
     "\n\nline breaks first\n- and\tinside\n",
-    "Aspirin (acetylsalicylic acid) is a salicylate; it relieves pain, fever and inflammation.",
-    "def add(a, b):\n    return a + b  # 1+1=2",
-    "Diabetes mellitus, ciężka niewydolność nerek, Überfunktion der Schilddrüse, ÉTAT DE CHOC",
-    "糖尿病是一种以高血糖为特征的代谢性疾病。",
-    "糖尿病は、高血糖を特徴とする代謝疾患です。",
-    "السكري هو مرض استقلابي",
-    "मधुमेह एक चयापचय रोग है",
-    "🧪🧬 H₂O → CO₂ ½ ﬁ",
+    *BEGINNINGS,
     "a very long text that has to be cut somewhere " * 3000,
 )
 
@@ -74,13 +70,21 @@ def export(
     Raises:
         UserError: `out` holds something or cannot be made, `scores` is no evaluation, the run has no checkpoint, its
             number of bottleneck tokens varies and `tokens` does not say how many, or the check finds a text whose
-            vector differs.
+            tokens or vector differ.
     """
     out = Path(out)
     evaluation = _evaluation(run, scores)
+    _check_tokens(run, tokens)
     with new_folder(out, f"export to {out}") as folder:
         _write(run, folder, out, tokens, dtype, evaluation, scores is not None, check)
     return out
+
+
+def _check_tokens(run: str | Path, tokens: int | None) -> None:
+    """Refuse a number of bottleneck tokens that does not suit the run before any weight is read."""
+    from lbr_dist.training.checkpoint_format import resolve
+
+    fixed_tokens(load_recipe(resolve(run, kinds={"extra"}) / "recipe.yaml"), tokens)
 
 
 def _evaluation(run: str | Path, scores: str | Path | None) -> dict[str, Any] | None:
@@ -110,7 +114,7 @@ def _write(
 ) -> None:
     from lbr_dist.export_folder import write_sentence_transformers
     from lbr_dist.loading import load_run
-    from lbr_dist.model_card import model_card
+    from lbr_dist.model_card import model_card, spaced_texts
 
     loaded = load_run(run, "cpu")
     recipe = loaded.recipe
@@ -134,13 +138,20 @@ def _write(
     )
     save_recipe(recipe, folder / "lbr_recipe.yaml")
     del loaded.model, backbone
-    agreement = _check(folder, reference, COSINE[dtype]) if reference is not None else None
+    agreement: float | None = None
+    spaced: float | None = None
+    if reference is not None:
+        _check_tokenizer(folder, loaded.tokenization)
+        agreement, spaced = _check(folder, reference, COSINE[dtype], recipe)
+    if spaced is not None:
+        log.warning("%s: behind an instruction, %s", out, spaced_texts(spaced))
     card = model_card(
         out,
         recipe,
         tokens=count,
         dtype=dtype,
         agreement=agreement,
+        spaced=spaced,
         evaluation=evaluation,
         checkpoint=loaded.checkpoint.name,
     )
@@ -167,11 +178,9 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
     original = AutoConfig.from_pretrained(str(loaded.model_dir))
     backbone.config.use_cache = True
     backbone.config.attention_dropout = original.attention_dropout
-    if recipe.contrastive.attention == "bidirectional":
-        backbone.config.is_causal = False
-    if ids:
-        assert model.z is not None
-        fold(backbone, model.z[-count:], ids)
+    backbone.config.is_causal = recipe.contrastive.attention == "causal"  # the base may say otherwise
+    z_KD = model.z[-count:] if count and model.z is not None else None
+    fold(backbone, z_KD, ids, Tokenization.load(str(folder)).vocabulary)
     if loaded.tokenization.eos_id is not None:  # what ended every Y in training; the base may name another
         backbone.generation_config.eos_token_id = loaded.tokenization.eos_id
     backbone.to(getattr(torch, dtype)).save_pretrained(str(folder), max_shard_size="4GB")
@@ -190,8 +199,20 @@ def _reference(loaded: Run, count: int) -> np.ndarray:
     return vectors_ND
 
 
-def _check(folder: Path, reference_ND: np.ndarray, least: float) -> float:
-    """Lowest cosine between the run's vectors and those of the folder in sentence-transformers."""
+def _check_tokenizer(folder: Path, own: Tokenization) -> None:
+    differs = own.first_difference(Tokenization.load(str(folder)))
+    if differs is not None:
+        raise UserError(
+            f"export: the exported tokenizer gives {differs[:40]!r} other tokens than that of the run: use `lbr "
+            "encode` for this run"
+        )
+
+
+def _check(folder: Path, reference_ND: np.ndarray, least: float, recipe: Recipe) -> tuple[float, float | None]:
+    """Lowest cosine between the run's vectors and those of the folder in sentence-transformers.
+
+    And that of texts that begin with white space and have an instruction before them, if they differ; None otherwise.
+    """
     from sentence_transformers import SentenceTransformer
 
     from lbr_dist.model.plain import without_report
@@ -202,13 +223,19 @@ def _check(folder: Path, reference_ND: np.ndarray, least: float) -> float:
     options: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
     vectors_ND = np.concatenate([model.encode_query(texts, **options), model.encode_document(texts, **options)])
     defined_N = reference_ND.any(axis=1)  # a text without any token has no vector
-    cosines = np.where(defined_N, (vectors_ND.astype(np.float32) * reference_ND).sum(1), 1.0)
-    worst = int(np.argmin(np.nan_to_num(cosines, nan=-1)))
-    if not cosines[worst] >= least:
+    cosines_N = np.where(defined_N, (vectors_ND.astype(np.float32) * reference_ND).sum(1), 1.0)
+    cosines_N = np.nan_to_num(cosines_N, nan=-1)
+    instructions = (recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction)
+    spaced_N = np.array([before != "" and text[:1].isspace() for before in instructions for text in texts])
+    spaced = float(cosines_N[spaced_N].min(initial=1))
+    if spaced < least:
+        cosines_N[spaced_N] = 1
+    worst = int(np.argmin(cosines_N))
+    if not cosines_N[worst] >= least:
         side = "query" if worst < len(texts) else "passage"
         raise UserError(
-            f"export: sentence-transformers gives another vector (cosine {cosines[worst]:.5f}, needed {least}) for the "
-            f"{side} {texts[worst % len(texts)][:40]!r}; this tokenizer does not split as in training, probably at the "
-            f"{side} instruction: use `lbr encode` for this run"
+            f"export: sentence-transformers gives another vector (cosine {cosines_N[worst]:.5f}, needed {least}) for "
+            f"the {side} {texts[worst % len(texts)][:40]!r}; this tokenizer does not split as in training, probably at "
+            f"the {side} instruction: use `lbr encode` for this run"
         )
-    return float(cosines[worst])
+    return float(cosines_N[worst]), spaced if spaced < least else None

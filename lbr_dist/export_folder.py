@@ -8,12 +8,14 @@ them (tokenizers cut the text so that what the post-processor adds still fits). 
 from __future__ import annotations
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lbr_dist.model.tokenizer import Tokenization, z_token
+from lbr_dist.model.tokenizer import PAD, Tokenization, z_token
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
 
 Pooling = Literal["bottleneck", "last", "mean"]
@@ -23,7 +25,9 @@ def write_tokenizer(source: Path, out: Path, *, vectors: int, max_tokens: int) -
     """Write the tokenizer of `source` with `vectors` bottleneck tokens behind every text.
 
     The beginning-of-sequence token stays in front where the tokenizer puts one by default; nothing is put behind Z. The
-    chat template is left out: with one, sentence-transformers would wrap every text into a conversation.
+    chat template is left out: with one, sentence-transformers would wrap every text into a conversation. Padding, where
+    the tokenizer has none, is a token that is special already, or a new one: an ordinary one would become special, and
+    be cut out of the texts.
 
     Args:
         source: model folder with a fast tokenizer.
@@ -33,15 +37,18 @@ def write_tokenizer(source: Path, out: Path, *, vectors: int, max_tokens: int) -
     Returns:
         Ids of the bottleneck tokens, in order.
     """
-    from tokenizers import AddedToken, Tokenizer, processors
+    from tokenizers import Tokenizer, processors
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     original = AutoTokenizer.from_pretrained(str(source))
     backend = Tokenizer.from_str(original.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
+    special: dict[str, Any] = {k: v for k, v in original.special_tokens_map.items() if isinstance(v, str)}
+    present = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    pad = special.setdefault("pad_token", special.get("eos_token") or next(iter(present), PAD))
     names = [z_token(index) for index in range(vectors)]
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    backend = _with_special(backend, [*names, PAD] if pad == PAD else names)
     ids: list[int] = [backend.token_to_id(name) for name in names]  # type: ignore[misc]
 
     front: list[str] = [backend.id_to_token(token) for token in Tokenization.load(str(source)).bos]  # type: ignore[misc]
@@ -50,8 +57,6 @@ def write_tokenizer(source: Path, out: Path, *, vectors: int, max_tokens: int) -
         pair=[*front, "$A", "$B", *names],
         special_tokens=[(name, backend.token_to_id(name)) for name in {*front, *names}],
     )
-    special: dict[str, Any] = {k: v for k, v in original.special_tokens_map.items() if isinstance(v, str)}
-    special.setdefault("pad_token", special.get("eos_token") or backend.id_to_token(0))
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=max_tokens,
@@ -62,6 +67,24 @@ def write_tokenizer(source: Path, out: Path, *, vectors: int, max_tokens: int) -
     ).save_pretrained(str(out))
     _name_generic_class(out / "tokenizer_config.json")
     return ids
+
+
+def _with_special(backend: Tokenizer, names: list[str]) -> Tokenizer:
+    """Add special tokens, behind all ids that there are.
+
+    Left to itself the library begins at the number of entries, which is a word's id where the ids have gaps; it takes
+    an id that the vocabulary names.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    taken, settings = backend.get_vocab(), json.loads(backend.to_str())
+    vocabulary = settings["model"]["vocab"]
+    if max(taken.values()) >= len(taken) and isinstance(vocabulary, dict):  # a list has no gaps
+        new = [name for name in names if name not in taken]
+        vocabulary.update(zip(new, count(max(taken.values()) + 1), strict=False))
+        backend = Tokenizer.from_str(json.dumps(settings))
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return backend
 
 
 def _name_generic_class(file: Path) -> None:
@@ -84,25 +107,28 @@ def name_rotary_base(file: Path) -> None:
     _json(file, settings)
 
 
-def fold(backbone: Any, z_KD: Tensor, ids: list[int]) -> None:
+def fold(backbone: Any, z_KD: Tensor | None, ids: list[int], vocabulary: int = 0) -> None:
     """Make each bottleneck vector the embedding of its token, in place.
 
-    Ids beyond the embedding matrix enlarge it (`config.vocab_size` follows). With tied embeddings the vectors are rows
-    of the output head too, and with untied ones the new rows of the head are zero; either way generation never picks
-    them, because `generation_config.suppress_tokens` forbids it.
+    Ids beyond the embedding matrix enlarge it (`config.vocab_size` follows), and so does a larger `vocabulary` (padding
+    may be new too), whose row is zero. With tied embeddings the vectors are rows of the output head too, and with
+    untied ones the new rows of the head are zero; either way generation never picks them, because
+    `generation_config.suppress_tokens` forbids it.
     """
     import torch
 
     old = backbone.get_input_embeddings().weight.shape[0]
-    if max(ids) >= old:
-        backbone.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    rows = max(old, vocabulary, *(token + 1 for token in ids))
+    if rows > old:
+        backbone.resize_token_embeddings(rows, mean_resizing=False)
     embedding, head = backbone.get_input_embeddings().weight, backbone.get_output_embeddings().weight
     with torch.no_grad():
-        if head is not embedding:
-            head[old:] = 0
-        embedding[ids] = z_KD.to(embedding)
+        head[old:] = embedding[old:] = 0
+        if z_KD is not None:
+            embedding[ids] = z_KD.to(embedding)
     settings = backbone.generation_config
-    settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), *ids})
+    if forbidden := {*ids, *range(old, rows)}:
+        settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), *forbidden})
 
 
 def write_sentence_transformers(

@@ -21,6 +21,7 @@ def model_card(
     tokens: int,
     dtype: str,
     agreement: float | None,
+    spaced: float | None = None,
     evaluation: dict[str, Any] | None,
     checkpoint: str,
 ) -> str:
@@ -32,6 +33,7 @@ def model_card(
         tokens: bottleneck tokens behind every text.
         dtype: of the weights on disk.
         agreement: lowest cosine to the run's own vectors that the export check saw; None: not checked.
+        spaced: that of texts that begin with white space, where an instruction makes them differ.
         evaluation: what `lbr eval` found, as in its `eval.json`.
         checkpoint: name of the checkpoint.
     """
@@ -41,7 +43,7 @@ def model_card(
     parts += [_data(recipe), _training(recipe, checkpoint)]
     if evaluation is not None:
         parts.append("## Scores\n\n" + markdown_table(evaluation))
-    parts.append(_export_note(dtype, agreement))
+    parts.append(_export_note(dtype, agreement, spaced))
     return "\n\n".join(parts) + "\n"
 
 
@@ -136,10 +138,18 @@ def _training(recipe: Recipe, checkpoint: str) -> str:
     return f"## Training\n\n{origin} The whole recipe:\n\n```yaml\n{recipe_text(recipe)}```"
 
 
-def _export_note(dtype: str, agreement: float | None) -> str:
+def spaced_texts(cosine: float) -> str:
+    """What is said of an export that differs from its run on texts that begin with white space."""
+    other = f"another vector (cosine {cosine:.3f}) than `lbr encode` gives"
+    return f"texts that begin with white space get {other}: strip them"
+
+
+def _export_note(dtype: str, agreement: float | None, spaced: float | None) -> str:
     checked = (
         "It was not compared with the run when it was written."
         if agreement is None
         else f"Its vectors were compared with the run's own when it was written: lowest cosine {agreement:.6f}."
     )
+    if spaced is not None:
+        checked += f" Behind an instruction, {spaced_texts(spaced)}."
     return f"## Export\n\nWeights in {dtype}. {checked}"

@@ -147,7 +147,8 @@ class Assembler:
     def check(self, samples: Sequence[PlannedSample]) -> None:
         """Check on some samples that instruction and text tokenize together as they do apart.
 
-        Otherwise the exported model, which gets the two as one string, would read other tokens than training did.
+        Otherwise the exported model, which gets the two as one string, would read other tokens than training did. White
+        space in front of a text, which many tokenizers join to the instruction's line break, is left out.
 
         Raises:
             UserError: they do not; the setting is named.
@@ -159,14 +160,15 @@ class Assembler:
             if not instruction:
                 continue
             chosen = [(s, r) for s, r in zip(samples, records, strict=True) if s.side == side]
-            texts = [self._texts(sample, record)[0].text for sample, record in chosen]
+            texts = [self._texts(sample, record)[0].text.lstrip() for sample, record in chosen]
             apart = self._tokenization.encode([instruction, *texts])
             together = self._tokenization.encode([instruction + text for text in texts])
             for text, alone, both in zip(texts, apart[1:], together, strict=True):
                 if apart[0] + alone != both:
                     raise UserError(
                         f"contrastive.{side}_instruction: with this tokenizer its tokens change with the text after it "
-                        f"(for example {text[:40]!r}): end it in a character that always ends a token, such as \\n"
+                        f"(for example {text[:40]!r}), so `lbr export` would refuse the run: leave the instruction "
+                        "out, or take another base"
                     )
 
     def _known(self, record: dict[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ __all__ = ["Loader", "LocalBatch"]
 TIMEOUT_S = 1800
 """Seconds to wait for one micro-batch: far longer than any fetch of a remote shard, so it means a hung process."""
 PROBES = 64
-"""Samples on which the instructions are checked before the first step."""
+"""Samples on which the instructions are checked before step 0."""
 
 
 class Loader:
@@ -71,8 +71,9 @@ class Loader:
         self._assembler = Assembler(recipe, readers, plan.sources, tokenization)
         if self._steps:
             first = plan.step(start_step).micro_batches(rank, world)
-            probes = [s for micro in first for s in micro.samples if s.side != "x"]
-            self._assembler.check(probes[:PROBES])
+            if start_step == 0:  # what a run began with is not asked again of the texts where it is resumed
+                probes = [s for micro in first for s in micro.samples if s.side != "x"]
+                self._assembler.check(probes[:PROBES])
             self._assembler.batch(Job(first[0].samples[:1], 0, first[0].task))
 
     def __len__(self) -> int:

@@ -61,7 +61,7 @@ class LbrModel(nn.Module):
             for_zero3: see `load_backbone`. Z itself is whole until DeepSpeed takes the model over.
 
         Raises:
-            UserError: see `load_backbone`; or the tokenizer has more tokens than the model.
+            UserError: see `load_backbone`; or the tokenizer has ids that the model has no embedding for.
         """
         backbone = load_backbone(recipe.model, for_zero3=for_zero3, longest=longest_sequence(recipe), seed=recipe.seed)
         embedding = causal_lm(backbone).get_input_embeddings()

@@ -34,7 +34,7 @@ class Scorer:
             tokenization: of the texts.
 
         Raises:
-            UserError: it cannot be loaded, or has another tokenizer.
+            UserError: it cannot be loaded, has another tokenizer, or sees the tokens that it is to predict.
         """
         from transformers import AutoModelForCausalLM
 
@@ -45,11 +45,18 @@ class Scorer:
                 f"{tokenization.fingerprint[:12]}: name a model with the same tokenizer"
             )
         self._model = load_plain(AutoModelForCausalLM, path, device, f"surprisal model {path}")
+        settings = self._model.config
+        if not getattr(settings, "is_causal", True):
+            raise UserError(
+                f"surprisal model {path}: its attention is bidirectional (is_causal: false in its config.json), so it "
+                "sees the tokens that it is to predict: name the model that it was trained from, or another causal one"
+            )
         self._path = path
         self._start = tokenization.bos or ([] if tokenization.eos_id is None else [tokenization.eos_id])
-        vocabulary = self._model.config.vocab_size
+        vocabulary = settings.vocab_size
         self._first = 0.0 if self._start else log2(vocabulary)  # of a token that nothing comes before
-        self._window = min(WINDOW, self._model.config.max_position_embeddings - len(self._start))
+        positions = getattr(settings, "max_position_embeddings", None)  # BLOOM has no such limit
+        self._window = min(WINDOW, positions - len(self._start)) if positions else WINDOW
         self._batch_tokens = LOGITS[self._model.device.type] // vocabulary
 
     def bits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:

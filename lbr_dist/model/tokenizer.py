@@ -3,8 +3,8 @@
 Lengths are indexed once, at preparation, and the plan packs by them; so the tokens of a text must be the same in every
 process and on every machine. `Tokenization` therefore keeps the whole tokenizer as one JSON text: it pickles into
 loader processes without the model folder (and without importing transformers there), and its fingerprint is the hash of
-what decides the tokens of a plain text. What only decorates them (post-processor, padding, truncation, and the
-bottleneck tokens that an export adds) is left out, so that an exported tokenizer counts as the same one.
+what decides the tokens of a plain text. What only decorates them (post-processor, padding, truncation, and the tokens
+that an export adds) is left out, so that an exported tokenizer counts as the same one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,28 @@ from tokenizers import Tokenizer
 from lbr_dist.errors import UserError
 from lbr_dist.model.hub import cached_first
 
-_Z_PREFIX, _Z_SUFFIX = "<|lbr_z_", "|>"
+PAD = "<|lbr_pad|>"
+"""Text of the padding token in the exported vocabulary of a tokenizer without any special token."""
+BEGINNINGS = (
+    "What is it?",
+    "Aspirin (acetylsalicylic acid) is a salicylate; it relieves pain, fever and inflammation.",
+    "(a) 1",
+    "def add(a, b):\n    return a + b  # 1+1=2",
+    "Überfunktion der Schilddrüse, Diabetes mellitus, ciężka niewydolność nerek, ÉTAT DE CHOC",
+    "糖尿病是一种以高血糖为特征的代谢性疾病。",
+    "糖尿病は、高血糖を特徴とする代謝疾患です。",
+    "السكري هو مرض استقلابي",
+    "मधुमेह एक चयापचय रोग है",
+    "🧪🧬 H₂O → CO₂ ½ ﬁ",
+)
+"""Texts by which an instruction is judged: behind one that may be exported, each has the tokens that it has alone."""
+_OWN, _Z = "<|lbr_", "<|lbr_z_{}|>"
 _DECORATION = ("post_processor", "padding", "truncation")
-_BEGINNINGS = ("What is it?", "Überfunktion", "(a) 1", "def f(x):", "糖尿病")
 
 
 def z_token(index: int) -> str:
     """Text of bottleneck token `index` in an exported vocabulary."""
-    return f"{_Z_PREFIX}{index}{_Z_SUFFIX}"
+    return _Z.format(index)
 
 
 @dataclass(frozen=True)
@@ -78,10 +92,20 @@ class Tokenization:
     def begins_anew_after(self, prefix: str) -> bool:
         """Whether texts behind `prefix` have the tokens that they have alone.
 
-        They do where a tokenizer cuts at the prefix's end, and not where it marks a text's first word (Llama 2).
+        They do where a tokenizer cuts at the prefix's end, and not where it marks a text's first word (Llama 2). Texts
+        that begin with white space are not asked about.
         """
-        front, *alone = self.encode([prefix, *_BEGINNINGS])
-        return self.encode([prefix + text for text in _BEGINNINGS]) == [front + ids for ids in alone]
+        front, *alone = self.encode([prefix, *BEGINNINGS])
+        return self.encode([prefix + text for text in BEGINNINGS]) == [front + ids for ids in alone]
+
+    def first_difference(self, other: Tokenization) -> str | None:
+        """A vocabulary entry's text that `other` gives other tokens; None where there is none."""
+        if self.fingerprint == other.fingerprint:
+            return None
+        ids = sorted(self._tokenizer.get_vocab().values())
+        texts = self._tokenizer.decode_batch([[token] for token in ids], skip_special_tokens=False)
+        both = zip(texts, self.encode(texts), other.encode(texts), strict=True)
+        return next((text for text, mine, theirs in both if mine != theirs), None)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are dropped."""
@@ -89,8 +113,8 @@ class Tokenization:
 
     @property
     def vocabulary(self) -> int:
-        """Number of ids, added tokens included."""
-        return self._tokenizer.get_vocab_size()
+        """Number of ids, added tokens and gaps included: the rows that an embedding must have."""
+        return max(self._tokenizer.get_vocab().values()) + 1
 
     @property
     def _tokenizer(self) -> Tokenizer:
@@ -107,7 +131,10 @@ class Tokenization:
 
 def _fingerprint(text: str) -> str:
     parts = {name: part for name, part in json.loads(text).items() if name not in _DECORATION}
-    parts["added_tokens"] = [t for t in parts["added_tokens"] if not t["content"].startswith(_Z_PREFIX)]
+    parts["added_tokens"] = [t for t in parts["added_tokens"] if not t["content"].startswith(_OWN)]
+    vocabulary = parts["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        parts["model"]["vocab"] = {name: token for name, token in vocabulary.items() if not name.startswith(_OWN)}
     return xxhash.xxh128_hexdigest(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
 
 

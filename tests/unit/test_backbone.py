@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lbr_dist.errors import UserError
 from lbr_dist.model.bottleneck import LbrModel, initial_vectors
+from lbr_dist.model.decoding import generate_answers
 from lbr_dist.model.head import LossHead
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.recipes import parse_recipe
@@ -146,6 +147,30 @@ def test_a_head_that_is_tied_in_the_configuration_alone(tiny_model_dir, tmp_path
 def test_quantized_weights(folder, method):
     edit(folder, quantization_config={"quant_method": method, "bits": 4})
     refused(folder, rf"its weights are quantized \({method}\), which cannot be trained; use the model that")
+
+
+def test_a_tokenizer_whose_ids_go_beyond_the_model(folder):
+    """In a vocabulary with gaps, which has no more entries than the model has rows."""
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = saved["model"]["vocab"]
+    saved["model"]["vocab"] = {name: i + 20 * (i > 300) for name, i in vocabulary.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    refused(folder, f"{len(vocabulary) + 20} tokens, but the model has embeddings for 416")
+
+
+def test_a_base_that_says_it_is_bidirectional_is_trained_causally(folder):
+    """As the export of a bidirectional run does."""
+    batch = pack(random_samples(random.Random(3), 4, vectors=2), bottleneck_vectors=2, hide_x=True)
+
+    def outcome():
+        model = LbrModel.build(recipe(folder))
+        answers = generate_answers(model, [Sample([5, 6], 2)], eos_id=None, max_new_tokens=6)
+        return model(batch, "generate"), model(batch, "embed"), answers
+
+    plain = outcome()
+    edit(folder, is_causal=False)
+    for mine, before in zip(outcome(), plain, strict=True):
+        assert torch.equal(torch.as_tensor(mine), torch.as_tensor(before))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(folder):

@@ -16,6 +16,7 @@ from lbr_dist.export import CHECK_TEXTS, export
 from lbr_dist.export_tokens import fixed_tokens
 from lbr_dist.loading import load_encoder, load_run
 from lbr_dist.model.bottleneck import LbrModel
+from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.model_card import model_card
 
 PLAIN = """
@@ -171,6 +172,71 @@ def test_a_tokenizer_with_bos_keeps_it_in_front(tmp_path):
     assert tokenizer.decode(tokenizer("pain")["input_ids"], skip_special_tokens=True) == "pain"
 
 
+def respell(base, change):
+    """Rewrite a base's tokenizer without any special token; `change` gives each id another."""
+    saved = json.loads((base / "tokenizer.json").read_text())
+    saved["added_tokens"] = []
+    saved["model"]["vocab"] = {name: change(i) for name, i in saved["model"]["vocab"].items()}
+    (base / "tokenizer.json").write_text(json.dumps(saved))
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+@pytest.mark.parametrize(("rows", "tied"), [(416, True), (402, False), (400, True)])
+@pytest.mark.parametrize("bottleneck", [{"tokens": 2}, {"enabled": False}])
+def test_padding_is_no_word_that_texts_have(tmp_path, rows, tied, bottleneck):
+    """Of a tokenizer without special tokens; as one, a word would be cut out of the texts."""
+    from conftest import make_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = make_model(tmp_path / "base", "llama", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows)
+    model.save_pretrained(base)
+    respell(base, lambda i: {0: 3, 3: 0}.get(i, i))  # id 0 is then "!"
+    contrastive = {"pooling": "bottleneck" if "tokens" in bottleneck else "last"}
+    run = make_run(tmp_path / "run", base, bottleneck=bottleneck, contrastive=contrastive)
+    out = export(run, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out).pad_token == "<|lbr_pad|>"
+    assert Tokenization.load(str(out)).fingerprint == Tokenization.load(str(base)).fingerprint
+    texts = ["wow!! great!!!", "no!", "a much longer text than these!"]
+    cosine = (load_encoder(str(run), "cpu").encode(texts) * load_encoder(str(out), "cpu").encode(texts)).sum(1)
+    assert cosine.min() >= 0.9999
+
+
+def test_bottleneck_tokens_take_no_word_s_id(tmp_path):
+    """Behind a gap in the ids there are words beyond the number of entries."""
+    from conftest import make_model
+
+    base = make_model(tmp_path / "base", "llama")
+    respell(base, lambda i: i + 14 * (i >= 300))
+    run = make_run(tmp_path / "run", base)
+    out = export(run, tmp_path / "out")
+    own, exported = Tokenization.load(str(base)), Tokenization.load(str(out))
+    assert exported.fingerprint == own.fingerprint
+    assert exported.vocabulary == own.vocabulary + 3  # two, and padding
+    texts = [own.decode([i]) for i in range(395, own.vocabulary)]
+    cosine = (load_encoder(str(run), "cpu").encode(texts) * load_encoder(str(out), "cpu").encode(texts)).sum(1)
+    assert cosine.min() >= 0.9999
+
+
+def test_an_exported_tokenizer_that_differs_is_refused_by_the_token(tmp_path, tiny_model_dir, monkeypatch):
+    from lbr_dist import export_folder
+
+    write = export_folder.write_tokenizer
+
+    def damaged(source, out, **options):
+        answer = write(source, out, **options)
+        saved = json.loads((out / "tokenizer.json").read_text())
+        saved["model"]["merges"] = saved["model"]["merges"][:-1]
+        (out / "tokenizer.json").write_text(json.dumps(saved))
+        return answer
+
+    monkeypatch.setattr(export_folder, "write_tokenizer", damaged)
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    with pytest.raises(UserError, match=r"the exported tokenizer gives '.+' other tokens than that of the run"):
+        export(run, tmp_path / "out")
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_generation_never_says_a_bottleneck_token(tmp_path, tiny_model_dir, tied):
     """Z rows that win every argmax if they may: what tying makes of long vectors."""
@@ -270,12 +336,14 @@ def test_a_damaged_model_is_refused(tmp_path, tiny_model_dir, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_ratio_mode_says_what_it_needs(tmp_path, tiny_model_dir):
+def test_ratio_mode_says_what_it_needs(tmp_path, tiny_model_dir, monkeypatch):
     run = make_run(tmp_path / "run", tiny_model_dir("llama"), bottleneck={"ratio": 10, "max_tokens": 4})
     with pytest.raises(UserError, match=r"bottleneck.ratio=10 .* 1 to 4 .* --tokens N"):
         export(run, tmp_path / "out")
-    with pytest.raises(UserError, match="--tokens 5"):
-        export(run, tmp_path / "out", tokens=5)
+    with monkeypatch.context() as patched:
+        patched.setattr(LbrModel, "restore", lambda *_: pytest.fail("the model was loaded"))
+        with pytest.raises(UserError, match="--tokens 5"):
+            export(run, tmp_path / "out", tokens=5)
     assert not any(tmp_path.glob(".out*"))
     out = export(run, tmp_path / "out", tokens=1)
     short = ["aspirin", "pain"]  # at most 10 tokens: one bottleneck token in the run too
@@ -305,6 +373,19 @@ def test_bidirectional_attention_with_bottleneck_is_exported(tmp_path, tiny_mode
     texts = two_hundred()[1:40]
     mine, plain = load_encoder(str(run), "cpu"), load_encoder(str(out), "cpu")
     assert (mine.encode(texts) * plain.encode(texts)).sum(1).min() >= 0.9999
+
+
+def test_attention_is_the_run_s_and_not_the_base_s(tmp_path, tiny_model_dir):
+    """A causal run on an export of a bidirectional one, which says so in its configuration."""
+    first = make_run(tmp_path / "first", tiny_model_dir("llama"), contrastive={"attention": "bidirectional"})
+    base = export(first, tmp_path / "base", check=False)
+    assert json.loads((base / "config.json").read_text())["is_causal"] is False
+    run = make_run(tmp_path / "run", base)
+    out = export(run, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["is_causal"] is True
+    texts = two_hundred()[6:40]
+    cosine = (load_encoder(str(run), "cpu").encode(texts) * load_encoder(str(out), "cpu").encode(texts)).sum(1)
+    assert cosine.min() >= 0.9999
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, tiny_model_dir, monkeypatch):
@@ -346,6 +427,28 @@ def test_the_check_finds_a_tokenizer_that_joins_instruction_and_text(tmp_path):
     run = make_run(tmp_path / "run", base, contrastive={"query_instruction": "Q:\n"})
     with pytest.raises(UserError, match=r"query 'What is it\?'.* at the query instruction"):
         export(run, tmp_path / "out")
+
+
+def test_white_space_that_an_instruction_s_line_break_takes_is_told_and_not_refused(tmp_path, caplog):
+    """`lbr encode` tokenizes the two apart."""
+    from conftest import make_model
+
+    base = make_model(tmp_path / "base", "llama")
+    saved = json.loads((base / "tokenizer.json").read_text())
+    saved["model"]["vocab"]["ĊĊ"] = 400  # a token of two line breaks
+    saved["model"]["merges"].append(["Ċ", "Ċ"])
+    (base / "tokenizer.json").write_text(json.dumps(saved))
+    run = make_run(tmp_path / "run", base, contrastive={"query_instruction": "Find it\n"})
+    out = export(run, tmp_path / "out")
+    (record,) = caplog.records
+    assert "out: behind an instruction, texts that begin with white space get another vector" in record.message
+    card = (out / "README.md").read_text()
+    assert "texts that begin with white space get another vector (cosine 0." in card
+    assert "lowest cosine 1.0" in card or "lowest cosine 0.9999" in card
+    mine, plain = load_encoder(str(run), "cpu"), load_encoder(str(out), "cpu")
+    texts = ["\n\n  aspirin", "aspirin", "fever"]
+    cosine = (mine.encode(texts, "query") * plain.encode(texts, "query")).sum(1)
+    assert cosine[0] < 0.9999 <= cosine[1:].min()
 
 
 def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -370,8 +371,25 @@ def test_an_instruction_that_merges_with_the_text_is_refused(made: Any, tmp_path
     tokens = Tokenization.load(str(tmp_path))
     write_set(tmp_path / "qa", {"cl": [qa(i) for i in range(9)]}, tokens, name="qa")
     recipe = make_recipe(tmp_path, "contrastive", contrastive={"passage_instruction": "Passage:\n"})
-    with pytest.raises(UserError, match=r"contrastive\.passage_instruction"):
+    with pytest.raises(UserError, match=r"contrastive\.passage_instruction: .*leave the instruction out, or"):
         make_loader(recipe, tokens)
+    assert len(make_loader(recipe, tokens, start_step=1)) == 5  # judged when the run began, on other texts
+
+
+def test_white_space_that_merges_with_an_instruction_ends_no_run(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, bos=True)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    saved["model"]["vocab"]["ĊĊ"] = 400  # a token of two line breaks
+    saved["model"]["merges"].append(["Ċ", "Ċ"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    tokens, instruction = Tokenization.load(str(tmp_path)), "Find the answer:\n"
+    front, alone, both = tokens.encode([instruction, "\n  What", instruction + "\n  What"])
+    assert front + alone != both
+    records = [dataclasses.replace(qa(i), question="\n  " + question(i)) for i in range(9)]
+    write_set(tmp_path / "qa", {"cl": records}, tokens, name="qa")
+    recipe = make_recipe(tmp_path, "contrastive", contrastive={"query_instruction": instruction})
+    begin = [BOS, *front, *alone]
+    assert sum(x[: len(begin)] == begin for _, (x, _, _) in samples_of(make_loader(recipe, tokens))) == 2 * len(records)
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])

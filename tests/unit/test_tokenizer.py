@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 
@@ -43,6 +44,33 @@ def test_fingerprint_ignores_decoration_and_path_but_not_the_vocabulary(tmp_path
     changed["model"]["merges"] = changed["model"]["merges"][:-1]
     (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(changed))
     assert Tokenization.load(str(tmp_path / "a")).fingerprint != original.fingerprint
+
+
+def spread(folder, at=300, by=40):
+    """Give a tokenizer's vocabulary a gap of `by` ids before `at`."""
+    file = folder / "tokenizer.json"
+    saved = json.loads(file.read_text())
+    vocabulary = saved["model"]["vocab"]
+    saved["model"]["vocab"] = {name: i if i < at else i + by for name, i in vocabulary.items()}
+    file.write_text(json.dumps(saved))
+
+
+def test_a_vocabulary_with_a_gap_needs_rows_for_its_highest_id(tmp_path):
+    make_tokenizer(tmp_path)
+    whole = Tokenization.load(str(tmp_path))
+    spread(tmp_path)
+    assert Tokenization.load(str(tmp_path)).vocabulary == whole.vocabulary + 40
+
+
+def test_a_tokenizer_that_differs_is_told_by_a_vocabulary_entry(tmp_path):
+    make_tokenizer(tmp_path)
+    own = Tokenization.load(str(tmp_path))
+    assert own.first_difference(own) is None
+    assert own.first_difference(dataclasses.replace(own, fingerprint="another", _loaded=[])) is None
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    other.add_tokens(["spir"])  # cut out of every text
+    other.save_pretrained(tmp_path)
+    assert "spir" in own.first_difference(Tokenization.load(str(tmp_path)))
 
 
 def test_saved_truncation_and_padding_have_no_effect(tmp_path):
