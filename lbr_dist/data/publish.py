@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.data.shard_writer import SPLITS
 from lbr_dist.data.shards import open_set
 from lbr_dist.data.sources.parts import printable
 from lbr_dist.disk import is_mount, sync
@@ -24,6 +25,14 @@ from lbr_dist.errors import UserError
 
 RESUME = "resume"
 """Folder of the workspace that outlives a killed run."""
+KEYS = {"format", "splits", "fingerprint"}
+"""What is in the manifest of every prepared set."""
+NAMES = {"manifest.json", "report.json", "report.md", "mined.jsonl", *SPLITS}
+"""What `lbr prepare` and `lbr mine` write into one."""
+
+
+class TakenError(UserError):
+    """Something else lies where a set was to appear; `workspace` keeps what is done."""
 
 
 def check_target(out: Path) -> Path:
@@ -38,7 +47,7 @@ def check_target(out: Path) -> Path:
         if printable(str(place)) != str(place):  # pyarrow takes no other path
             raise UserError(f"--out {printable(str(place))}: its name is not UTF-8: choose another folder")
         if place.is_dir():
-            if any(place.iterdir()) and not (place / "manifest.json").is_file():
+            if _is_foreign(place):
                 raise UserError(f"--out {out}: is not empty and holds no prepared set: choose another folder")
             if Path.cwd().is_relative_to(place):
                 raise UserError(f"--out {out}: is the current folder or holds it: name a folder to make in it")
@@ -62,9 +71,9 @@ def finished(
         difference: says what differs from the `input` of another set's manifest.
 
     Raises:
-        UserError: there is another set, or a damaged one, and `overwrite` is off.
+        TakenError: there is another set, or a damaged one, and `overwrite` is off.
     """
-    if not (out / "manifest.json").is_file():
+    if not (out / "manifest.json").is_file() or _is_foreign(out):
         return None
     try:
         made_from = open_set(out).manifest["input"]
@@ -75,7 +84,7 @@ def finished(
         problem = f"holds a damaged set ({error})"
     if overwrite:
         return None
-    raise UserError(f"--out {out}: {problem}: choose another folder, or replace it with --overwrite")
+    raise TakenError(f"--out {out}: {problem}: choose another folder, or replace it with --overwrite")
 
 
 @contextlib.contextmanager
@@ -91,7 +100,6 @@ def workspace(out: Path, *, dear: bool = False) -> Iterator[Path]:
     folder = out.parent / f".{out.name}.preparing"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _restore(out)
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
@@ -99,13 +107,17 @@ def workspace(out: Path, *, dear: bool = False) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another lbr process is writing it: wait for it, or choose another") from None
+            held = os.path.samestat(os.fstat(lock), folder.stat())  # else its holder removed the folder just now
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise UserError(f"--out {out}: another lbr process is writing it: wait for it, or choose another")
         try:
+            _restore(out)
             _clear(folder)
             yield folder
-        except UserError:
-            _leave(folder, keep=dear)
+        except UserError as error:
+            _leave(folder, keep=dear or isinstance(error, TakenError))
             raise
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -145,16 +157,41 @@ def resumable(work: Path, job: Any) -> Path:
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Flush `folder` to disk and rename it to `out`, in place of an older one."""
+    """Flush `folder` to disk and rename it to `out`, in place of an older set or an empty folder.
+
+    Raises:
+        TakenError: something else was written there meanwhile.
+    """
     for path in sorted(folder.rglob("*")):
         sync(path)
     sync(folder)
     old = _old(out)
-    if out.exists():
-        out.rename(old)
-    folder.rename(out)
+    try:
+        if out.exists():
+            if not out.is_dir() or _is_foreign(out):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            out.rename(old)
+        folder.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise TakenError(
+            f"--out {out}: something else was written there meanwhile: move it away and run again; what is done is kept"
+        ) from None
     sync(out.parent)
     _remove(old)
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether a folder holds something, and that is no prepared set; a damaged manifest is ours by the names beside."""
+    names = {entry.name for entry in folder.iterdir()}
+    if not (folder / "manifest.json").is_file():
+        return bool(names)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except (ValueError, RecursionError):
+        return not names <= NAMES
+    return not (isinstance(manifest, dict) and manifest.keys() >= KEYS)
 
 
 def _restore(out: Path) -> None:

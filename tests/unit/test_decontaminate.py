@@ -163,3 +163,27 @@ def test_very_many_alike_texts_of_which_some_quote_the_evaluation(
     kept = {row["text"] for row in everything(tmp_path / "out")["gl"]}
     assert kept
     assert not kept & set(quoting)
+
+
+@pytest.mark.parametrize("answer", [{"answer": "D"}, {}])
+def test_the_stem_of_a_multiple_choice_question_is_kept_out_without_its_options(
+    tmp_path: Path, answer: dict[str, str]
+) -> None:
+    rng = random.Random(1)
+    stems = [sentence(rng, 12) for _ in range(20)]
+    exam = [{"question": stem, "options": [sentence(rng, 3) for _ in "ABCD"], **answer} for stem in stems]
+    asked = [{"question": stem, "answer": sentence(rng)} for stem in stems[:10]]
+    others = [{"question": sentence(rng, 12), "answer": sentence(rng)} for _ in range(40)]
+    pages = [{"text": f"{sentence(rng)} {stem} {sentence(rng)}"} for stem in stems[10:]] + [{"text": sentence(rng)}]
+    sources = [write(tmp_path / "own.jsonl", asked + others), write(tmp_path / "pages.jsonl", pages)]
+    report = run([*map(str, sources)], tmp_path / "out", decontaminate=[str(write(tmp_path / "exam.jsonl", exam))])
+    assert report.data["dropped"]["connected_to_external_evaluation"] == 10
+    assert report.data["dropped"]["text_contains_evaluation"] == 10
+    # and of the set's own evaluation side
+    pages = [{"text": f"{sentence(rng)} {row['question']} {sentence(rng)}"} for row in exam]
+    sources = [
+        write(tmp_path / "exam.jsonl", [{**row, "answer": "D"} for row in exam]),
+        write(tmp_path / "p.jsonl", pages),
+    ]
+    report = run([*map(str, sources)], tmp_path / "own", sizes={"eval": 5, "cl": 5})
+    assert report.data["dropped"]["text_contains_evaluation"] == 5

@@ -398,6 +398,20 @@ def test_a_field_that_no_row_has(tmp_path: Path, role: str) -> None:
         run([str(texts)], tmp_path / "texts", fields={role: "key"})  # has no such role
 
 
+@pytest.mark.parametrize("role", ["question", "answer", "options", "text"])
+def test_a_field_that_would_tell_the_kind_and_that_no_row_has(tmp_path: Path, role: str) -> None:
+    """Without it the rows would be taken for another kind."""
+    texts = write(tmp_path / "texts.jsonl", [{"text": f"t {i}"} for i in range(20)])
+    path = write(tmp_path / "qa.jsonl", [{"question": f"q {i}", "answer": f"a {i}", "kez": "x"} for i in range(20)])
+    kind, source = ("corpus", texts) if role in ("question", "answer") else ("question-answer", path)
+    with pytest.raises(UserError, match=rf"--field {role}=key: no row has such a field; the first row has the fields"):
+        run([str(source)], tmp_path / "out", fields={role: "key"})
+    run([f"{kind}={source}"], tmp_path / "told", fields={role: "key"})
+    rows = [*map(json.loads, source.read_text().splitlines()), {"question": "x", "answer": "B", "key": ["y", "z"]}]
+    if role == "options":
+        run([str(write(source, rows))], tmp_path / "out", fields={role: "key"}, max_bad_share=0.1)
+
+
 def test_rows_that_ask_in_several_ways(tmp_path: Path) -> None:
     """As HuaTuo's: a record for each way, all on one side, for they share their answer."""
     rows = [

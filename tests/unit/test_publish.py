@@ -14,6 +14,7 @@ import pytest
 from prepared import domain, run, write
 
 from lbr_dist.data import publish
+from lbr_dist.data.preparation.pipeline import Pipeline
 from lbr_dist.data.shards import open_set, verify
 from lbr_dist.errors import UserError
 
@@ -103,3 +104,104 @@ def test_a_file_system_that_becomes_read_only(
     run(source, tmp_path / "out")
     assert verify(open_set(tmp_path / "out"))
     assert not (tmp_path / ".out.preparing").exists()
+
+
+@pytest.mark.parametrize(
+    "manifest", ['{"manifest_version": 3, "name": "x"}', '{"files": [], "format": 1}', "[1, 2]", "// notes\n{", ""]
+)
+def test_a_folder_with_the_manifest_of_another_program_is_kept(
+    source: list[str], tmp_path: Path, manifest: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").write_text(manifest)
+    (tmp_path / "out/background.js").touch()
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is not empty and holds no prepared set"):
+            run(source, tmp_path / "out", overwrite=overwrite)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["background.js", "manifest.json"]
+
+
+def test_a_set_whose_manifest_is_damaged_is_replaced(source: list[str], tmp_path: Path) -> None:
+    run(source, tmp_path / "out")
+    os.truncate(tmp_path / "out/manifest.json", 99)
+    with pytest.raises(UserError, match=r"holds a damaged set .* or replace it with --overwrite"):
+        run(source, tmp_path / "out")
+    run(source, tmp_path / "out", overwrite=True)
+    assert verify(open_set(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("theirs", ["out", "out/thesis.tex"])
+def test_what_was_written_to_the_target_meanwhile_is_kept(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str
+) -> None:
+    def late(folder: Path, out: Path) -> None:
+        (tmp_path / theirs).parent.mkdir(exist_ok=True)
+        (tmp_path / theirs).touch()
+        real(folder, out)
+
+    real: Any = publish.publish
+    with monkeypatch.context() as patch:
+        patch.setattr("lbr_dist.data.preparation.prepare.publish", late)
+        with pytest.raises(UserError, match="something else was written there meanwhile: move it away and run again"):
+            run(source, tmp_path / "out", overwrite=True)
+    assert (tmp_path / theirs).exists()
+    assert list((tmp_path / ".out.preparing/resume/blocks").glob("*.npz"))
+    (tmp_path / "out").rename(tmp_path / "away")
+    run(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["away", "out", "qa.jsonl"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_set_that_was_put_there_meanwhile_is_as_one_that_was_there(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    def late(*args: Any) -> Any:
+        report = real(*args)
+        shutil.copytree(tmp_path / "other", tmp_path / "out")
+        return report
+
+    run(source, tmp_path / "other", seed=1)
+    real: Any = Pipeline.run
+    monkeypatch.setattr(Pipeline, "run", late)
+    if overwrite:
+        run(source, tmp_path / "out", overwrite=True)
+    else:
+        with pytest.raises(UserError, match=r"made from other input \(.*seed was 1, is 0\).*--overwrite"):
+            run(source, tmp_path / "out")
+        assert list((tmp_path / ".out.preparing/resume/blocks").glob("*.npz"))
+    assert open_set(tmp_path / "out").manifest["seed"] == int(not overwrite)
+
+
+def test_a_second_start_between_the_two_renames_of_an_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rename(path: Path, target: Path) -> Path:
+        moved = real(path, target)
+        if path == out:
+            with pytest.raises(UserError, match="another lbr process is writing it"), publish.workspace(out):
+                pass
+        return moved
+
+    out, real = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    monkeypatch.setattr(Path, "rename", rename)
+    with publish.workspace(out) as work:
+        (work / "set").mkdir()
+        (work / "set/manifest.json").write_text("new")
+        publish.publish(work / "set", out)
+    assert (out / "manifest.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_workspace_that_its_holder_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening it and locking it, the one before ended."""
+    real = publish.fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        real(descriptor, how)
+        (tmp_path / ".out.preparing").rmdir()
+
+    monkeypatch.setattr(publish.fcntl, "flock", flock)
+    with pytest.raises(UserError, match="another lbr process is writing it"), publish.workspace(tmp_path / "out"):
+        pass

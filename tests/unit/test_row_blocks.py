@@ -128,6 +128,45 @@ def test_a_part_that_is_not_understood_is_named_among_others(
         run([str(folder)], tmp_path / "out", max_bad_share=1)
 
 
+def test_a_part_of_long_rows_that_is_not_understood_stops_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks have fewer rows than decide it; a source with a good row among its first is read to its end."""
+    monkeypatch.setattr(first_pass, "HOPELESS", 25)
+    monkeypatch.setattr(row_blocks, "BLOCK_CHARACTERS", 1000)
+    bad = {"frage": "q" * 90, "antwort": "a"}
+    write(tmp_path / "a.jsonl", [bad] * 200)
+    made = blocks_made(monkeypatch)
+    with pytest.raises(UserError, match=r"first \d\d rows of .*a.jsonl are bad.*a.jsonl line 1: cannot tell"):
+        run([str(tmp_path / "a.jsonl")], tmp_path / "out", max_bad_share=1)
+    assert len(made) == 3
+    write(tmp_path / "a.jsonl", [*[bad] * 20, {"text": "good"}, *[bad] * 200])
+    report = run([str(tmp_path / "a.jsonl")], tmp_path / "out", max_bad_share=1).data
+    assert report["rows"]["bad"]["total"] == 220
+
+
+def test_no_key_in_a_command_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(folder: Path, out: Path) -> None:
+        raise KeyboardInterrupt
+
+    write(tmp_path / "qa.jsonl", [*domain(), {"question": "and no answer"}])
+    write(tmp_path / "bench.jsonl", domain(1)[:9])
+    (tmp_path / "none.jsonl").touch()
+    sources = [f"pipe:: -H 'Bearer SECRET'; cat {tmp_path}/{name}.jsonl" for name in ("qa", "none", "bench")]
+    settings: dict[str, Any] = {"max_bad_share": 0.1, "decontaminate": sources[2:]}
+    with monkeypatch.context() as patch:
+        patch.setattr("lbr_dist.data.preparation.prepare.publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(sources[:2], tmp_path / "out", **settings)
+    left = contents(tmp_path / ".out.preparing")
+    report = run(sources[:2], tmp_path / "out", **settings)
+    written = {**left, **contents(tmp_path / "out"), "lines": "\n".join(report.lines).encode()}
+    assert [name for name, content in written.items() if b"SECRET" in content] == []
+    assert report.data["empty_sources"] == ["pipe:.../none.jsonl"]
+    with pytest.raises(UserError, match=r"--decontaminate pipe:\.\.\./none\.jsonl: has no rows"):
+        run(sources[:1], tmp_path / "other", max_bad_share=0.1, decontaminate=sources[1:2])
+
+
 def test_the_kind_of_each_file_is_its_own(tmp_path: Path) -> None:
     """A row that only a kind known before can be read as: the file before says nothing of it."""
     root = tmp_path / "kinds"

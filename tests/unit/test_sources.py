@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import bz2
 import csv
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
 import re
 import tarfile
 from collections import Counter
@@ -18,6 +20,7 @@ import pytest
 import zstandard
 
 from lbr_dist.data.sources import readers
+from lbr_dist.data.sources.fields import Converter
 from lbr_dist.data.sources.parts import Part, Source, expand
 from lbr_dist.data.sources.readers import rows
 from lbr_dist.data.sources.row_values import RowError, text
@@ -328,10 +331,129 @@ def test_lines_with_rows_nested_in_them(tmp_path: Path) -> None:
     found = read(tmp_path / "a.jsonl", tmp_path)
     assert found == [(1, lines_[0]), *((2, {"context": "c", **row}) for row in PAIRS), (3, lines_[2])]
     texts = [{"text": "one"}, {"text": "two"}, {"id": "own", "text": "three"}]
-    (tmp_path / "a.jsonl").write_bytes(lines([{"id": 7, "paragraphs": texts}]))
+    (tmp_path / "a.jsonl").write_bytes(lines([{"id": 7, "qas": texts}]))
     assert [row["id"] for _, row in read(tmp_path / "a.jsonl", tmp_path)] == [7, "7:2", "own"]
     (tmp_path / "a.jsonl").write_bytes(lines([{"id": 0, "qas": PAIRS}, {"id": "", "qas": PAIRS}]))
     assert [row["id"] for _, row in read(tmp_path / "a.jsonl", tmp_path)] == [0, "0:2", "0:3", "", "", ""]
+
+
+def test_paragraphs_without_questions_of_their_own_are_no_rows(tmp_path: Path) -> None:
+    musique = {"id": "m", **PAIRS[0], "paragraphs": [{"idx": i, "paragraph_text": "p"} for i in range(20)]}
+    squad = {"title": "T", "paragraphs": [{"context": "c"}, {"context": "d", "qas": PAIRS[:1]}]}
+    (tmp_path / "a.jsonl").write_bytes(lines([musique, squad]))
+    asked = [(1, musique), (2, {"title": "T", "context": "c"}), (2, {"title": "T", "context": "d", **PAIRS[0]})]
+    assert read(tmp_path / "a.jsonl", tmp_path) == asked
+    texts = {"paragraphs": [{"text": "one"}, {"text": "two"}]}
+    assert Converter(None, {"text": "paragraphs"}, max_chars=9)(texts).text == "one\ntwo"
+
+
+def test_a_key_that_an_object_has_twice(tmp_path: Path) -> None:
+    """Parsers take the last one without a word."""
+    twice = '{"question": "q", "answer": "first", "answer": "second"}'
+    for name in ("a.jsonl", "a.json"):
+        (tmp_path / name).write_text(f'{twice}\n{{"text": "ok"}}\n{{"text": "t", "about": {{"x": 1, "x": 1}}}}\n')
+        (_, first), good, (_, third) = read(tmp_path / name, tmp_path)
+        assert (first.reason, first.detail) == ("invalid_json", "an object has the key 'answer' twice")
+        assert good == (2, {"text": "ok"})
+        assert third.detail == "an object has the key 'x' twice"
+    for content in (f"[{twice}]", twice.replace(",", ",\n")):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(UserError, match=r"a\.json: .*an object has the key 'answer' twice"):
+            read(tmp_path / "a.json", tmp_path)
+    (tmp_path / "a.json").write_text(twice)
+    [(_, alone)] = read(tmp_path / "a.json", tmp_path)
+    assert isinstance(alone, RowError)
+
+
+COUNTS, SWAPPED = dict(zip("ABCD", "1234", strict=True)), dict(zip("ABCD", "BADC", strict=True))
+MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), "1234", strict=True))
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({**MEDMCQA, "cop": 2}, "3"),
+        ({**MEDMCQA, "cop": "2"}, "3"),  # in a CSV file
+        ({**MEDMCQA, "cop": "2.0"}, "3"),
+        ({"options": ["1.0", "2.0", "3.0"], "cop": "1.0"}, "2.0"),
+        ({**MEDMCQA, "answer": 2}, "3"),
+        ({**MEDMCQA, "answer": "2"}, None),
+        ({**MEDMCQA, "answer": "C"}, "3"),
+        ({**MEDMCQA, "answer": "4"}, "4"),  # is no index
+        ({**COUNTS, "answer": "C"}, "3"),
+        ({**SWAPPED, "answer": "D"}, None),
+        ({**SWAPPED, "answer_key": "D"}, "C"),
+        ({**SWAPPED, "answer": "D", "answer_key": "D"}, "C"),
+        ({"options": list("BADC"), "answer": "D"}, None),
+        ({"options": list("BADC"), "label": 2}, "D"),
+        ({"options": {"text": list("4321"), "label": list("1234")}, "answerKey": "3"}, "2"),
+        ({"options": {"text": list("4321"), "label": list("1234")}, "answer": "3"}, None),
+        ({"options": ["0", "1", "2"], "answer": "1"}, "1"),  # either way
+        ({"options": ["x", "y"], "answer_key": "y"}, "y"),
+    ],
+)
+def test_a_right_option_that_reads_in_two_ways(row: dict[str, Any], answer: str | None) -> None:
+    converter = Converter("multiple-choice", {}, max_chars=99)
+    if answer is not None:
+        assert converter({"question": "q", **row}).answer == answer
+        return
+    with pytest.raises(
+        RowError, match=r"reads both as a text and as a letter or number .* in a field answer_key"
+    ) as bad:
+        converter({"question": "q", **row})
+    assert bad.value.reason == "bad_option"
+
+
+def test_columns_that_are_named_in_another_order_keep_their_letters() -> None:
+    row = {"question": "q", "option_a": "w", "option_b": "x", "option_c": "y", "answer": "C"}
+    fields = {"options": "option_c,option_a"}
+    assert Converter(None, fields, max_chars=99)(row).answer == "y"
+
+
+@pytest.mark.parametrize("name", ["correct", "answer_idx", "answerKey", "cop", "correct_answer"])
+def test_a_right_option_and_an_answer_that_are_different_options(name: str) -> None:
+    row = {"question": "q", "options": {"A": "w", "B": "x", "C": "y", "D": "z"}, "answer": "y", name: "D"}
+    with pytest.raises(RowError, match=rf"answer is 'y' and {name} is 'D', another option: .*--field answer=NAME"):
+        Converter(None, {}, max_chars=99)(row)
+    for answer in ("z", "D", 3, None, "because of Y", ["y"]):  # MedQA, or an explanation
+        assert Converter(None, {}, max_chars=99)({**row, "answer": answer}).answer == "z"
+    assert Converter(None, {"answer": name}, max_chars=99)(row).answer == "z"
+
+
+def test_answers_of_which_one_is_right_are_options() -> None:
+    quail = {"question": "q", "answers": ["w", "x", "right"], "correct_answer_id": 2}
+    with pytest.raises(RowError, match=r"--kind multiple-choice --field options=answers --field answer=correct_answer"):
+        Converter(None, {}, max_chars=99)(quail)
+    named = {"options": "answers", "answer": "correct_answer_id"}
+    assert Converter("multiple-choice", named, max_chars=99)(quail).answer == "right"
+    assert Converter("multiple-choice", named, max_chars=99)({**quail, "correct_answer_id": "2"}).answer == "right"
+    assert Converter(None, {}, max_chars=99)({**quail, "correct_answer_id": None}).answer == "w"
+
+
+def test_lists_of_answers_are_counted_under_text_too() -> None:
+    row = {"questions": ["one", "two"], "answers": {"text": ["y", "z"], "answer_start": [1, 2]}}
+    [bad] = Converter(None, {}, max_chars=9).questions(row)
+    assert isinstance(bad, RowError)
+    assert "2 questions and 2 answers" in bad.detail
+    assert len(Converter(None, {}, max_chars=9).questions({**row, "answers": {"text": ["y"]}})) == 2
+
+
+def test_code_beside_its_text_is_an_answer() -> None:
+    mbpp = {"task_id": 1, "text": "Write it.", "code": "def f(): ..."}
+    with pytest.raises(RowError, match=r"an answer \(code\) and no question .*--field question=text; .*--kind corpus"):
+        Converter(None, {}, max_chars=99)(mbpp)
+    found = Converter(None, {"question": "text"}, max_chars=99)(mbpp)
+    assert (found.question, found.answer) == ("Write it.", "def f(): ...")
+    for name in ("text", "code", "document", "passage", "body", "abstract"):
+        assert Converter(None, {}, max_chars=99)({"title": "t", name: "x"}).text == "x"
+
+
+def test_labels_of_databases_and_blank_ones() -> None:
+    row = {"question": "q", "answer": "a", "domain": " ", "source": "\t"}
+    found = Converter(None, {}, max_chars=99, domain="med", source="file")({**row, "is_correct": "t"})
+    assert (found.domain, found.source) == ("med", "file")
+    with pytest.raises(RowError, match="is_correct is f, so this is no answer"):
+        Converter(None, {}, max_chars=99)({**row, "is_correct": "f"})
 
 
 @pytest.mark.parametrize(("name", "separator"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "|")])
@@ -458,6 +580,51 @@ def test_globs_match_what_is_hidden_only_by_its_dot(tmp_path: Path, monkeypatch:
         found(f"{tmp_path}/*/q.txt")
 
 
+def test_globs_match_folders_as_if_each_was_named(tmp_path: Path) -> None:
+    for name in ("g/a.jsonl", "g/sub/b.jsonl", "g/sub/low/c.json", "g/.old/d.jsonl", "g/sub/notes.pdf"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "t"}')
+
+    def found(pattern: str) -> list[str]:
+        passed_over.clear()
+        parts = expand(Source(f"{tmp_path}/{pattern}"), tmp_path, passed_over)
+        return [part.name.removeprefix(f"{tmp_path}/") for part in parts]
+
+    passed_over = Counter[str]()
+    assert found("g/*") == ["g/a.jsonl", "g/sub/b.jsonl"]
+    assert passed_over == {".pdf": 1, ".json": 1}
+    assert found("g/**/*") == found("g/**") == ["g/a.jsonl", "g/sub/b.jsonl", "g/sub/low/c.json"]
+    assert passed_over == {".pdf": 1}
+    assert found("*/s*") == ["g/sub/b.jsonl"]
+    assert found("**/.o*") == ["g/.old/d.jsonl"]
+    assert found("g/*/*.jsonl") == ["g/sub/b.jsonl"]
+    (tmp_path / "g/empty").mkdir()
+    with pytest.raises(UserError, match=r"g/empty: a folder without source files .*; it has no files"):
+        found("g/*")
+    (tmp_path / "g/empty/gone.jsonl").symlink_to("nowhere")
+    [part] = expand(Source(f"{tmp_path}/g/e*/*.jsonl"), tmp_path)
+    with pytest.raises(UserError, match=r"gone\.jsonl: cannot be read"):
+        part.fingerprint()
+
+
+@pytest.mark.parametrize("pattern", ["g/*", "g/*/*.jsonl", "g/**/*.jsonl", "g/secret/*"])
+def test_globs_pass_over_no_folder_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    def closed(place: Any = ".") -> Any:
+        if Path(place) == tmp_path / "g/secret":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return real(place)
+
+    for name in ("g/ok/a.jsonl", "g/secret/b.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text('{"text": "t"}')
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", closed)  # root, as whom tests may run, may read everything
+    with pytest.raises(UserError, match=r"g/secret: cannot be read \(Permission denied\)"):
+        expand(Source(str(tmp_path / pattern)), tmp_path)
+
+
 def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
     days = pa.array([0, 10_000_000], pa.int32()).cast(pa.date32())
     moments = pa.array([1, 2**62], pa.timestamp("us"))
@@ -474,6 +641,27 @@ def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
     held = {"day": "1970-01-01", "took": "1"}
     assert first == {"question": "q", "about": held, "list": [held], "large": [held]}
     assert second["question"] == "r"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets"])
+def test_few_long_rows_are_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Also where they are among short ones."""
+    monkeypatch.setattr(readers, "BATCH_BYTES", 100_000)
+    kept = [{"text": f"{i}" * (20_000 if i % 50 < 9 else 5)} for i in range(300)]
+    read_, decoded = list[int](), list[int]()
+    small, dicts = readers._small, readers._dicts
+    monkeypatch.setattr(readers, "_small", lambda batch: read_.append(batch.nbytes) or small(batch))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(readers, "_dicts", lambda batch: decoded.append(batch.nbytes) or dicts(batch))  # type: ignore[func-returns-value]
+    if kind == "parquet":
+        path = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(kept), path, row_group_size=9, use_dictionary=False)
+    else:
+        path = tmp_path / "a"
+        pytest.importorskip("datasets").Dataset.from_list(kept).save_to_disk(str(path))
+    assert read(path, tmp_path) == list(enumerate(kept, 1))
+    assert max(decoded) <= 100_000
+    if kind == "parquet":
+        assert max(read_) < 300_000
 
 
 def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
@@ -509,6 +697,54 @@ def test_pipe_source(tmp_path: Path) -> None:
     assert [row for _, row in read(f"pipe:cat '{path}'", tmp_path)] == ROWS
 
 
+KEY = "-H 'Authorization: Bearer SECRET'"
+
+
+@pytest.mark.parametrize(
+    ("address", "name", "base"),
+    [
+        ("https://me:SECRET@host/x/qa.csv.gz?sig=SECRET", "https://host/x/qa.csv.gz", "qa.csv.gz"),
+        ("https://host/get?sig=SECRET/1&file=qa.csv.gz#2", "https://host/get", "get"),
+        ("gs://bucket/qa.csv.gz", "gs://bucket/qa.csv.gz", "qa.csv.gz"),
+        (f"pipe:curl -s {KEY} https://host/x/qa.csv.gz", "pipe:.../qa.csv.gz", "qa.csv.gz"),
+        (f'pipe:curl {KEY} "host/qa.csv.gz?sig=SECRET" | cat', "pipe:.../qa.csv.gz", "qa.csv.gz"),
+        ("pipe:scp me:SECRET@host:qa.csv.gz /dev/stdout|head", "pipe:.../qa.csv.gz", "qa.csv.gz"),
+        (f"pipe:curl {KEY} 'https://host/get?file=qa.csv.gz'", "pipe", "pipe"),
+    ],
+)
+def test_an_address_and_a_command_are_named_without_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, name: str, base: str
+) -> None:
+    def fetch(url: str, target: Path) -> None:
+        assert url == address
+        target.write_bytes(gzip.compress(b"text\nt\n"))
+
+    def away(url: str, target: Path) -> None:
+        raise UserError(f"{url}: nobody answers there")
+
+    (tmp_path / "downloads").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("lbr_dist.data.remote.fetch", fetch)
+        [part] = expand(Source(address), tmp_path / "downloads")
+        assert (part.name, part.base, part.format, part.compression) == (name, base, "csv", ".gz")
+        assert [row for _, row in rows(part)] == [{"text": "t"}]
+        assert "SECRET" not in json.dumps(part.fingerprint())
+        patch.setattr("lbr_dist.data.remote.fetch", away)
+        with pytest.raises(UserError) as caught:
+            expand(Source(address), tmp_path / "downloads")
+        assert str(caught.value) == f"{name}: nobody answers there"
+    with pytest.raises(UserError, match="unknown format") as caught:
+        expand(Source(address.replace(".csv.gz", "")), tmp_path / "downloads")
+    assert "SECRET" not in str(caught.value)
+
+
+def test_names_of_files_on_this_machine_stay_as_they_are(tmp_path: Path) -> None:
+    for name in ("what?.jsonl", "a#b.jsonl", "me@host.jsonl"):
+        (tmp_path / name).write_text('{"text": "t"}')
+        [part] = expand(Source(str(tmp_path / name)), tmp_path)
+        assert (part.name, part.base) == (str(tmp_path / name), name)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -534,10 +770,28 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
     for path in ("missing.jsonl", "none*.jsonl"):
         with pytest.raises(UserError, match="no such file, folder or glob with source files"):
             read(tmp_path / path, tmp_path)
+    with pytest.raises(UserError, match=r"x\.jsonl: cannot be read \(File name too long\)"):
+        read("x" * 300 + "x.jsonl", tmp_path)
     with pytest.raises(UserError, match="webdataset has no opener"):
         read("s9://bucket/a.jsonl", tmp_path)
     with pytest.raises(UserError, match=r"file://.*/missing\.jsonl: no such file"):
         read(f"file://{tmp_path}/missing.jsonl", tmp_path)
+
+
+def test_a_source_in_a_folder_of_another_user_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, **_: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)
+    with pytest.raises(UserError, match=r"/x\.jsonl: cannot be read \(Permission denied\)"):
+        expand(Source(str(tmp_path / "x.jsonl")), tmp_path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_names_that_are_not_utf8(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, name)
+    foreign = path.rename(tmp_path / os.fsdecode(b"gr\xf6\xdfe-" + name.encode()))
+    assert [dict(row) for _, row in read(foreign, tmp_path)] == ROWS
 
 
 def test_kind_prefix() -> None:

@@ -10,7 +10,7 @@ from lbr_dist.data.preparation.collect import NO_ENTITY, BadRows
 from lbr_dist.data.preparation.first_pass import FirstPass
 from lbr_dist.data.preparation.split import CL, EVAL, GL, TEXT
 from lbr_dist.data.sources.field_names import listed
-from lbr_dist.data.sources.parts import Part, printable
+from lbr_dist.data.sources.parts import MOST_LISTED, Part, printable
 from lbr_dist.data.sources.readers import rows
 from lbr_dist.errors import UserError
 
@@ -75,12 +75,17 @@ def check_left(side: np.ndarray, parts: Sequence[Part], dropped: Mapping[str, in
     """
     if np.isin(side, (GL, CL, EVAL, TEXT)).any():
         return
-    names = ", ".join(part.name for part in parts)
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     raise UserError(
-        f"{names}: no record is left for gl, cl or eval (dropped: {reasons}): give other sources, another "
+        f"{named(parts)}: no record is left for gl, cl or eval (dropped: {reasons}): give other sources, another "
         "--decontaminate or larger sizes"
     )
+
+
+def named(parts: Sequence[Part]) -> str:
+    """The files, for a message: the first of very many."""
+    names = ", ".join(part.name for part in parts[:MOST_LISTED])
+    return f"{names} and {len(parts) - MOST_LISTED} more" if len(parts) > MOST_LISTED else names
 
 
 def _first_fields(parts: Sequence[Part]) -> str:

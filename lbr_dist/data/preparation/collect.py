@@ -1,21 +1,22 @@
 """What memory holds of the records of a preparation: hashes and numbers in flat arrays, never the texts.
 
-Some 400 bytes a record at the peak, so memory grows with the number of records and not with the text. A `TextDigest` is the part
-that is made for one block, by whichever process; `TextTable` joins them in order.
+Some 400 bytes a record at the peak, so memory grows with the number of records and not with the text. A `TextDigest` is
+the part that is made for one block, by whichever process; `TextTable` joins them in order.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from lbr_dist.data.preparation.minhash import SketchBlock, Sketches
+from lbr_dist.data.preparation.minhash import MIN_WORDS, SketchBlock, Sketches, word_counts, word_hashes
 from lbr_dist.data.record import Record, normalise
+from lbr_dist.data.sources.fields import FIRST_OPTION
 from lbr_dist.data.sources.parts import printable
 from lbr_dist.data.sources.row_values import REASONS
 from lbr_dist.errors import UserError
@@ -213,6 +214,26 @@ def compared_texts(record: Record) -> tuple[str, ...]:
     assert record.question is not None
     assert record.answer is not None
     return (record.question, record.answer, *record.positives)
+
+
+def evaluated_texts(record: Record) -> tuple[str, ...]:
+    """Texts of an evaluation record of which no plain text may hold one, or lie in one."""
+    return (*compared_texts(record), *_stem(record))
+
+
+def with_stem(record: Record) -> Record:
+    """A question to be evaluated on, with its stem as a further text to compare: elsewhere it may have no options."""
+    stem = _stem(record)
+    if record.text is not None:
+        return Record(id=record.id, question=record.text, answer=stem[0]) if stem else record
+    return replace(record, positives=record.positives + stem)
+
+
+def _stem(record: Record) -> tuple[str, ...]:
+    """The stem of a multiple-choice question; one of fewer than `MIN_WORDS` words says too little."""
+    stem, options, _ = compared_texts(record)[0].partition(FIRST_OPTION)
+    form = [normalise(stem)]
+    return (stem,) if options and word_counts(form, word_hashes(form)[1])[0] >= MIN_WORDS else ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,16 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.execute import Executor
-from lbr_dist.data.preparation.collect import NO_ENTITY, BadRows, Numbers, TextDigest, Texts, TextTable, compared_texts
+from lbr_dist.data.preparation.collect import (
+    NO_ENTITY,
+    BadRows,
+    Numbers,
+    TextDigest,
+    Texts,
+    TextTable,
+    compared_texts,
+    with_stem,
+)
 from lbr_dist.data.preparation.minhash import Sketches
 from lbr_dist.data.preparation.row_blocks import (
     BLOCK_ROWS,
@@ -54,8 +64,6 @@ class BlockSummary:
     records: int
     bad: dict[int, BadRows]
     """Of each part that has rows in it."""
-    hopeless: int | None = None
-    """A part of which too little was understood to go on."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,8 @@ class DigestRows:
                     for owner, record in enumerate(batch, len(sizes)):
                         negatives += [(owner, normalised_hash(text)) for text in record.negatives]
                     sizes.extend(spool.write(record.to_json()) for record in batch)
-            except _HopelessError as hopeless:
-                return BlockSummary(block.job, block.number, 0, bad, hopeless.part)
+            except _HopelessError:
+                return BlockSummary(block.job, block.number, 0, bad)
         arrays: dict[str, Any] = {
             "bad": _to_json(bad),
             "sizes": np.frombuffer(sizes, np.int64),
@@ -142,15 +150,18 @@ class DigestRows:
                 if isinstance(row, RowError):
                     raise row
                 record = convert(row)
+                if part.external and not record.is_text:
+                    record = with_stem(record)
             except RowError as error:
                 question = convert.question_alone(row) if part.external and not isinstance(row, RowError) else None
                 if question is not None:
                     bad.questions_alone += 1
+                    question = with_stem(question)
                     yield question, {**self._numbers(question, row, place, part), "is_text": False}
                     continue
                 bad.add(error.reason, f"{part.name} {place}", error.detail)
                 if part.first and bad.misread == bad.rows == HOPELESS:
-                    raise _HopelessError(part.part) from None
+                    raise _HopelessError from None
             else:
                 yield record, self._numbers(record, row, place, part)
 
@@ -189,29 +200,46 @@ def first_pass(
     Raises:
         UserError: a file is damaged, or its first rows are all bad.
     """
-    summaries = []
+    summaries, bad_so_far, understood = [], dict[int, BadRows](), set[int]()
     read = partial(row_blocks, paragraphs=paragraphs, folder=folder, most=BLOCK_ROWS)
-    for summary in executor.stream(read_jobs(jobs), read, work):
-        if summary.hopeless is not None:
-            raise UserError(
-                f"the first {HOPELESS} rows of {jobs[summary.hopeless].part.name} are bad, so it is not read further: "
-                f"{summary.bad[summary.hopeless]}"
-            )
+    for summary in _in_order(executor.stream(read_jobs(jobs), read, work)):
+        for number, found in summary.bad.items():
+            if found.misread < found.rows:
+                understood.add(number)
+                bad_so_far.pop(number, None)
+            elif number not in understood:
+                bad = bad_so_far.setdefault(number, BadRows())
+                bad.merge(found)
+                if bad.rows >= HOPELESS:
+                    raise UserError(
+                        f"the first {bad.rows} rows of {jobs[number].part.name} are bad, so it is not read further: "
+                        f"{bad}"
+                    )
         summaries.append(summary)
         advance(summary.records)
     summaries.sort(key=lambda summary: (summary.job, summary.number))
     return _join(jobs, summaries, folder, sketches)
 
 
+def _in_order(summaries: Iterator[BlockSummary]) -> Iterator[BlockSummary]:
+    """Those of each job in order, in which they need not come."""
+    waiting, following = dict[tuple[int, int], BlockSummary](), Counter[int]()
+    for summary in summaries:
+        waiting[summary.job, summary.number] = summary
+        while (found := waiting.pop((summary.job, following[summary.job]), None)) is not None:
+            following[summary.job] += 1
+            yield found
+
+
 def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sketches: Path) -> FirstPass:
     """The blocks in order, as if they were one."""
     bad, read, table, first = BadRows(), set[int](), TextTable(sketches), 0
-    outside = {job.part.source.path: BadRows() for job in jobs if job.external}
+    outside = {job.part.source.name: BadRows() for job in jobs if job.external}
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, kind)] for name, kind in COLUMNS.items()}
     sizes, files, negatives = list[np.ndarray](), list[Path](), [np.zeros((0, 2), np.int64)]
     for summary in summaries:
         for number, found in summary.bad.items():
-            (outside[jobs[number].part.source.path] if jobs[number].external else bad).merge(found)
+            (outside[jobs[number].part.source.name] if jobs[number].external else bad).merge(found)
             read.add(number)
         file = numbers_file(folder, summary.job, summary.number)
         with np.load(file) as arrays:
@@ -239,10 +267,6 @@ def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sket
 
 class _HopelessError(Exception):
     """The first rows of a part are all bad."""
-
-    def __init__(self, part: int) -> None:
-        super().__init__(part)
-        self.part = part
 
 
 def _to_json(bad: Mapping[int, BadRows]) -> np.ndarray:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lbr_dist.data.execute import Executor, alone
-from lbr_dist.data.preparation.checks import check_entity, check_left, check_named_fields, check_outside
-from lbr_dist.data.preparation.collect import Numbers, Texts, compared_texts
+from lbr_dist.data.preparation.checks import check_entity, check_left, check_named_fields, check_outside, named
+from lbr_dist.data.preparation.collect import Numbers, Texts, evaluated_texts
 from lbr_dist.data.preparation.first_pass import DigestRows, FirstPass, first_pass
 from lbr_dist.data.preparation.isolation import Containment, InContainment, crossings
 from lbr_dist.data.preparation.proof import prove
@@ -105,7 +105,7 @@ class Pipeline:
             self.read.bad.check(self.settings.max_bad_share)
             if not (alive & ~numbers.external).any():
                 why = f"all rows are bad: {self.read.bad}" if self.read.bad.total else "the sources are empty"
-                raise UserError(f"{', '.join(part.name for part in parts)}: no records: {why}")
+                raise UserError(f"{named(parts)}: no records: {why}")
             for name, found in self.read.outside.items():
                 check_outside(name, found)
             check_named_fields(self.read, alive, parts)
@@ -218,7 +218,7 @@ class Pipeline:
         """Plain texts that quote a whole evaluation question or answer, or are a part of one."""
         held = self._slices((side == EVAL) | (side == EXTERNAL))
         containment = Containment(
-            [text for record in batch for text in compared_texts(record)]
+            [text for record in batch for text in evaluated_texts(record)]
             for _, records in held
             for batch in batches(records.records())
         )

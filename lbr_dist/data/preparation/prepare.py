@@ -163,13 +163,14 @@ def prepare(
                     advance(1)
                 known.sort(key=lambda pair: json.dumps(pair[0], sort_keys=True))  # of equal rows the first file's stays
                 origin[name_of], group[:] = [found for found, _ in known], [part for _, part in known]
-        done = finished(place, origin, overwrite, partial(_difference, new=origin))
-        if done is not None:
+        made = partial(finished, place, origin, overwrite, partial(_difference, new=origin))
+        if (done := made()) is not None:
             return PrepareReport(Path(out), done, unchanged=True)
         folder = resumable(work.absolute(), {**origin, "blocks": [BLOCK_ROWS, BLOCK_CHARACTERS, TOGETHER]})
         pipeline = Pipeline(folder, settings, tokens, origin, progress, executor or current())
         report = pipeline.run(parts, outside, passed_over, partial(_check_unchanged, before))
-        publish(folder / "set", place)
+        if made() is None:  # nobody put a set there meanwhile
+            publish(folder / "set", place)
     return PrepareReport(Path(out), report, unchanged=False)
 
 

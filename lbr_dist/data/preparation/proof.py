@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from lbr_dist.data.execute import Executor, alone
-from lbr_dist.data.preparation.collect import TextDigest, TextTable, compared_texts
+from lbr_dist.data.preparation.collect import TextDigest, TextTable, evaluated_texts
 from lbr_dist.data.preparation.isolation import Containment, crossings
 from lbr_dist.data.preparation.split import EVAL, EXTERNAL, GL, SIDES, TEXT, CommonText
 from lbr_dist.data.preparation.spool import SpoolSlice
@@ -135,4 +135,4 @@ def _evaluation(root: Path, tasks: Iterable[ProofTask]) -> Iterator[list[str]]:
     for task in tasks:
         if task.side in (EVAL, EXTERNAL):
             for batch in batches(task.records(root)):
-                yield [text for record in batch for text in compared_texts(record)]
+                yield [text for record in batch for text in evaluated_texts(record)]

@@ -33,7 +33,8 @@ def open_file(path: Path, compression: str | None = None) -> IO[bytes]:
     if ending == ".zst":
         import pyarrow as pa  # zstandard's own reader takes a truncated frame for a whole one
 
-        return _buffered(pa.input_stream(str(path), compression="zstd"))
+        file = path.open("rb")  # pyarrow opens no name that is not UTF-8
+        return _buffered(pa.input_stream(file, compression="zstd"))
     if ending == ".gz":
         return _buffered(_Streams(path.open("rb"), _Gzip, padded=True))
     if ending == ".bz2":

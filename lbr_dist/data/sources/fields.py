@@ -18,6 +18,9 @@ from lbr_dist.data.sources.field_names import CODED, NAMES, Finder, listed
 from lbr_dist.data.sources.questions import each_question
 from lbr_dist.data.sources.row_values import RowError
 
+FIRST_OPTION = "\nA. "
+"""Between the stem and the options of a multiple-choice question."""
+
 
 class Converter:
     """Rows of one source to records.
@@ -249,7 +252,7 @@ class Converter:
 
     def _with_options(self, stem: str, options: list[str]) -> str:
         lines = [f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(options)]
-        return self._text("\n".join([stem, *lines]), "question")
+        return self._text("\n".join([stem, *lines]), "question")  # with `FIRST_OPTION` behind the stem
 
     def _joined(self, value: Any, role: str) -> str:
         """The text of a field; where it is a plain text, a list is its parts."""

@@ -10,9 +10,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +21,7 @@ from lbr_dist.data.sources.beir import find_beir, find_files
 from lbr_dist.data.sources.compressed import open_file
 from lbr_dist.data.sources.field_names import KINDS
 from lbr_dist.data.sources.formats import ENDING, FORMATS, UNITS, format_of, is_source
+from lbr_dist.data.sources.patterns import SPECIAL, matches
 from lbr_dist.errors import UserError
 
 MOST_LISTED = 10
@@ -51,6 +51,17 @@ class Source:
             raise UserError(f"--kind {kind}: no such kind; the kinds are {', '.join(KINDS)}")
         return cls(text, kind, fields)
 
+    @property
+    def name(self) -> str:
+        """How messages name it: an address without query and user, a command by its file, since these may hold keys."""
+        if not remote.is_url(self.path):
+            return self.path
+        if self.path.startswith("pipe:"):
+            words = [re.split(r"[?#]", word)[0] for word in re.split(r"[\s'\"|]+", self.path)]
+            files = [re.split(r"[/\\:]", word)[-1] for word in words if is_source(word)]
+            return f"pipe:.../{files[-1]}" if files else "pipe"
+        return re.sub(r"(?<=://)[^/]*@", "", re.split(r"[?#]", self.path)[0])
+
 
 @dataclass(frozen=True)
 class Part:
@@ -77,9 +88,14 @@ class Part:
         """Its file name without folders: part of the output, where the whole path is not."""
         return printable(re.split(r"[/\\]", self.name.rstrip("/"))[-1])
 
+    @property
+    def compression(self) -> str:
+        """The ending that says how it is compressed, empty for none; an address may have it in its query."""
+        return ENDING.findall(self.source.path if remote.is_url(self.source.path) else self.name)[-1][1]
+
     def open(self) -> IO[bytes]:
         """The file's content, decompressed; fails as `open_file` does."""
-        return open_file(self.path, ENDING.findall(self.name)[-1][1])
+        return open_file(self.path, self.compression)
 
     def fingerprint(self) -> dict[str, Any]:
         """Identity of the content, with the settings that decide how it is read.
@@ -117,56 +133,81 @@ def expand(source: Source, downloads: Path, passed_over: Counter[str] | None = N
     if path.startswith(HUB):
         return [_dataset_part(source, path, None)]
     if remote.is_url(path):
-        target = downloads / f"{len(list(downloads.iterdir())):06d}"
-        remote.fetch(path, target)
-        return [Part(path, format_of(path), target, source)]
-    folder, _, _ = path.rpartition("@")
-    local = Path(path)
-    if _is_dataset(local) or (not local.exists() and folder and _is_dataset(Path(folder))):
-        return [_dataset_part(source, path, local if local.exists() else Path(folder))]
-    if (benchmark := find_beir(path)) is not None:
-        return [_beir_part(source, *benchmark)]
-    if local.is_dir():
-        if _is_set(local):
-            raise UserError(f"{path}: is a prepared set, not a source: give its tars, for example {path}/eval/*.tar")
-        others = Counter[str]()
-        files = list(_walk(local, others))
-        if not files:
-            listed = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(MOST_LISTED))
-            raise UserError(
-                f"{path}: a folder without source files ({', '.join(FORMATS)}; .json only if named or globbed); it has "
-                f"{listed or 'no files'}"
-            )
-        if passed_over is not None:
-            passed_over.update(others)
-    elif local.is_file():
-        files = [local]
-    else:
-        files = _matches(local) if re.search(r"[*?\[]", path) else []
-    if not files:
+        return [_remote_part(source, downloads / f"{len(list(downloads.iterdir())):06d}")]
+    parts = _local_parts(source, passed_over)
+    if not parts and SPECIAL.search(path):
+        matched = matches(Path(path))
+        for place in sorted(place for place in matched if matched.isdisjoint(place.parents)):
+            if os.path.isdir(place):  # noqa: PTH112 (it never fails)
+                parts += _local_parts(replace(source, path=str(place)), passed_over, matched)
+            else:
+                parts.append(Part(str(place), format_of(place.name), place, source))
+    if not parts:
         raise UserError(f"{path}: no such file, folder or glob with source files ({', '.join(FORMATS)})")
+    return parts
+
+
+def _remote_part(source: Source, target: Path) -> Part:
+    """What an address or a command gives, copied to `target`."""
+    form = format_of(source.path if ENDING.search(source.path) else source.name)
+    try:
+        remote.fetch(source.path, target)
+    except UserError as error:
+        raise type(error)(str(error).replace(source.path, source.name)) from None
+    return Part(source.name, form, target, source)
+
+
+def _local_parts(source: Source, passed_over: Counter[str] | None, matched: Set[Path] = frozenset()) -> list[Part]:
+    """What is read of a file, folder, data set or benchmark; without any where it is not there.
+
+    Args:
+        matched: what a pattern stands for: of a folder it is read even where it would be passed over.
+
+    Raises:
+        UserError: one that `expand` lists.
+    """
+    path, local = source.path, Path(source.path)
+    folder, _, _ = path.rpartition("@")
+    try:
+        if _is_dataset(local) or (not local.exists() and folder and _is_dataset(Path(folder))):
+            return [_dataset_part(source, path, local if local.exists() else Path(folder))]
+        if (benchmark := find_beir(path)) is not None:
+            return [_beir_part(source, *benchmark)]
+        files = list[Path]()
+        if local.is_dir():
+            files = _folder_files(local, passed_over, matched)
+        elif local.is_file():
+            files = [local]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return [
         _dataset_part(source, str(file), file) if file.is_dir() else Part(str(file), format_of(file.name), file, source)
         for file in files
     ]
 
 
-def _matches(pattern: Path) -> list[Path]:
-    """The files that a pattern stands for, sorted; hidden ones, or in hidden folders, where it has the dot too."""
-    found = Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
-    dotted = [part for part in pattern.parts if part.startswith(".")]
-    return sorted(
-        file
-        for file in found
-        if not file.is_dir()
-        and all(any(fnmatchcase(part, name) for name in dotted) for part in file.parts if part.startswith("."))
-    )
+def _folder_files(folder: Path, passed_over: Counter[str] | None, matched: Set[Path]) -> list[Path]:
+    """The source files and saved data sets in a folder."""
+    if _is_set(folder):
+        raise UserError(f"{folder}: is a prepared set, not a source: give its tars, for example {folder}/eval/*.tar")
+    others = Counter[str]()
+    files = list(_walk(folder, others, matched))
+    if not files:
+        listed = ", ".join(f"{count} {printable(ending)}" for ending, count in others.most_common(MOST_LISTED))
+        raise UserError(
+            f"{folder}: a folder without source files ({', '.join(FORMATS)}; .json only if named or globbed); it has "
+            f"{listed or 'no files'}"
+        )
+    if passed_over is not None:
+        passed_over.update(others)
+    return files
 
 
-def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
+def _walk(root: Path, passed_over: Counter[str], matched: Set[Path]) -> Iterator[Path]:
     """The source files and saved data sets in a folder and those in it, sorted, links followed; the others are counted.
 
-    What is hidden is left aside, as are prepared sets (an earlier output) and .json files (settings and the like).
+    What is hidden is left aside, as are prepared sets (an earlier output) and .json files (settings and the like), but
+    what is `matched`.
     """
 
     def fail(error: OSError) -> None:
@@ -196,12 +237,12 @@ def _walk(root: Path, passed_over: Counter[str]) -> Iterator[Path]:
                 f"{folder}: is a benchmark, in a folder of sources: name it by itself, as {folder}@SPLIT, or for its "
                 "texts its corpus, and leave it out of that folder"
             )
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") or folder / name in matched)
         for name in names:
-            if name.startswith("."):
-                continue
             file, form = folder / name, format_of(name) if is_source(name) else ""
-            is_read = form not in ("", "json")
+            if name.startswith(".") and file not in matched:
+                continue
+            is_read = form not in ("", "json") or (form == "json" and file in matched)
             if is_read and not file.exists():
                 raise UserError(f"{file}: is a link to a file that does not exist: mend or remove it")
             if is_read and file.is_file():

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lbr_dist.data.sources import beir, compressed
 from lbr_dist.data.sources.csv_rows import csv_rows
 from lbr_dist.data.sources.field_names import check_distinct
-from lbr_dist.data.sources.formats import ENDING
 from lbr_dist.data.sources.json_rows import Numbered, Row, json_lines, json_object, json_rows
 from lbr_dist.data.sources.parts import Part
 from lbr_dist.data.sources.row_values import CONVERT, RowError, unseen
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH = 1000
-"""Rows decoded at once from columnar formats."""
+"""Rows decoded at once from columnar formats at most,"""
+BATCH_BYTES = 32 << 20
+"""and about so many bytes, unless a single row has more."""
 FOREIGN = {
     b"\xff\xfe\0\0": "is UTF-32: convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)",
     b"\xff\xfe": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
@@ -89,7 +90,7 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
             with part.open() as file:
                 start = file.peek(START)[:START]  # type: ignore[attr-defined]
                 if foreign := _foreign(start[:32]) or _old(start, part.format):
-                    if foreign.startswith("is compressed") and ENDING.findall(part.name)[-1][1]:
+                    if foreign.startswith("is compressed") and part.compression:
                         foreign = "is compressed twice: decompress it once"
                     raise UserError(f"{part.name}: the content {foreign}")
                 if part.format == "jsonl":
@@ -171,10 +172,16 @@ def _parquet(path: Path) -> Numbered:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def fitting(group: int) -> int:
+        """Rows of a row group that are decoded at once."""
+        found = file.metadata.row_group(group)
+        return min(BATCH, max(1, BATCH_BYTES * found.num_rows // max(1, found.total_byte_size)))
+
     try:
-        with pq.ParquetFile(path) as file:
+        with path.open("rb") as raw, pq.ParquetFile(raw) as file:  # pyarrow opens no name that is not UTF-8
             check_distinct(file.schema_arrow.names, "its columns name")
-            yield from _columns(file.iter_batches(BATCH))
+            groups = groupby(range(file.num_row_groups), fitting)
+            yield from _columns(batch for most, alike in groups for batch in file.iter_batches(most, list(alike)))
     except pa.ArrowException as error:
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -184,9 +191,20 @@ def _columns(batches: Iterator[pa.RecordBatch | pa.Table]) -> Numbered:
 
     number = 0
     for batch in batches:
-        for row in _dicts(batch.cast(pa.schema(map(_dateless, batch.schema)))):
-            number += 1
-            yield number, row
+        for part in _small(batch):
+            for row in _dicts(part.cast(pa.schema(map(_dateless, part.schema)))):
+                number += 1
+                yield number, row
+
+
+def _small(batch: pa.RecordBatch | pa.Table) -> Iterator[pa.RecordBatch | pa.Table]:
+    """The rows in batches of at most `BATCH_BYTES`, unless a single one has more."""
+    if batch.nbytes <= BATCH_BYTES or len(batch) == 1:
+        yield batch
+    else:
+        half = len(batch) // 2
+        yield from _small(batch.slice(0, half))
+        yield from _small(batch.slice(half))
 
 
 def _dateless(field: pa.Field) -> pa.Field:
