@@ -74,6 +74,11 @@ class Recipe(Section):
                 "contrastive.pooling is 'bottleneck' but bottleneck.enabled is false: "
                 "set contrastive.pooling=last or mean, or enable the bottleneck"
             )
+        if self.stage != "generative" and self.contrastive.pooling == "last" and self.bottleneck.enabled:
+            raise ValueError(
+                "contrastive.pooling is 'last' but bottleneck.enabled is true, and the last token would be the last Z: "
+                "set bottleneck.enabled=false, or contrastive.pooling=bottleneck"
+            )
         if self.stage != "contrastive" and self.data.max_x_tokens + self.data.max_y_tokens > self.data.bin_tokens:
             raise ValueError(
                 f"data.bin_tokens ({self.data.bin_tokens}) cannot hold a sample of data.max_x_tokens + "

@@ -17,7 +17,9 @@ class DataSet(Section):
     split: Literal["gl", "cl", "eval"] | None = None
     """Which side to read; default: `gl` for stage 1 and `cl` for stage 2."""
     weight: PositiveFloat = 1.0
-    """Passes over this set in one epoch of the mixture: 1 uses each sample once, 0.5 half of them, 2 each twice."""
+    """Passes over this set in one epoch of the mixture: 1 uses each sample once, 0.5 half of them, 2 each twice. Passes
+    go on from epoch to epoch: with 0.7 the second one uses the rest of the first pass and four tenths of the next, so
+    that some samples may come twice in it."""
     target: Literal["sft", "reconstruct", "prefix"] | None = None
     """Stage 1 target for this set; default: `generative.target`."""
 

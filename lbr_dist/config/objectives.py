@@ -73,7 +73,8 @@ class Contrastive(Section):
     learn_temperature: LearnedTemperature | None = None
     """Train the temperature, from `temperature` on. Excludes a schedule."""
     pooling: Literal["bottleneck", "last", "mean"] = "bottleneck"
-    """Hidden state that represents a text: the last Z (LBR), the last token, or the mean over tokens (baselines)."""
+    """Hidden state that represents a text: the last Z (LBR), the last token (without a bottleneck), or the
+    mean over tokens (baselines)."""
     attention: Literal["causal", "bidirectional"] = "causal"
     """Causal is the paper's; bidirectional is its ablation (paper section 5.1)."""
     query_instruction: str = ""

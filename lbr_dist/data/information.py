@@ -9,6 +9,7 @@ the index. Each shard's part is a file of its own that appears whole, so that a 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,15 @@ class Information:
     model: str
     """Fingerprint of the model that measured."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the bits."""
+        lists = (array for ragged in (self.negatives, self.positives) for array in (ragged.offsets, ragged.values))
+        digest = xxhash.xxh3_128()
+        for array in (self.question, self.answer, self.text, *lists):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
 
 def known_bits(bits_N: np.ndarray, tokens_N: np.ndarray, kept_N: np.ndarray) -> np.ndarray:
     """Bits in the first `kept_N` of `tokens_N` tokens, taken as spread evenly over the text."""
@@ -85,18 +95,21 @@ def part_path(opened: PreparedSet, split: str, shard: ShardInfo, model: str) -> 
 
 
 def read_part(path: Path, shard: ShardInfo) -> pa.Table | None:
-    """One shard's table; None where it is missing, damaged or of another shard, and has to be measured."""
+    """One shard's table; None where it is missing, damaged, of another shard or without a hash of its bits (older
+    ones), and has to be measured."""
     try:
         table = read_table(path, SCHEMA.names)
-    except (OSError, pa.ArrowException):
+        found, expected = table.schema.metadata or {}, _metadata(table, shard)
+    except (OSError, pa.ArrowException, KeyError):
         return None
-    made_of = (table.schema.metadata or {}).get(b"tar_xxh128", b"").decode()
-    return table if made_of == shard.xxh128 and table.num_rows == shard.records else None
+    sound = table.num_rows == shard.records and all(found.get(key) == value for key, value in expected.items())
+    return table if sound else None
 
 
 def write_part(path: Path, shard: ShardInfo, rows: dict[str, list[Any]]) -> None:
     """Write one shard's table; it appears whole or not at all."""
-    table = pa.table(rows, schema=SCHEMA).replace_schema_metadata({"tar_xxh128": shard.xxh128})
+    table = pa.table(rows, schema=SCHEMA)
+    table = table.replace_schema_metadata(_metadata(table, shard))
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +139,15 @@ def read_information(opened: PreparedSet, split: str, model_path: str) -> Inform
             f"{len(tables)} shards are not known by bottleneck.surprisal.model={model_path}: run lbr surprisal "
             f"{opened.root} --model {model_path}"
         )
-    question, answer, text = (np.concatenate([t.column(name).to_numpy() for t in known]) for name in SCHEMA.names[:3])
-    negatives, positives = (Ragged.join([t.column(name).combine_chunks() for t in known]) for name in SCHEMA.names[3:])
+    return _joined(known, model)
+
+
+def _joined(tables: Sequence[pa.Table], model: str) -> Information:
+    question, answer, text = (np.concatenate([t.column(name).to_numpy() for t in tables]) for name in SCHEMA.names[:3])
+    negatives, positives = (Ragged.join([t.column(name).combine_chunks() for t in tables]) for name in SCHEMA.names[3:])
     return Information(question, answer, text, negatives, positives, model)
+
+
+def _metadata(table: pa.Table, shard: ShardInfo) -> dict[bytes, bytes]:
+    """What a part says of its shard and of its bits."""
+    return {b"tar_xxh128": shard.xxh128.encode(), b"bits_xxh128": _joined([table], "").fingerprint.encode()}

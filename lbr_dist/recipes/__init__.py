@@ -47,8 +47,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         if not file.is_file():
             raise UserError(f"recipe {path}: no such file, and no recipe of that name ships with lbr (`lbr recipes`)")
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+        raw = _unshared(yaml.load(file.read_text(encoding="utf-8"), Loader))  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _not_yaml(f"recipe {file}", error) from None
     _check_mapping(raw, str(file))
     for item in overrides or []:
@@ -74,6 +74,13 @@ def _check_mapping(raw: Any, origin: str) -> None:
     if not isinstance(raw, dict):
         found = "nothing" if raw is None else type(raw).__name__
         raise UserError(f"recipe {origin}: expected a mapping of settings, found {found}")
+
+
+def _unshared(node: Any) -> Any:
+    """A copy in which what YAML's aliases name is there once for each, so that an override changes one of them."""
+    if isinstance(node, dict):
+        return {key: _unshared(value) for key, value in node.items()}
+    return [_unshared(value) for value in node] if isinstance(node, list) else node
 
 
 def _override(raw: dict[str, Any], item: str) -> None:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,7 +30,7 @@ from lbr_dist.logs import is_torn, iterate_rows
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe
     from lbr_dist.data.assemble import LocalBatch
-    from lbr_dist.data.plan import Plan
+    from lbr_dist.data.plan import Plan, Source
     from lbr_dist.data.shards import ShardReader
 
 FOLDER = "audit"
@@ -152,7 +154,8 @@ def audit(run_dir: str | Path) -> Audit:
     recipe = load_run_recipe(run_dir)
     with contextlib.chdir(started_in(run_dir, recipe)):
         plan, readers = _plan_of(recipe)
-        if plan.fingerprint != (plans[max(history)] if history else found[-1].plan):
+        # A start that made no step has the recipe as its own; one of a run that was complete has not
+        if plan.fingerprint not in (found[-1].plan, plans[max(history)] if history else ""):
             raise UserError(
                 f"{run_dir}: the prepared sets or the recipe changed since the run; audit with the old ones"
             )
@@ -180,7 +183,8 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, list[ShardReader]]:
 def _compare(plan: Plan, readers: Sequence[ShardReader], history: dict[int, list[str]], result: Audit) -> None:
     """Compare each step's samples, and each epoch's, with the plan."""
     ids = [reader.index.ids for reader in readers]
-    used: dict[int, Counter[tuple[int, int]]] = {}
+    used = {number: (0, Counter[int]()) for number in range(len(plan.sources))}
+    """Of each set: the epoch under way, and how often it used each row."""
     for step in sorted(history):
         planned = plan.step(step)
         refs = planned.refs()
@@ -190,13 +194,20 @@ def _compare(plan: Plan, readers: Sequence[ShardReader], history: dict[int, list
             lacking = sorted((Counter(names) - Counter(history[step])).keys())[:3]
             result.problems.append(f"step {step}: not the planned samples (extra {strange}, missing {lacking})")
         for epoch, ref in planned.uses():
-            used.setdefault(epoch, Counter()).update([(ref.set, ref.row)])
-    for epoch, counts in used.items():
-        for number, source in enumerate(plan.sources):
-            most = -(-source.weight // 1)
-            twice = [row for (set_, row), count in counts.items() if set_ == number and count > most]
-            if twice:
-                result.problems.append(f"epoch {epoch}: {len(twice)} samples of {source.name} more than {most:g} times")
+            if used[ref.set][0] != epoch:
+                _check_epoch(plan.sources[ref.set], *used[ref.set], result)
+                used[ref.set] = epoch, Counter()
+            used[ref.set][1][ref.row] += 1
+    for number, (epoch, counts) in used.items():
+        _check_epoch(plan.sources[number], epoch, counts, result)
+
+
+def _check_epoch(source: Source, epoch: int, counts: Counter[int], result: Audit) -> None:
+    """No row more often than there are passes over the set that the epoch has a part of."""
+    weight = Fraction(str(source.weight))
+    most = math.ceil((epoch + 1) * weight) - math.floor(epoch * weight)
+    if twice := sum(count > most for count in counts.values()):
+        result.problems.append(f"epoch {epoch}: {twice} samples of {source.name} more than {most} times")
 
 
 def _attempts(run_dir: Path) -> list[_Attempt]:

@@ -60,8 +60,8 @@ def check_ahead(job: Job, *, resumes: bool) -> None:
     if job.then is None:
         return
     try:
-        if other := changed_model(Path(job.recipe.model.path), job.then, ()):
-            raise UserError(f"model {job.then.model.path}: its config.json is not that of this run ({other})")
+        if other := changed_model(Path(job.recipe.model.path), job.then):
+            raise UserError(f"model {job.then.model.path}: is not that of this run ({other})")
         check(job.then, job.environment, ahead=True)
     except UserError as error:
         found = f"the run after this one, {job.then.output}, could not start: {error}"

@@ -66,12 +66,10 @@ class Checkpointer:
         run_dir: the run; what dead writers left in `checkpoints/` is removed.
         engine: the DeepSpeed engine, stage 0 to 3.
         settings: when to keep what, and whether to write in the background.
-        extra_files: files that every checkpoint carries (name inside it, to content or to the file to copy).
+        extra_files: files that every checkpoint carries (name inside it, to content).
     """
 
-    def __init__(
-        self, run_dir: Path, engine: Any, settings: config.Checkpoint, *, extra_files: dict[str, bytes | Path]
-    ):
+    def __init__(self, run_dir: Path, engine: Any, settings: config.Checkpoint, *, extra_files: dict[str, bytes]):
         self._team = GlooTeam()
         self._engine, self._settings, self._extra = engine, settings, dict(extra_files)
         self._state = open_engine(engine, self._team.rank, self._team.world)

@@ -192,13 +192,15 @@ def verify(
     return problems + [f"{folder / MANIFEST}: {gap}" for gap in gaps(manifest)]
 
 
-def is_sound(checkpoint: Path, name: str) -> bool:
-    """Whether a checkpoint has a file of this name, as it was written; the others are not looked at."""
+def is_sound(checkpoint: Path, folder: str) -> bool:
+    """Whether a checkpoint has files in this folder, all as they were written; the others are not looked at."""
     try:
-        entry = read_manifest(checkpoint).files.get(name)
+        files = read_manifest(checkpoint).files
     except UserError:
         return False
-    return entry is not None and _file_problem(checkpoint / name, entry, deep=True, again=False) is None
+    inside = [name for name in files if name.startswith(f"{folder}/")]
+    problems = (_file_problem(checkpoint / name, files[name], deep=True, again=False) for name in inside)
+    return bool(inside) and not any(problems)
 
 
 def _file_problem(file: Path, entry: FileEntry, deep: bool, again: bool) -> str | None:

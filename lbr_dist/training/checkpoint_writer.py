@@ -118,7 +118,7 @@ class Snapshot:
     tensor_files: list[TensorFile]
     linked: dict[str, tuple[Path, FileEntry]] = field(default_factory=dict)
     """Files of this rank that an earlier checkpoint has already."""
-    extra: dict[str, bytes | Path] = field(default_factory=dict)
+    extra: dict[str, bytes] = field(default_factory=dict)
     """Rank 0: other files, by their name in the checkpoint."""
 
 
@@ -224,8 +224,7 @@ class CheckpointWriter:
                 files.link_or_copy(source, folder / name)
                 entries[name] = entry
             for name, content in snapshot.extra.items():
-                data = content if isinstance(content, bytes) else content.read_bytes()
-                written = files.write_bytes(folder / name, data)
+                written = files.write_bytes(folder / name, content)
                 entries[name] = FileEntry(kind="extra", bytes=written.bytes, xxh128=written.xxh128)
             sync(folder)
         except OSError as error:

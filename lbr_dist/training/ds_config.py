@@ -164,6 +164,11 @@ def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "managed_gradient_accumulation": (True, accumulation),
         "gradient_clipping": (optim.clip, f"optim.clip = {optim.clip}"),
         "gradient_predivide_factor": (1, "gradients that are summed; DeepSpeed knows a factor in stages 0 and 1 alone"),
+        "gradient_allreduce_op": ("mean", "losses that are scaled for a gradient that is averaged over ranks"),
+        "communication_data_type": (
+            {"float32": "fp32", "bfloat16": "bf16"}[recipe.model.dtype],
+            f"model.dtype = {recipe.model.dtype}",
+        ),
         "tensor_parallel.autotp_size": (0, "one model per rank, or ZeRO"),
         "bf16.enabled": (recipe.model.dtype == "bfloat16", f"model.dtype = {recipe.model.dtype}"),
         "fp16.enabled": (False, f"model.dtype = {recipe.model.dtype}"),
@@ -186,6 +191,7 @@ def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "scheduler.type": ("auto", f"optim.schedule = {optim.schedule}"),
         "data_types.grad_accum_dtype": ("fp32", "gradients summed in float32, whatever model.dtype is"),
         "zero_optimization.compute_grad_norm": (True, "a gradient norm in every step, for optim.clip and on_nan"),
+        "zero_optimization.zenflow": (None, f"optim.name = {optim.name}, one update of every weight in each step"),
         "zero_optimization.elastic_checkpoint": (False, "checkpoints of its own, which reshard anyway"),
     }
 

@@ -7,6 +7,7 @@ and the scale of its adapters; another one fits the same shapes and would train 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,34 +20,56 @@ NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_versio
 """Entries of a config.json that change nothing about the function that is trained."""
 
 
-def check_resumed_model(recipe: Recipe, resume: str, allow_change: Sequence[str]) -> None:
-    """A resumed run has its weights from the checkpoint, but its rotary base, norms and the like from `model.path`.
+def check_resumed_model(recipe: Recipe, resume: str, allow_change: Sequence[str]) -> str:
+    """A resumed run has its weights from the checkpoint, but its rotary base, norms, tokenizer and the like from
+    `model.path`.
+
+    Returns:
+        In words, what differs there and is allowed: for the log.
 
     Raises:
-        UserError: the configuration there is not the one in the checkpoint.
+        UserError: the model there is not the one in the checkpoint.
     """
-    from lbr_dist.training.checkpoint_format import is_sound, list_checkpoints
-
-    if resume == "auto":
-        known = [path for path, _ in list_checkpoints(recipe.output)]
-    else:
-        known = [Path(resume)] if resume != "never" else []
-    # A damaged one is passed over, or refused, when all of it is read
-    sound = next((path for path in known if is_sound(path, "model/config.json")), None)
-    if sound is not None and (other := changed_model(sound / "model", recipe, allow_change)):
-        raise UserError(
-            f"model {recipe.model.path}: its config.json is not that of {sound} ({other}): restore it, choose "
-            "another output, or allow it with --allow-change model.path"
-        )
-
-
-def changed_model(before: Path, recipe: Recipe, allow_change: Sequence[str]) -> str:
-    """In words, how the configuration in `model.path` differs from an earlier one; "" where it does not, or may."""
-    from lbr_dist.model.backbone import load_config
-
-    if covered("model.path", allow_change):
+    sound = _with_model(Path(recipe.output) if resume == "auto" else Path(resume)) if resume != "never" else None
+    other = changed_model(sound / "model", recipe) if sound is not None else ""
+    if not other:
         return ""
-    old, new = (load_config(str(path), 0).to_dict() for path in (before, recipe.model.path))
+    found = f"model {recipe.model.path}: is not that of {sound} ({other})"
+    if not covered("model.path", allow_change):
+        raise UserError(f"{found}: restore it, choose another output, or allow it with --allow-change model.path")
+    return found
+
+
+def same_model(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run folder, or a checkpoint, has a copy of what `model.path` holds, wherever that lies."""
+    sound = _with_model(folder)
+    return sound is not None and not changed_model(sound / "model", recipe)
+
+
+def _with_model(folder: Path) -> Path | None:
+    """A checkpoint, or the newest one of a run, if its copy of the model is as it was written.
+
+    A damaged one is passed over, or refused, when all of it is read.
+    """
+    from lbr_dist.training.checkpoint_format import MANIFEST, is_sound, list_checkpoints
+
+    known = [folder] if (folder / MANIFEST).is_file() else [path for path, _ in list_checkpoints(folder)]
+    return next((path for path in known if is_sound(path, "model")), None)
+
+
+def changed_model(before: Path, recipe: Recipe) -> str:
+    """In words, how `model.path` differs from an earlier folder in its configuration, or in the tokens that its
+    tokenizer puts around a text; "" where it does not.
+    """
+    from lbr_dist.model.backbone import load_config
+    from lbr_dist.model.tokenizer import Tokenization
+
+    paths = str(before), recipe.model.path
+    old, new = (load_config(path, 0).to_dict() for path in paths)
+    with contextlib.suppress(UserError):  # a checkpoint lacks files that only some tokenizers have
+        first, second = (Tokenization.load(path) for path in paths)
+        for name in ("bos", "eos_id"):
+            old[f"tokenizer: {name}"], new[f"tokenizer: {name}"] = getattr(first, name), getattr(second, name)
     changed = [key for key in sorted({*old, *new} - set(NOT_THE_MODEL)) if old.get(key) != new.get(key)]
     return "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed)
 
@@ -55,17 +78,17 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
     """Check that the run or checkpoint in `model.start_from` suits this recipe.
 
     Raises:
-        UserError: it is missing, or its model's configuration is another, or see `check_settings`.
+        UserError: it is missing, or its model's configuration or tokenizer is another, or see `check_settings`.
     """
     from lbr_dist.training.checkpoint_format import resolve
 
     assert recipe.model.start_from is not None
     start = resolve(Path(recipe.model.start_from), kinds={"extra"})  # on every rank; one of them reads it all later
     before = load_run_recipe(start)
-    if other := changed_model(start / "model", recipe, allow_change):
+    if not covered("model.path", allow_change) and (other := changed_model(start / "model", recipe)):
         raise UserError(
-            f"model {recipe.model.path}: its config.json is not that of {start} ({other}): set model.path as there, or "
-            "allow it with --allow-change model.path"
+            f"model {recipe.model.path}: is not that of {start} ({other}): set model.path as there, or allow it with "
+            "--allow-change model.path"
         )
     check_settings(before, recipe, str(start))
 

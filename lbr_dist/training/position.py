@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from ast import literal_eval
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lbr_dist
+from lbr_dist.config import Recipe
+from lbr_dist.data.plan.base import FOLLOWS
 from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder
@@ -33,7 +37,8 @@ def choose(job: Job, resume: str) -> Path | None:
     recipe = job.recipe
     for change in run_folder.check_folder(recipe, resume=resume, allow_change=job.allow_change):
         log.info("changed since the last start: %s", change)
-    check_resumed_model(recipe, resume, job.allow_change)
+    if other := check_resumed_model(recipe, resume, job.allow_change):
+        log.warning("%s, as allowed", other)
     for entry in (*job.plan.too_long, *job.plan.notes):
         log.info("%s", entry)
     if job.plan.steps_per_epoch(0) == 1:
@@ -109,15 +114,44 @@ def _check_plan(job: Job, checkpoint: Path) -> None:
         return
     now = {key: str(value) for key, value in job.plan.identity.items()}
     differing = [key for key in sorted({*now, *state["identity"]}) if now.get(key) != state["identity"].get(key)]
-    if all(run_folder.covered(key, job.allow_change) for key in differing):
+    before = run_folder.load_run_recipe(checkpoint)
+    fields: list[str] = []
+    for key in differing:
+        fields += _fields(key, state["identity"].get(key), now.get(key), before, job.recipe)
+    if all(run_folder.covered(field, job.allow_change) for field in fields):
         log.warning("the data order changed (%s), as allowed", ", ".join(differing))
         return
     listed = "; ".join(f"{key} was {state['identity'].get(key)} and is {now.get(key)}" for key in differing)
     raise UserError(
         f"{checkpoint}: the order of the data changed since ({listed}), so samples would be repeated or left out: set "
         "the recipe's fields back, restore the prepared sets, start a new run, or allow it with "
-        + " ".join(f"--allow-change {key}" for key in differing)
+        + " ".join(f"--allow-change {field}" for field in dict.fromkeys(fields))
     )
+
+
+def _fields(key: str, old: str | None, new: str | None, before: Recipe, recipe: Recipe) -> list[str]:
+    """The fields of the recipe that an entry of the plan's identity changed by, in themselves or in what they name."""
+    _, task, name = key.split(".", 2) if key.startswith("joint.") else ("", recipe.stage, key)
+    follows = FOLLOWS.get(key) or FOLLOWS.get(name, (name,))
+    changed = [
+        field
+        for field in run_folder.differences(before, recipe)
+        if run_folder.covered(field, follows)
+        and not (run_folder.covered(field, run_folder.HARMLESS) or run_folder.SET_PATH.fullmatch(field))
+    ]
+    named: list[str] = []
+    if name == "data.sets":
+        longer = max(recipe, before, key=lambda either: len(either.data.sets))
+        numbers = [n for n, data_set in enumerate(longer.data.sets) if data_set in longer.part(task).data.sets]  # type: ignore[arg-type]
+        contents = ([content.rpartition("/")[0] for content, *_ in literal_eval(entry or "()")] for entry in (old, new))
+        pairs = zip_longest(numbers, *contents)
+        changes = [number for number, first, second in pairs if first != second]
+        named = ["data.sets" if number is None else f"data.sets.{number}.path" for number in changes]
+    elif name == "bottleneck.surprisal" and old and new and literal_eval(old)[1:] != literal_eval(new)[1:]:
+        named = ["bottleneck.surprisal.model"]
+    elif name == "specials" and not changed:
+        named = ["model.path"]
+    return changed + named or [follows[0]]
 
 
 def _check_versions(checkpoint: Path) -> None:

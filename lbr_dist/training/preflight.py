@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lbr_dist.config import Recipe
@@ -50,7 +51,7 @@ class Job:
     then: Recipe | None = None
     """The run that is to begin with this one's weights, where there is one."""
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return self.plan.total_steps(self.recipe.duration)
@@ -216,7 +217,8 @@ def _check_build_folder(operator: str) -> None:
 def same_everywhere(job: Job) -> dict[str, str]:
     """What all ranks must agree on, by its name in messages.
 
-    Versions, recipe fields, the data and its order, the model's configuration and what DeepSpeed is given.
+    Versions, recipe fields, the data and its order, the model's configuration, the tokens around a text and what
+    DeepSpeed is given.
     """
     import deepspeed
     import torch
@@ -228,6 +230,7 @@ def same_everywhere(job: Job) -> dict[str, str]:
     own = {name for name in fields if covered(name, OWN) or SET_PATH.fullmatch(name)}
     versions = {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
     named = {**versions, **{name: fields[name] for name in fields if name not in own}, **job.plan.identity}
+    named |= {"tokenizer: bos": job.tokenization.bos, "tokenizer: eos_id": job.tokenization.eos_id}
     for origin, settings, free in (
         ("config.json", load_config(job.recipe.model.path, 0).to_dict(), NOT_THE_MODEL),
         ("DeepSpeed file", job.regime.config, OWN_DISK),

@@ -65,8 +65,8 @@ HARMLESS = (
 there on, which is what whoever extends it asks for. A surprisal model that has moved is known by its weights."""
 
 SET_PATH = re.compile(r"data\.sets\.\d+\.path")
-"""Harmless too: sets are compared by their content when a checkpoint is chosen, wherever they have moved."""
-
+"""Harmless too, of a set that was there: sets are compared by their content when a checkpoint is chosen, wherever they
+have moved. So is a model that has moved: `origin.same_model`."""
 
 FOLDERS = ("model.path", "model.start_from")
 """The same where they are the same folder: Ray's drivers make them absolute, other launchers leave them as they are."""
@@ -130,15 +130,21 @@ def check_same(folder: Path, recipe: Recipe, allow_change: Sequence[str] = ()) -
     Raises:
         UserError: it is another run; the differing fields are named.
     """
+    from lbr_dist.training.origin import same_model
+
     changed = {
         field: (old, new)
         for field, (old, new) in differences(load_run_recipe(folder), recipe).items()
         if not (field in FOLDERS and old and new and _same_folder(old, new))
     }
     refused = {
-        field: pair
-        for field, pair in changed.items()
-        if not (covered(field, (*HARMLESS, *allow_change)) or SET_PATH.fullmatch(field))
+        field: (old, new)
+        for field, (old, new) in changed.items()
+        if not (
+            covered(field, (*HARMLESS, *allow_change))
+            or (SET_PATH.fullmatch(field) and old and new)
+            or (field == "model.path" and same_model(folder, recipe))
+        )
     }
     if refused:
         listed = "; ".join(f"{field} was {old!r} and is {new!r}" for field, (old, new) in refused.items())

@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -39,13 +40,20 @@ def holder(folder: Path) -> str:
         return ""
 
 
+def _slurm_start(environ: Mapping[str, str]) -> str:
+    """Which start of which Slurm job this is, as a part of a holder's name; "" outside."""
+    job, restart = environ.get("SLURM_JOB_ID"), environ.get("SLURM_RESTART_COUNT") or "0"
+    return f" of Slurm job {job}, restart {restart}" if job else ""
+
+
 class RunLock:
     """Context that gives the lock back, if `take` was called."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / LOCK
         self._file: IO[str] | None = None
-        self._mine = f"process {os.getpid()} on {socket.gethostname()}"  # a machine's name may change
+        self._job = _slurm_start(os.environ)
+        self._mine = f"process {os.getpid()}{self._job} on {socket.gethostname()}"  # a machine's name may change
         self._ended = threading.Event()
 
     def __enter__(self) -> RunLock:
@@ -62,6 +70,8 @@ class RunLock:
 
         Raises:
             UserError: another run is in progress in the folder.
+            RuntimeError: it is that of an earlier start of this Slurm job, whose end Slurm did not see: no mistake of
+                the user, and a later start may find it ended.
         """
         began = seen = time.monotonic()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +86,8 @@ class RunLock:
             last = touched
             here = holder.endswith(f" on {socket.gethostname()}")
             if (here or alive) and now - began > PATIENCE_S:
+                if self._earlier(holder):
+                    raise RuntimeError(f"{self._folder}: {holder}, of an earlier start of this job, is still at work")
                 raise UserError(
                     f"output {self._folder}: {holder} is at work there: let it end or stop it, or choose another output"
                 )
@@ -105,6 +117,10 @@ class RunLock:
                 "suspended or cut off: that one goes on, from the newest checkpoint"
             )
         return True
+
+    def _earlier(self, holder: str) -> bool:
+        job, _, start = self._job.rpartition(" ")
+        return bool(job) and f"{job} " in holder and f"{job} {start} " not in holder
 
     def _try(self) -> bool:
         """Take the lock if it is free; where the file system has no locks, say so and go on without."""

@@ -27,7 +27,7 @@ from lbr_dist.training.chain import check_ahead
 from lbr_dist.training.checkpoint import Checkpointer, start_from
 from lbr_dist.training.collective import on_all_ranks, on_rank_zero
 from lbr_dist.training.engine import make_engine, start_distributed
-from lbr_dist.training.origin import origin
+from lbr_dist.training.origin import changed_model, origin
 from lbr_dist.training.position import choose, go_back
 from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, same_everywhere
 from lbr_dist.training.random_state import restore_random_state, seed_rank
@@ -111,12 +111,13 @@ def start(
     log.info(
         "DeepSpeed %s, stage %d%s", job.regime.name, job.regime.stage, f" ({job.regime.note})" * bool(job.regime.note)
     )
+    files = _extra_files(recipe)  # as they are now, whatever becomes of the model's folder during the run
     engine = make_engine(recipe, job.regime)
     _describe(engine, job)
     state: dict[str, Any] = {"step": 0, "samples": 0, "skipped": 0, "wandb_id": None}
     if checkpoint is None and recipe.model.start_from is not None:
         state["began_with"] = origin(_start_from(engine, recipe))
-    checkpointer = Checkpointer(Path(recipe.output), engine, recipe.checkpoint, extra_files=_extra_files(recipe))
+    checkpointer = Checkpointer(Path(recipe.output), engine, recipe.checkpoint, extra_files=files)
     own = None
     if checkpoint is not None:
         state, own = checkpointer.load(checkpoint)
@@ -184,6 +185,8 @@ def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> Path:
             "model.lora as in that run"
         )
     log.info("weights from %s", checkpoint)
+    if other := changed_model(checkpoint / "model", recipe):
+        log.warning("model %s: is not that of %s (%s), as allowed", recipe.model.path, checkpoint, other)
     if "z" in missing:
         log.info("it has no bottleneck tokens: Z starts from the mean embedding")
     if "z" in unexpected:
@@ -209,11 +212,11 @@ def _describe(engine: DeepSpeedEngine, job: Job) -> None:
     )
 
 
-def _extra_files(recipe: Recipe) -> dict[str, bytes | Path]:
+def _extra_files(recipe: Recipe) -> dict[str, bytes]:
     folder = Path(recipe.model.path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(recipe.model.path, local_files_only=True))
-    files: dict[str, bytes | Path] = {run_folder.RECIPE: recipe_text(recipe).encode()}
-    return files | {f"model/{name}": folder / name for name in MODEL_FILES if (folder / name).is_file()}
+    files = {f"model/{name}": (folder / name).read_bytes() for name in MODEL_FILES if (folder / name).is_file()}
+    return {run_folder.RECIPE: recipe_text(recipe).encode()} | files

@@ -456,6 +456,23 @@ def test_a_model_or_set_that_changed_under_a_run_is_refused(place: tuple[Path, P
     assert (found.steps, found.unplanned, found.problems) == (3, 2, [])
 
 
+def edit_and_move(model: Path) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
+    model.rename(f"{model}-moved")
+
+
+def test_checkpoints_carry_the_model_as_it_was_when_the_run_began(place: tuple[Path, Path, Path]) -> None:
+    folder, model, data = place
+    base = shutil.copytree(model, folder / "leaving")
+    raw = recipe(folder / "left", base, data, duration={"epochs": None, "steps": 3}, checkpoint={"every_steps": 2})
+    raw["train.on_row"] = functools.partial(after_step, 1, functools.partial(edit_and_move, base))
+    assert run(folder, 1, [raw]) == [{"step": 3, "code": 0}]
+    for step in (2, 3):
+        copy = folder / "left" / "checkpoints" / f"step-{step:06d}" / "model" / "config.json"
+        assert copy.read_bytes() == (model / "config.json").read_bytes()
+
+
 def test_changes_that_are_allowed(both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]) -> None:
     """A longer run, other logging, a moved set and another ZeRO stage go on without asking; another rate does not."""
     folder = place[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lbr_dist.data.record import Record
 from lbr_dist.data.shards import write_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.recipes import parse_recipe, save_recipe
+from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
 from lbr_dist.training.audit import AuditLog, audit, last_attempt
 
 
@@ -97,6 +98,26 @@ def test_steps_of_an_earlier_plan_are_counted_and_not_compared(planned: tuple[Pa
     attempt(planned, 3, range(5, 6), 1, fingerprint="newer")
     with pytest.raises(UserError, match="the prepared sets or the recipe changed since the run"):
         audit(planned[0])
+
+
+def test_a_start_under_a_changed_plan_that_made_no_step(planned: tuple[Path, Plan, list[str]]) -> None:
+    """The recipe is that start's own already."""
+    attempt(planned, 1, range(0, 3), 1, fingerprint="older")
+    attempt(planned, 2, range(2, 2), 1)
+    found = audit(planned[0])
+    assert (found.steps, found.unplanned, found.problems) == (2, 2, [])
+
+
+def test_an_epoch_may_have_parts_of_two_passes(planned: tuple[Path, Plan, list[str]]) -> None:
+    run_dir, _, names = planned
+    raw = load_recipe(run_dir / "recipe.yaml").model_dump(mode="json")
+    raw["data"]["sets"][0]["weight"], raw["data"]["block"] = 0.7, 4
+    save_recipe(recipe := parse_recipe(raw, "test"), run_dir / "recipe.yaml")
+    plan, _ = open_data(recipe, Tokenization.load(recipe.model.path))
+    uses = Counter(ref for step in range(total(plan)) for epoch, ref in plan.step(step).uses() if epoch == 1)
+    assert max(uses.values()) == 2
+    attempt((run_dir, plan, names), 1, range(total(plan)), 1)
+    assert audit(run_dir).problems == []
 
 
 def test_a_sample_of_another_step_is_found(planned: tuple[Path, Plan, list[str]]) -> None:

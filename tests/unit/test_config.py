@@ -57,6 +57,7 @@ def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
         ({"joint": {"final_weight": 0.1}}, ["joint.schedule", "joint.final_weight"]),
         ({"stage": "joint", "data": {"sets": [{"path": "a", "split": "gl"}]}}, ["no set", "contrastive loss"]),
         ({"stage": "contrastive", "bottleneck": {"enabled": False}}, ["contrastive.pooling", "bottleneck.enabled"]),
+        ({"stage": "contrastive", "contrastive": {"pooling": "last"}}, ["'last' but", "set bottleneck.enabled=false"]),
         ({"stage": "contrastive", "contrastive": {"query_instruction": "Q: "}}, ["query_instruction", "line break"]),
         ({"generative": {"prefix_min": 0.9, "prefix_max": 0.1}}, ["prefix_min", "prefix_max"]),
         ({"data": {"sets": [{"path": "a"}], "bin_tokens": 100}}, ["data.bin_tokens (100)", "2048"]),
@@ -100,6 +101,16 @@ def test_bad_files_and_overrides(tmp_path: Path) -> None:
         load_recipe(good, ["stage.x.y=1"])
     with pytest.raises(UserError, match="not an index"):
         load_recipe(good, ["data.sets.3.weight=1"])
+
+
+def test_an_override_changes_one_of_the_places_that_an_alias_names(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL)
+    text = yaml.dump({key: value for key, value in MINIMAL.items() if key != "data"})
+    file.write_text(text + "data: {sets: [&one {path: a}, *one]}\n")
+    assert [s.path for s in load_recipe(file, ["data.sets.1.path=b"]).data.sets] == ["a", "b"]
+    file.write_text("data: &all {sets: *all}")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(file)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

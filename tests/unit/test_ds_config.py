@@ -65,6 +65,9 @@ def test_auto_chooses_by_machine() -> None:
         ({"gradient_accumulation_steps": 8}, ["gradient_accumulation_steps is 8", "batch.global_batch"]),
         ({"optimizer": {"type": "SGD"}}, ["optimizer.type", "optim.name = adamw"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optimizer.params.lr is 0.1", "optim.lr = 0.0001"]),
+        ({"gradient_allreduce_op": "sum"}, ['gradient_allreduce_op is "sum"', "averaged over ranks"]),
+        ({"communication_data_type": "fp16"}, ['communication_data_type is "fp16"', "model.dtype = float32"]),
+        ({"zero_optimization": {"zenflow": {}}}, ["zero_optimization.zenflow is {}", "optim.name = adamw"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler.type", "optim.schedule = cosine"]),
     ],
 )

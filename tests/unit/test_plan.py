@@ -378,6 +378,13 @@ def test_micro_tokens_joins_whole_bins() -> None:
     assert micros[0].samples == bins[0].samples + bins[1].samples + bins[2].samples
 
 
+def test_many_epochs_are_planned_once() -> None:
+    plan = make_plan(make_recipe("generative"), [make_index(30)])
+    assert isinstance(plan, GenerativePlan)
+    steps = plan.total_steps(Duration(epochs=70))
+    assert (plan.total_steps(Duration(epochs=70)), plan._table.cache_info().misses) == (steps, 70)
+
+
 def test_steps_epochs_and_duration() -> None:
     plan = make_plan(make_recipe("contrastive", 10), [make_index(95)])
     assert plan.locate(9) == (0, 9)

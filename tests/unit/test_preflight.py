@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import make_run, write_manifest
 from training_runs import make_set, recipe
 
+from lbr_dist.data.plan.base import FOLLOWS
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
-from lbr_dist.recipes import parse_recipe
+from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
+from lbr_dist.training.checkpoint_format import encode_manifest, read_manifest
 from lbr_dist.training.ds_config import Regime
-from lbr_dist.training.position import choose
-from lbr_dist.training.preflight import check, disagreement, same_everywhere
-from lbr_dist.training.run_folder import claim
+from lbr_dist.training.origin import check_resumed_model
+from lbr_dist.training.position import _check_plan, choose, loop_state
+from lbr_dist.training.preflight import Job, check, disagreement, same_everywhere
+from lbr_dist.training.run_folder import check_same, claim, covered, flat
 
 ENVIRONMENT = Environment(0, 2, 0, 2, None, "test")
 
@@ -39,6 +45,89 @@ def test_ranks_must_agree_on_what_deepspeed_is_given(raw: dict[str, Any]) -> Non
     assert disagreement([with_zero(offload_param=one), with_zero(offload_param=two)]) == ""
     problem = disagreement([with_zero(overlap_comm=False), with_zero(overlap_comm=True)])
     assert "(DeepSpeed file: zero_optimization.overlap_comm is True and not False)" in problem
+
+
+def test_ranks_must_agree_on_the_tokens_around_a_text(raw: dict[str, Any]) -> None:
+    job = check(parse_recipe(raw, "test"), ENVIRONMENT)
+    other = dataclasses.replace(job, tokenization=dataclasses.replace(job.tokenization, eos_id=1))
+    problem = disagreement([same_everywhere(job), same_everywhere(other)])
+    assert "(tokenizer: eos_id is 1 and not 0)" in problem
+
+
+def test_a_model_that_moved_is_the_same_and_one_with_another_end_of_text_is_not(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    run, moved = make_run(tmp_path / "run", tiny_model_dir()), shutil.copytree(tiny_model_dir(), tmp_path / "moved")
+    settings = load_recipe(run / "recipe.yaml").model_dump(mode="json")
+    there = parse_recipe({**settings, "model": {**settings["model"], "path": str(moved)}}, "test")
+    assert check_same(run, there) == [f"model.path was '{tiny_model_dir()}' and is now '{moved}'"]
+    assert check_resumed_model(there, "auto", ()) == ""
+    file = moved / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token": "<|pad|>"}))
+    with pytest.raises(UserError, match=r"holds another run \(model\.path was"):
+        check_same(run, there)
+    with pytest.raises(
+        UserError, match=r"step-000010 \(tokenizer: eos_id was 0 and is 1\): .* --allow-change model.path"
+    ):
+        check_resumed_model(there, "auto", ())
+    assert "eos_id was 0 and is 1" in check_resumed_model(there, "auto", ["model.path"])
+    (run / "checkpoints/step-000010/model/tokenizer.json").write_text("{}")  # passed over when all of it is read
+    assert check_resumed_model(there, "auto", ()) == ""
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "fields"),
+    [
+        ("contrastive", {"contrastive": {"query_instruction": "find:\n"}}, ["contrastive.query_instruction"]),
+        ("generative", {"generative": {"target": "reconstruct"}}, ["generative.target"]),
+        ("generative", {"generative": {"prefix_min": 0.1}}, ["generative.prefix_min"]),
+        ("generative", {"bottleneck": {"tokens": None, "ratio": 4}}, ["bottleneck.ratio", "bottleneck.tokens"]),
+        ("joint", {"batch": {"global_batch": 7}}, ["batch.global_batch"]),
+        ("joint", {"joint": {"bins": 2}}, ["joint.bins"]),
+        ("generative", {"sets": [{"weight": 2}]}, ["data.sets.0.weight"]),
+        ("joint", {"sets": [{"split": "gl"}, {"split": "cl", "weight": 2}]}, ["data.sets.1.weight"]),
+        ("joint", {"sets": [{"split": "gl"}, {"split": "cl", "path": "other"}]}, ["data.sets.1.path"]),
+        ("generative", {"sets": [{}, {"path": "other"}]}, ["data.sets.1.path", "data.sets.1.weight"]),
+    ],
+)
+def test_what_the_first_refusal_of_a_change_names_is_enough(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], stage: str, changes: dict[str, Any], fields: list[str]
+) -> None:
+    """The recipe is compared first, and then the plan: by the same names, and by nothing wider."""
+    model, changes = tiny_model_dir(), {"joint": {"bins": 3}, **changes}
+    sets = changes.pop("sets", [{}])
+    before = [{"split": data_set["split"]} for data_set in sets if "split" in data_set] or [{}]
+    for name, count in (("set", 90), ("other", 80)):
+        make_set(tmp_path / name, model, gl=count, cl=count)
+
+    def job_of(data_sets: list[dict[str, Any]], **sections: Any) -> Job:
+        made = [{**data_set, "path": str(tmp_path / data_set.get("path", "set"))} for data_set in data_sets]
+        raw = recipe(tmp_path / "run", model, tmp_path / "set", stage, data={"sets": made}, **sections)
+        return check(parse_recipe(raw, "test"), ENVIRONMENT)
+
+    old, new = job_of(before, joint={"bins": 3}), job_of(sets, **changes)
+    settings = flat(new.recipe.model_dump(mode="json"))
+    for key in new.plan.identity:
+        name = key.split(".", 2)[2] if stage == "joint" else key
+        assert name in {"plan.version", *FOLLOWS} or any(covered(field, [name]) for field in settings)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    save_recipe(old.recipe, checkpoint / "recipe.yaml")
+    write_manifest(checkpoint, [], {})
+    state = {"state": loop_state(old, step=1, samples=1, skipped=0, wandb_id=None)}
+    (checkpoint / "manifest.json").write_bytes(encode_manifest(read_manifest(checkpoint).model_copy(update=state)))
+    if fields != ["data.sets.1.path"]:  # of a set that was there, which is compared by its content
+        with pytest.raises(UserError) as first:
+            check_same(checkpoint, new.recipe)
+        assert all(f"{field} was" in str(first.value) for field in fields)
+    with pytest.raises(UserError, match="the order of the data changed") as second:
+        _check_plan(new, checkpoint)
+    assert sorted(re.findall(r"--allow-change (\S+)", str(second.value))) == fields
+    for field in fields:
+        others = tuple(name for name in fields if name != field)
+        with pytest.raises(UserError, match="the order of the data changed"):
+            _check_plan(dataclasses.replace(new, allow_change=(*others, "joint.weight", "specials")), checkpoint)
+    _check_plan(dataclasses.replace(new, allow_change=tuple(fields)), checkpoint)
 
 
 def test_a_folder_that_another_start_took_since_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:

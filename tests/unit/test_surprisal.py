@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
@@ -14,12 +16,21 @@ from runs import make_run
 from transformers import AutoModelForCausalLM
 
 from lbr_dist.config import Bottleneck, Recipe
-from lbr_dist.data.information import known_bits, model_fingerprint, part_path, read_information
+from lbr_dist.data.information import (
+    SCHEMA,
+    known_bits,
+    model_fingerprint,
+    part_path,
+    read_information,
+    read_part,
+    write_part,
+)
 from lbr_dist.data.loader import Loader
 from lbr_dist.data.plan import open_data
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import open_set, write_set
 from lbr_dist.errors import UserError
+from lbr_dist.export import export
 from lbr_dist.export_tokens import fixed_tokens
 from lbr_dist.loading import load_run
 from lbr_dist.model import surprisal as module
@@ -96,6 +107,25 @@ def test_bits_are_those_of_plain_transformers(tmp_path, start):
     first = {"bos": [2], "eos": [0], "nothing": []}[start]
     for text, bits in zip(texts[1:], found[1:], strict=True):
         assert bits == pytest.approx(bits_by_hand(folder, text, tokens, first), rel=1e-4)
+
+
+def test_a_model_without_a_limit_of_positions_measures_too(tmp_path):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    settings = BloomConfig(vocab_size=416, hidden_size=32, n_layer=1, n_head=4, eos_token_id=0, initializer_range=0.2)
+    BloomForCausalLM(settings).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+    tokens = Tokenization.load(str(tmp_path))
+    found = Scorer(str(tmp_path), tokens, "cpu").bits(tokens.encode(["aspirin"]))
+    assert found[0] == pytest.approx(bits_by_hand(tmp_path, "aspirin", tokens, [0]), rel=1e-4)
+
+
+def test_a_model_that_sees_what_it_is_to_predict_is_refused(made, tmp_path, tiny_model_dir):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"), contrastive={"attention": "bidirectional"})
+    out = export(run, tmp_path / "out", check=False)
+    with pytest.raises(UserError, match=r"out: its attention is bidirectional .* name the model that it was"):
+        measure(str(made[0] / "qa"), str(out))
 
 
 def test_bits_do_not_depend_on_company_and_a_long_text_goes_on_as_it_began(made, monkeypatch):
@@ -236,7 +266,7 @@ def test_stage_2_plans_as_the_encoder_encodes(made, tmp_path):
                 assert (sample.x_len, sample.z_len) == (len(same.x), same.z)
                 sides.add((sample.side, sample.choice >= 0))
     assert sides == {("query", False), ("passage", False), ("passage", True), ("negative", True)}
-    assert plan.identity["bottleneck.surprisal"] == (BITS, model_fingerprint(str(model)))
+    assert plan.identity["bottleneck.surprisal"][:2] == (BITS, model_fingerprint(str(model)))
     assert encoder.cut > 0
 
 
@@ -289,3 +319,25 @@ def test_a_remote_set_is_refused(made):
     opened = open_set(f"pipe:cat {root}/qa/{{}}")
     with pytest.raises(UserError, match="copy the set to one"):
         read_information(opened, "gl", str(model))
+
+
+def test_other_bits_in_a_table_are_told_or_another_plan(made, tmp_path):
+    """A part says what its bits are; a whole one that was measured otherwise is another order of the data."""
+    root, model, tokens = made
+    recipe, other = (recipe_of((place, model, tokens), "generative") for place in (root, tmp_path))
+    shutil.copytree(root / "qa", tmp_path / "qa")
+    plan, same = (open_data(each, tokens)[0] for each in (recipe, other))
+    assert plan.fingerprint == same.fingerprint
+    opened = open_set(tmp_path / "qa")
+    shard = opened.splits["gl"].shards[1]
+    path = part_path(opened, "gl", shard, model_fingerprint(str(model)))
+    table = read_part(path, shard)
+    rows = table.to_pydict()
+    rows["question"][3] *= 1.0001
+    for metadata in (table.schema.metadata, {b"tar_xxh128": shard.xxh128.encode()}):
+        pq.write_table(pa.table(rows, schema=SCHEMA).replace_schema_metadata(metadata), path)
+        assert read_part(path, shard) is None
+    write_part(path, shard, rows)
+    changed, _ = open_data(other, tokens)
+    differing = [key for key, value in changed.identity.items() if value != plan.identity[key]]
+    assert differing == ["bottleneck.surprisal"]

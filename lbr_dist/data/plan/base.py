@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from lbr_dist.data.information import Information
     from lbr_dist.data.split_index import SplitIndex
 
+INSTRUCTIONS = ("contrastive.query_instruction", "contrastive.passage_instruction")
+FOLLOWS: dict[str, tuple[str, ...]] = {
+    "data.sets": ("data.sets", "generative.target"),
+    "bottleneck.surprisal": ("bottleneck",),
+    "generative.prefix": ("generative.prefix_min", "generative.prefix_max"),
+    "contrastive.instructions": INSTRUCTIONS,
+    "specials": INSTRUCTIONS,
+    "joint.generative.batch.global_batch": ("joint.bins",),
+}
+"""Entry of `Plan.identity`, to the recipe's fields, or sections, that it follows from; others are named as the field.
+In a joint run the part's name is in front."""
+
 Side = Literal["x", "query", "passage", "negative"]
 """Role of a sample: "x" in stage 1, the other three in stage 2."""
 

@@ -138,12 +138,12 @@ class GenerativePlan(Plan):
             "specials": (bos, eos),
         }
         self._table = lru_cache(maxsize=64)(self._make_table)
+        self._steps = lru_cache(maxsize=None)(self._count_steps)
         self._packed = lru_cache(maxsize=4)(self._pack)
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch; the last may be partial."""
-        ends = self._table(epoch).ends
-        return -(-int(ends[-1]) // self._global_batch)
+        return self._steps(epoch)
 
     def summary(self, epoch: int) -> EpochSummary:
         """Totals of an epoch."""
@@ -197,6 +197,9 @@ class GenerativePlan(Plan):
         order_N, starts = group_by_bin(bin_N, bins)
         return Packed(columns_5N[:, order_N], starts)
 
+    def _count_steps(self, epoch: int) -> int:
+        return -(-int(self._table(epoch).ends[-1]) // self._global_batch)
+
     def _make_table(self, epoch: int) -> _Table:
         bounds = self._bounds(epoch)
         bins, input_tokens, target_tokens = [], 0, 0
@@ -232,6 +235,7 @@ def make_identity(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
     }
     surprisal = recipe.bottleneck.by_surprisal
     if surprisal is not None:  # left out otherwise, so that runs begun before it existed go on
-        models = sorted({source.information.model for source in sources if source.information is not None})
-        identity["bottleneck.surprisal"] = (surprisal.bits, *models)
+        known = [source.information for source in sources if source.information is not None]
+        tables = (information.fingerprint for information in known)
+        identity["bottleneck.surprisal"] = (surprisal.bits, *sorted({i.model for i in known}), *tables)
     return identity
