@@ -56,8 +56,9 @@ def evaluate(
 
     Returns:
         What `eval.json` holds: `data`, per model `name`, `model`, `checkpoint` (of a run: its name and digest),
-        `retrieval` (mteb's scores), `separation`, `generation`, `tasks`, `cut` (texts that were too long)
-        and `seconds`, and `notes` where there is one.
+        `retrieval` (mteb's scores), `separation`, `generation`, `settings` (of those two: `hardest`, and as `generate`
+        how many questions were answered), `tasks`, `cut` (texts that were too long) and `seconds`, and `notes` where
+        there is one.
 
     Raises:
         UserError: a number out of range, a model, a device, the set or a task that cannot be had, or an `out` that
@@ -82,6 +83,7 @@ def evaluate(
         check_data(task)
     device = usable_device(device)
     usable_folder(out, f"--out {out}")
+    checkpoints: dict[str, str] = {}
     results: dict[str, Any] = {
         "format": FORMAT,
         "data": {
@@ -97,7 +99,9 @@ def evaluate(
         results["notes"] = [NO_WRONG_PASSAGE]
     for spec in models:
         try:
-            results["models"].append(_evaluate_one(spec, held_out, further, generate, hardest, device, progress))
+            results["models"].append(
+                _evaluate_one(spec, checkpoints, held_out, further, generate, hardest, device, progress)
+            )
         except BaseException:
             if results["models"]:
                 _keep_unfinished(results, out / UNFINISHED, spec)
@@ -168,6 +172,7 @@ def _elsewhere(results: dict[str, Any], name: str) -> str:
 
 def _evaluate_one(
     spec: str,
+    checkpoints: dict[str, str],
     data: HeldOut,
     tasks: dict[str, Any],
     generate: int,
@@ -179,7 +184,7 @@ def _evaluate_one(
     from lbr_dist.evaluation.generation import generation_scores
     from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, is_retrieval, retrieval_scores
     from lbr_dist.evaluation.separation import separation
-    from lbr_dist.loading import load_encoder
+    from lbr_dist.loading import is_run, load_encoder, pinned, split_dim
 
     clock = _Clock()
     if spec == "bm25":
@@ -190,7 +195,10 @@ def _evaluate_one(
             name: retrieval_scores(BM25Search(), task) for name, task in tasks.items() if is_retrieval(task)
         }
         return {**scores, "seconds": clock.laps}
-    encoder = load_encoder(spec, device)
+    path = split_dim(spec)[0]
+    if is_run(path) and path not in checkpoints:  # one for all that is asked of a run in training
+        checkpoints[path] = pinned(path)
+    encoder = load_encoder(spec, device, checkpoints.get(path))
     clock.lap("load")
     scores = {"name": printable(encoder.name), "model": printable(spec)}
     packed = encoder.inner if isinstance(encoder, TruncatedEncoder) else encoder
@@ -202,10 +210,12 @@ def _evaluate_one(
     queries_QD, passages_PD = (np.concatenate(wrapped.vectors[side]) for side in ("query", "passage"))
     figures = separation(queries_QD, passages_PD, data.positives, hardest, data.itself)
     scores["separation"] = {name: value for name, value in figures.items() if np.isfinite(value)}
+    scores["settings"] = {"hardest": hardest}
     clock.lap("separation")
     scores["cut"] = encoder.cut
     if generate and isinstance(encoder, PackedEncoder):
         scores["generation"] = generation_scores(encoder, data, generate)
+        scores["settings"]["generate"] = min(generate, len(data.queries))
         clock.lap("generation")
     scores["tasks"] = {
         name: retrieval_scores(MtebEncoder(encoder, progress=progress), task) for name, task in tasks.items()

@@ -132,16 +132,21 @@ class PaddedEncoder:
     """Any Hugging Face model of text with a pooling, through plain padded batches: causal ones, and BERT's family."""
 
     def __init__(self, path: str, pooling: Literal["mean", "last"], max_tokens: int, device: str) -> None:
-        """Load the base model (without its head) of `path` in float32; texts are cut to the positions that it has.
+        """Load the base model (without its head) of `path` in float32; texts are cut to the positions that it has,
+        and what its tokenizer puts in front of them and behind them stays.
 
         Raises:
             UserError: not a model folder, a damaged one, an encoder with a decoder, or not of text alone.
         """
-        from transformers import AutoModel
+        from transformers import AutoModel, AutoTokenizer
 
+        from lbr_dist.model.hub import cached_first
         from lbr_dist.model.plain import load_plain
 
         self.tokenization = Tokenization.load(path)
+        alone = cached_first(AutoTokenizer.from_pretrained, path)("a", return_special_tokens_mask=True)
+        special: list[int] = alone["special_tokens_mask"]
+        self._end: list[int] = alone["input_ids"][len(special) - special[::-1].index(0) :] if 0 in special else []
         self.model = load_plain(AutoModel, path, device, f"model hf:{path}")
         self.name = f"{path.rstrip('/').rsplit('/', 1)[-1]} ({pooling})"
         settings = self.model.config
@@ -160,9 +165,10 @@ class PaddedEncoder:
         """See `Encoder`; both sides are the same, there are no instructions."""
         import torch
 
-        inputs = [self.tokenization.bos + ids for ids in self.tokenization.encode(texts)]
-        self.cut += sum(len(x) > self.max_tokens for x in inputs)
-        inputs = [x[: self.max_tokens] for x in inputs]
+        encoded, bos = self.tokenization.encode(texts), self.tokenization.bos
+        room = max(0, self.max_tokens - len(bos) - len(self._end))
+        self.cut += sum(len(ids) > room for ids in encoded)
+        inputs = [bos + ids[:room] + self._end for ids in encoded]
         lengths = np.array([len(x) for x in inputs], dtype=np.int64)
         out = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         with torch.inference_mode(), _bar(len(texts), progress, self.name) as advance:
@@ -246,6 +252,16 @@ class TruncatedEncoder:
     """Another encoder's vectors, cut to their first dimensions and normalised again (Matryoshka embeddings)."""
 
     def __init__(self, inner: Encoder, dim: int) -> None:
+        """Embed one short text by `inner`.
+
+        Raises:
+            UserError: its embeddings have fewer dimensions.
+        """
+        width = inner.encode(["a"]).shape[1]
+        if width < dim:
+            raise UserError(
+                f"model {inner.name}: its embeddings have {width} dimensions, fewer than {dim}; lower dim={dim}"
+            )
         self.inner, self.dim, self.name = inner, dim, f"{inner.name} [{dim}]"
 
     @property
@@ -254,17 +270,8 @@ class TruncatedEncoder:
         return self.inner.cut
 
     def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
-        """See `Encoder`.
-
-        Raises:
-            UserError: the embeddings have fewer dimensions.
-        """
-        rows_ND = self.inner.encode(texts, side, progress)
-        if rows_ND.shape[1] < self.dim:
-            raise UserError(
-                f"{self.inner.name}: its embeddings have {rows_ND.shape[1]} dimensions, fewer than {self.dim}"
-            )
-        return unit(rows_ND[:, : self.dim])
+        """See `Encoder`."""
+        return unit(self.inner.encode(texts, side, progress)[:, : self.dim])
 
 
 def unit(rows_ND: np.ndarray) -> np.ndarray:

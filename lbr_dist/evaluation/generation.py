@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -44,16 +45,18 @@ def generation_scores(encoder: PackedEncoder, data: HeldOut, questions: int) -> 
 
 
 def answers(encoder: PackedEncoder, questions: Sequence[str], references: Sequence[str], hide_x: bool) -> list[str]:
-    """Greedy answers, no longer than the longest reference."""
+    """Greedy answers, no longer than the longest reference; a question is cut to the positions that they leave it."""
     from lbr_dist.model.decoding import generate_answers
 
     tokenization = encoder.tokenization
     longest = max(len(ids) for ids in tokenization.encode(references)) + 1
+    most = min(longest, NEW_TOKENS, encoder.recipe.data.max_y_tokens)
+    room = encoder.model.causal_lm.config.max_position_embeddings - most
     generated = generate_answers(
         encoder.model,
-        encoder.samples(questions, None),
+        [replace(sample, x=sample.x[: max(1, room - sample.z)]) for sample in encoder.samples(questions, None)],
         eos_id=tokenization.eos_id,
-        max_new_tokens=min(longest, NEW_TOKENS, encoder.recipe.data.max_y_tokens),
+        max_new_tokens=most,
         hide_x=hide_x,
     )
     return [tokenization.decode(ids) for ids in generated]

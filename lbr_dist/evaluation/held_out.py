@@ -129,23 +129,24 @@ def _add(held_out: HeldOut, record: dict[str, Any], query_of: dict[str, int], pa
 
 
 def _distractors(opened: PreparedSet, taken: set[str], count: int, seed: int) -> list[str]:
-    """Answers (or texts) of the training splits, unlike each other and unlike `taken`, in a seeded random order."""
+    """Answers (or texts) of the training splits, drawn from both with `seed`, unlike each other and unlike `taken`."""
+    readers = [ShardReader(opened, split) for split in ("gl", "cl") if opened.splits[split].records]
+    hashes = np.concatenate([np.zeros(0, np.int64), *(reader.index.answer_hash for reader in readers)])
     seen = {normalised_hash(text) for text in taken}
+    drawn: list[int] = []
+    for row in np.random.default_rng(seed).permutation(len(hashes)):
+        if len(drawn) == count:
+            break
+        if int(hashes[row]) not in seen:
+            seen.add(int(hashes[row]))
+            drawn.append(int(row))
     found: list[str] = []
-    for number, split in enumerate(("gl", "cl")):
-        if opened.splits[split].records == 0 or len(found) == count:
-            continue
-        reader = ShardReader(opened, split)
-        hashes = reader.index.answer_hash
-        rows: list[int] = []
-        for row in np.random.default_rng((seed, number)).permutation(len(hashes)):
-            if len(found) + len(rows) == count:
-                break
-            if int(hashes[row]) not in seen:
-                seen.add(int(hashes[row]))
-                rows.append(int(row))
-        for row in sorted(rows):
-            record = reader.read([row])[0]
+    start = 0
+    for reader in readers:
+        stop = start + len(reader.index)
+        for row in sorted(row for row in drawn if start <= row < stop):
+            record = reader.read([row - start])[0]
             found.append(record["text"] if "text" in record else record["answer"])
         reader.close()
+        start = stop
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,9 +38,15 @@ class Metric:
     path: tuple[str, ...]
     digits: int = 3
     higher: bool = True
+    setting: str = ""
+    """The one of `SETTINGS` that the value depends on;"""
+    only: tuple[int | None, ...] = ()
+    """values of it that the column holds; empty: all."""
 
     def value(self, model: dict[str, Any]) -> float | None:
-        """The model's value, None where it was not measured."""
+        """The model's value, None where it was not measured or is in another column."""
+        if self.only and self.told(model) not in self.only:
+            return None
         node: Any = model
         for key in self.path:
             if not isinstance(node, dict) or key not in node:
@@ -49,20 +55,28 @@ class Metric:
         is_number = isinstance(node, int | float) and not isinstance(node, bool) and math.isfinite(node)
         return float(node) if is_number else None
 
+    def told(self, model: dict[str, Any]) -> int | None:
+        """The setting that the value was measured by; None where it depends on none, or an old evaluation lacks it."""
+        setting: int | None = model.get("settings", {}).get(self.setting)
+        return setting
+
+
+SETTINGS = {"hardest": "{:,} hardest", "generate": "{:,} questions"}
+"""What of `lbr eval`'s settings is kept under a model's `settings`, and how a column says it."""
 
 METRICS = (
     Metric("nDCG@10", ("retrieval", "ndcg_at_10")),
     Metric("Recall@10", ("retrieval", "recall_at_10")),
     Metric("MRR@10", ("retrieval", "mrr_at_10")),
     Metric("MAP@10", ("retrieval", "map_at_10")),
-    Metric("SR", ("separation", "sr"), 2),
-    Metric("AUC", ("separation", "auc")),
+    Metric("SR", ("separation", "sr"), 2, setting="hardest"),
+    Metric("AUC", ("separation", "auc"), setting="hardest"),
     Metric("alignment", ("separation", "alignment"), higher=False),
     Metric("uniformity", ("separation", "uniformity"), 2, higher=False),
-    Metric("BLEU-4 (Z)", ("generation", "bottleneck", "bleu4"), 1),
-    Metric("ROUGE-L (Z)", ("generation", "bottleneck", "rouge_l"), 1),
-    Metric("BLEU-4 (X, Z)", ("generation", "full", "bleu4"), 1),
-    Metric("ROUGE-L (X, Z)", ("generation", "full", "rouge_l"), 1),
+    Metric("BLEU-4 (Z)", ("generation", "bottleneck", "bleu4"), 1, setting="generate"),
+    Metric("ROUGE-L (Z)", ("generation", "bottleneck", "rouge_l"), 1, setting="generate"),
+    Metric("BLEU-4 (X, Z)", ("generation", "full", "bleu4"), 1, setting="generate"),
+    Metric("ROUGE-L (X, Z)", ("generation", "full", "rouge_l"), 1, setting="generate"),
 )
 """Columns of the table, in order, where any model has them; (Z): generated through the bottleneck."""
 
@@ -80,6 +94,7 @@ class _Data(BaseModel):
 class _Model(BaseModel):
     name: str
     checkpoint: dict[str, str] = {}
+    settings: dict[str, int] = {}
     tasks: dict[str, Any] = {}
 
 
@@ -116,7 +131,19 @@ def columns(models: Sequence[dict[str, Any]]) -> list[Metric]:
     """The metrics that at least one model has, further mteb tasks last."""
     tasks = list(dict.fromkeys(name for model in models for name in model.get("tasks", {})))
     every = [*METRICS, *(Metric(name, ("tasks", name, "main_score")) for name in tasks)]
-    return [metric for metric in every if any(metric.value(model) is not None for model in models)]
+    return [column for metric in every for column in _by_setting(metric, models)]
+
+
+def _by_setting(metric: Metric, models: Sequence[dict[str, Any]]) -> list[Metric]:
+    """The columns of a metric: none, one, or where models were measured by different settings, one for each."""
+    found = {metric.told(model) for model in models if metric.value(model) is not None}
+    if len(found) < 2:
+        return [metric] * len(found)
+    parts = []
+    for setting in sorted(found, key=lambda setting: (setting is None, setting or 0)):
+        more = "" if setting is None else f", {SETTINGS[metric.setting].format(setting)}"
+        parts.append(replace(metric, title=metric.title + more, only=(setting,)))
+    return parts
 
 
 def cells(models: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> list[list[tuple[str, bool]]]:

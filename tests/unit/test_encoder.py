@@ -160,6 +160,35 @@ def test_hf_models_cut_to_their_positions_and_no_others(tmp_path, tiny_model_dir
         load_encoder(f"hf:{other}", "cpu")
 
 
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_hf_models_have_the_template_of_their_tokenizer(tmp_path, tiny_model_dir, family, pooling):
+    """`[CLS] text [SEP]`, and a long text loses its own end."""
+    import transformers
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+    from tokenizers import processors
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir("llama"), model_max_length=24)
+    special = [("<|bos|>", 2), ("<|endoftext|>", 0)]
+    template = processors.TemplateProcessing(single="<|bos|> $A <|endoftext|>", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = template
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = getattr(transformers, f"{family}Config")(
+        vocab_size=len(tokenizer), max_position_embeddings=26, pad_token_id=1, initializer_range=0.5, **sizes
+    )
+    getattr(transformers, f"{family}Model")(settings).save_pretrained(tmp_path)
+    words = Transformer(str(tmp_path))
+    mode = {"mean": "mean", "last": "lasttoken"}[pooling]
+    theirs = SentenceTransformer(modules=[words, Pooling(16, pooling_mode=mode)], device="cpu")
+    encoder = load_encoder(f"hf:{tmp_path}?pooling={pooling}&max_tokens=24", "cpu")
+    given = ["", *texts(12)]
+    expected = theirs.encode(given, normalize_embeddings=True, show_progress_bar=False)
+    np.testing.assert_allclose(encoder.encode(given), expected, atol=1e-5)
+    assert encoder.cut == sum(len(ids) > 22 for ids in encoder.tokenization.encode(given)) > 0
+
+
 def test_batches_hold_every_row_once_and_keep_the_budget():
     lengths = np.random.default_rng(0).integers(0, 90, 1000)
     for padded in (False, True):

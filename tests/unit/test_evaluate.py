@@ -62,6 +62,9 @@ def test_everything_in_one_table(tmp_path, tiny_model_dir, data):
     assert hf["name"].endswith("(mean)")
     assert ours["checkpoint"] == load_encoder(str(run), "cpu").checkpoint
     assert ours["checkpoint"]["name"] == "step-000010"
+    assert ours["settings"] == {"hardest": 5, "generate": 3}
+    assert plain["settings"] == {"hardest": 5}
+    assert "settings" not in bm25
     assert "checkpoint" not in plain
 
     held_out, encoder = load_held_out(data, distractors=30), load_encoder(str(run), "cpu")
@@ -73,6 +76,26 @@ def test_everything_in_one_table(tmp_path, tiny_model_dir, data):
         export(run, tmp_path / "again", check=False, scores=tmp_path / "out" / "eval.json") / "README.md"
     ).read_text()
     assert "| BM25 |" in card
+
+
+def test_one_checkpoint_of_a_run_in_training_is_used_throughout(tmp_path, tiny_model_dir, data, monkeypatch, caplog):
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+
+    def load(spec, *arguments):
+        encoder = load_encoder(spec, *arguments)
+        if not (run / "checkpoints" / "step-000020").exists():
+            make_run(run, tiny_model_dir("llama"), step=20)
+        return encoder
+
+    monkeypatch.setattr("lbr_dist.loading.load_encoder", load)
+    damaged = make_run(run, tiny_model_dir("llama"), step=15) / "checkpoints" / "step-000015"
+    next(damaged.glob("*.safetensors")).write_bytes(b"")
+    specs = [str(run), f"{run}?dim=8"]
+    results = evaluate(specs, data, tmp_path / "out", generate=0, device="cpu", progress=False)
+    assert [model["checkpoint"]["name"] for model in results["models"]] == ["step-000010"] * 2
+    assert [model["name"] for model in results["models"]] == ["run", "run [8]"]
+    assert [model["model"] for model in results["models"]] == specs
+    assert caplog.text.count("step-000010 is used; passed over") == 1
 
 
 def test_names_are_checked_before_any_model_runs(tmp_path, data, monkeypatch):

@@ -49,6 +49,20 @@ def test_answers_through_the_bottleneck_and_with_the_question_in_sight(tmp_path,
     assert all(np.isfinite(value) for mode in scores.values() for value in mode.values())
 
 
+def test_questions_leave_the_answers_positions(tmp_path, tiny_model_dir, data, monkeypatch):
+    """A contrastive run's longest text may take all of the model's, which has 512."""
+    encoder = load_run(make_run(tmp_path / "r", tiny_model_dir("llama"), data={"max_x_tokens": 510})).encoder()
+    asked = []
+    monkeypatch.setattr(
+        "lbr_dist.model.decoding.generate_answers",
+        lambda _, samples, **options: asked.append((samples, options["max_new_tokens"])) or [],
+    )
+    answers(encoder, [*data.queries, "blood " * 600], ["a drug " * 30], hide_x=True)
+    ((*short, long), most) = asked[0]
+    assert len(long.x) + long.z + most == 512
+    assert short == encoder.samples(data.queries, None)
+
+
 def test_a_run_without_bottleneck_answers_with_full_attention_only(tmp_path, tiny_model_dir, data):
     settings = {"bottleneck": {"enabled": False}, "contrastive": {"pooling": "last"}}
     encoder = load_run(make_run(tmp_path / "r", tiny_model_dir("llama"), **settings)).encoder()

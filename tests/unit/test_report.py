@@ -55,6 +55,28 @@ def test_what_reads_the_same_is_marked_the_same():
     assert cells(models, [column]) == [[("0.420", True)], [("0.420", True)], [("0.418", False)]]
 
 
+def test_what_was_measured_by_other_settings_has_a_column_of_its_own(tmp_path, results):
+    """SR against the hardest one of a corpus is lower than against ten, and 20 questions are not 1,000."""
+    easy, hard = {"hardest": 10, "generate": 1000}, {"hardest": 1, "generate": 20}
+    models = [
+        {**model("easy", 0.4, 1.6, 7.3), "settings": easy},
+        {**model("alike", 0.3, 1.4, 7.1), "settings": easy},
+        {**model("hard", 0.5, 0.7, 9.9), "settings": hard},
+    ]
+    for number, found in enumerate((models[:2], models[2:], [model("old", 0.2, 2.5)])):
+        (tmp_path / f"{number}.json").write_text(json.dumps({**results, "models": found}))
+    text = report([tmp_path / f"{number}.json" for number in range(3)], tmp_path / "out")
+    heads, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if "|" in row)
+    assert [head for head in heads if "SR" in head] == ["SR, 1 hardest", "SR, 10 hardest", "SR"]
+    shown = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+    assert [shown[name]["SR, 10 hardest"] for name in ("easy", "alike", "hard")] == ["**1.60**", "1.40", "–"]
+    assert [shown[name]["SR"] for name in ("easy", "hard", "old")] == ["–", "–", "2.50"]
+    assert shown["hard"]["BLEU-4 (Z), 20 questions"] == "9.9"
+    assert shown["easy"]["BLEU-4 (Z), 1,000 questions"] == "**7.3**"
+    assert shown["hard"]["nDCG@10"] == "**0.500**"
+    assert columns(models[:2]) == columns([model("old", 0.2, 2.5, 7.1)])
+
+
 def test_terminal_and_markdown_show_the_same_numbers(results, capsys):
     models = results["models"]
     shown = cells(models, columns(models))
