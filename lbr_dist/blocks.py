@@ -1,12 +1,14 @@
 """Texts to vectors in blocks that are committed one by one: what `lbr encode` and `lbr mine` share.
 
 A block is sorted by length inside the encoder, so the larger it is, the less is wasted and the more memory it takes.
-Its vectors are one Parquet part, renamed into place when complete; whoever was killed starts again at the first missing
-part. Blocks depend on the input alone, so it does not matter which process embeds which.
+Its vectors are one Parquet part, renamed into place when complete and with a checksum of what it holds; whoever was
+killed starts again at the first part that is missing, and one that was damaged counts as missing. Blocks depend on the
+input alone, so it does not matter which process embeds which.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from lbr_dist.disk import sync
 
@@ -30,7 +33,7 @@ BLOCK_CHARACTERS = 32 << 20
 
 @dataclass(frozen=True)
 class TextBlock:
-    """Some texts to embed; `texts` is empty where the block's part exists already."""
+    """Some texts to embed; `texts` is empty where the block's part is there already."""
 
     number: int
     """From 1, in the order of the input."""
@@ -61,14 +64,14 @@ def text_blocks(rows: Iterable[tuple[str, str]], parts: Path, most: int) -> Iter
     for name, text in rows:
         if ids and (len(ids) == most or characters + len(text) > BLOCK_CHARACTERS):
             number += 1
-            yield TextBlock(number, ids, [] if part_file(parts, number).exists() else texts)
+            yield TextBlock(number, ids, [] if _is_whole(part_file(parts, number)) else texts)
             ids, texts, characters = [], [], 0
         ids.append(name)
         texts.append(text)
         characters += len(text)
     if ids:
         number += 1
-        yield TextBlock(number, ids, [] if part_file(parts, number).exists() else texts)
+        yield TextBlock(number, ids, [] if _is_whole(part_file(parts, number)) else texts)
 
 
 class EncodeBlock:
@@ -120,13 +123,31 @@ def _cut(part: Path) -> int:
     return int((pq.read_schema(part).metadata or {}).get(b"cut", 0))
 
 
+def _is_whole(part: Path) -> bool:
+    """Whether a part is there as it was written."""
+    try:
+        table = pq.read_table(part, page_checksum_verification=True)
+        metadata = table.schema.metadata or {}
+        return metadata[b"xxh128"].decode() == _digest(table["id"].to_pylist(), part_vectors(table), _cut(part))
+    except (OSError, ValueError, KeyError, AttributeError, pa.ArrowException):
+        return False
+
+
+def _digest(ids: list[str], vectors_ND: np.ndarray, cut: int) -> str:
+    digest = xxhash.xxh3_128(json.dumps([ids, vectors_ND.shape, cut]).encode())
+    digest.update(np.ascontiguousarray(vectors_ND).data)
+    return digest.hexdigest()
+
+
 def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray, cut: int) -> None:
-    flat = pa.array(np.ascontiguousarray(vectors_ND, dtype=np.float32).reshape(-1))
+    vectors_ND = np.ascontiguousarray(vectors_ND, dtype=np.float32)
+    flat = pa.array(vectors_ND.reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
     temporary = file.with_suffix(f".{os.urandom(4).hex()}.tmp")  # two nodes may have been given the block
     try:
-        table = pa.table({"id": pa.array(ids, pa.string()), "embedding": column}, metadata={"cut": str(cut)})
-        pq.write_table(table, temporary)
+        known = {"cut": str(cut), "xxh128": _digest(ids, vectors_ND, cut)}
+        table = pa.table({"id": pa.array(ids, pa.string()), "embedding": column}, metadata=known)
+        pq.write_table(table, temporary, write_page_checksum=True)
         sync(temporary)
         temporary.replace(file)
     finally:

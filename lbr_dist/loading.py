@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HF_MAX_TOKENS = 512
 """Longest text of an hf: model, in tokens, unless the specification says max_tokens=N."""
+HF_VERSION = 2
+"""Raised when such a model gives a text another vector: nothing that was kept is joined with it."""
 
 
 @dataclass
@@ -76,8 +78,8 @@ def is_run(path: str | Path) -> bool:
     return (folder / "checkpoints").is_dir() or ((folder / "recipe.yaml").is_file() and (folder / "model").is_dir())
 
 
-def load_run(path: str | Path, device: str = "cpu") -> Run:
-    """Load a run's newest checkpoint, or the checkpoint that `path` is.
+def load_run(path: str | Path, device: str = "cpu", checkpoint: str | Path | None = None) -> Run:
+    """Load a run's newest checkpoint, or the checkpoint that `path` is, or the one of the run that is given.
 
     On a CPU, and for an export, the weights are float32 whatever the recipe says (bfloat16 is slower there), and the
     attention is the one that a CPU has.
@@ -90,7 +92,7 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     from lbr_dist.training.checkpoint_format import resolve
     from lbr_dist.training.weights import iterate_weights
 
-    checkpoint = resolve(path)
+    checkpoint = resolve(path if checkpoint is None else checkpoint)
     recipe = load_recipe(checkpoint / "recipe.yaml")
     here = recipe
     if device == "cpu":
@@ -102,7 +104,7 @@ def load_run(path: str | Path, device: str = "cpu") -> Run:
     return Run(name, checkpoint, recipe, model, Tokenization.load(folder), digest)
 
 
-def load_encoder(spec: str, device: str | None = None) -> Encoder:
+def load_encoder(spec: str, device: str | None = None, checkpoint: str | None = None) -> Encoder:
     """An encoder from its specification.
 
     Args:
@@ -110,9 +112,10 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
             `hf:PATH?pooling=mean|last[&max_tokens=N]` for any causal language model; each with `?dim=N` (after
             hf: options `&dim=N`) for the first N dimensions of its embeddings.
         device: default: CUDA where there is one.
+        checkpoint: of a run, instead of its newest.
 
     Raises:
-        UserError: it is none of these, or there is no such device.
+        UserError: it is none of these, has fewer dimensions, or there is no such device.
     """
     from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, TruncatedEncoder
     from lbr_dist.model.plain import usable_device
@@ -120,12 +123,12 @@ def load_encoder(spec: str, device: str | None = None) -> Encoder:
     device = usable_device(device)
     spec, dim = split_dim(spec)
     if dim is not None:
-        return TruncatedEncoder(load_encoder(spec, device), dim)
+        return TruncatedEncoder(load_encoder(spec, device, checkpoint), dim)
     check_spec(spec)
     if spec.startswith("hf:"):
         return _hf_encoder(spec, device)
     if is_run(spec):
-        return load_run(spec, device).encoder()
+        return load_run(spec, device, checkpoint).encoder()
     return SentenceTransformerEncoder(spec, device)
 
 
@@ -208,7 +211,7 @@ def model_fingerprint(spec: str) -> str:
         mark = b"" if dim is None else str(dim).encode()
         return xxhash.xxh128_hexdigest((resolve(path) / "manifest.json").read_bytes() + mark)
     folder = Path(spec.removeprefix("hf:").partition("?")[0])
-    parts = [spec]
+    parts = [spec, f"version {HF_VERSION}"] if spec.startswith("hf:") else [spec]
     if folder.is_dir():
         for file in sorted(p for p in folder.rglob("*") if p.is_file()):
             status = file.stat()

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from lbr_dist.blocks import BLOCK_TEXTS
 from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
-from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
+from lbr_dist.data.publish import KEYS, check_target, finished, publish, resumable, workspace
+from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128, open_set
 from lbr_dist.data.sources.parts import printable
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
@@ -67,9 +66,19 @@ class MineReport:
             f"read the examples: {self.out}/report.md",
         ]
         if 2 * counts["without_any"] > counts["queries"] and counts["too_near"] > counts["negatives"]:
-            depth = self.data["mined"]["depth"]
-            lines.append(f"most have none: of {depth} passages nearly all are too near; look further with --depth")
+            lines.append(f"most have none: {self._why_none}")
         return lines
+
+    @property
+    def _why_none(self) -> str:
+        """What was too near, and what helps."""
+        mined = self.data["mined"]
+        depth, passages, counts = mined["depth"], mined["passages"], mined["counts"]
+        if mined["search"] == "bm25" and 2 * counts["zero_positives"] > counts["queries"]:
+            return "answers share no words with their questions, so all that share one are too near; use another model"
+        if depth >= passages:
+            return f"of all {passages} passages nearly all are too near, and no --depth helps; use another model"
+        return f"of {depth} passages nearly all are too near; look further with --depth"
 
 
 def mine(
@@ -105,7 +114,7 @@ def mine(
 
     Raises:
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else or
-            lies in the model's own folder.
+            lies in the folder of the model or of a prepared set.
     """
     from lbr_dist.loading import check_output, check_spec, model_fingerprint, pinned
     from lbr_dist.model.plain import usable_device
@@ -116,6 +125,7 @@ def mine(
     place = check_target(Path(out))
     if place == Path(data).resolve():
         raise UserError(f"--out {out}: is the set itself, which mining does not change: name another folder")
+    _refuse_inside_a_set(place, out)
     given = Path(model).is_file()
     if given:
         _refuse_search(skip=skip, depth=depth, share=share, margin=margin, index=index)
@@ -124,13 +134,13 @@ def mine(
         check_spec(model)
         check_output(model, Path(out))
         model = pinned(model)  # questions and answers are embedded by one checkpoint of a run in training
-    identity = xxhash.xxh3_128_hexdigest(Path(model).read_bytes()) if given else model_fingerprint(model)
+    identity = file_xxh128(Path(model)) if given else model if model == "bm25" else model_fingerprint(model)
     if device is not None and isinstance(executor or current(), Here):
         usable_device(device)  # before the workspace, which an error would empty of what an earlier run committed
     settings = {**asdict(rule), "index": index, "block": block}
     origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}
-    done = finished(place, origin, overwrite, partial(_difference, new=origin))
-    if done is not None:
+    made = partial(finished, place, origin, overwrite, partial(_difference, new=origin))
+    if (done := made()) is not None:
         return MineReport(Path(out), done, unchanged=True)
     with workspace(place, dear=True) as work, Progress() as progress:
         folder = resumable(work.absolute(), {**origin, "queries": QUERIES})
@@ -140,7 +150,8 @@ def mine(
         target.mkdir()
         applied = {"count": count} if given else {name: v for name, v in asdict(rule).items() if v is not None}
         report = job.write(target, name=printable(place.name), origin=origin, applied=applied)
-        publish(target, place)
+        if made() is None:  # nobody put a set there meanwhile
+            publish(target, place)
     return MineReport(Path(out), report, unchanged=False)
 
 
@@ -195,7 +206,7 @@ class _Job:
             from lbr_dist.evaluation.bm25 import BM25
 
             self.search = "bm25"
-            answers = [text for _, text in texts(self.opened, "answer", self.candidates.passage_rows_P)]
+            answers = (text for _, text in texts(self.opened, "answer", self.candidates.passage_rows_P))
             reader = ShardReader(self.opened, SIDE)
             return Lexical(BM25(answers), lambda query: reader.read([query])[0]["question"])
         vectors = partial(
@@ -238,6 +249,23 @@ class _Job:
         (target / "report.json").write_text(text, encoding="utf-8")
         (target / "report.md").write_text(markdown(facts, notes.counts, notes.examples), encoding="utf-8")
         return report
+
+
+def _refuse_inside_a_set(place: Path, out: str | Path) -> None:
+    """Whoever replaces a prepared set removes all that is in its folder.
+
+    Raises:
+        UserError: `place`, where `out` really lies, is in the folder of one.
+    """
+    for folder in place.parents:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(manifest, dict) and manifest.keys() >= KEYS:
+            raise UserError(
+                f"--out {out}: lies in the prepared set {folder}, and would go with it: name another folder"
+            )
 
 
 def _refuse_search(**settings: float | str | None) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from lbr_dist.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS
 from lbr_dist.data.remote import is_url
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
 from lbr_dist.data.sources.row_values import REASONS, RowError, text
@@ -108,10 +109,10 @@ def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str]
     Raises:
         UserError: it is no prepared set and no file of texts, or has none.
     """
-    path = Path(corpus)
-    if not path.exists() and not is_url(str(corpus)):
+    path, remote = Path(corpus), is_url(str(corpus))
+    if not remote and not path.exists():
         raise UserError(f"corpus {corpus}: no such file or prepared set")
-    if path.is_file():
+    if not remote and path.is_file():
         pairs = list(read_texts(path, "passage", field))
     else:
         opened = open_set(corpus)
@@ -169,8 +170,6 @@ def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, prog
 
     The cache is there for speed: one that is damaged or cannot be written costs the time, not the answer.
     """
-    from lbr_dist.evaluation.encoder import check_finite
-
     digest = xxhash.xxh3_128(model.encode())
     for passage in texts:
         data = passage.encode()
@@ -179,8 +178,7 @@ def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, prog
     known_PD = read_vectors(file, len(texts))
     if known_PD is not None:
         return known_PD
-    passages_PD = encoder.encode(texts, "passage", progress)
-    check_finite(passages_PD, texts, encoder.name)
+    passages_PD = _in_blocks(encoder, texts, progress)
     temporary = file.with_suffix(f".{os.getpid()}.tmp.npy")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,3 +188,33 @@ def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, prog
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return passages_PD
+
+
+def _in_blocks(encoder: Encoder, texts: list[str], progress: bool) -> np.ndarray:
+    """Vectors of texts that are tokenized a block at a time, under one bar."""
+    from tqdm import tqdm
+
+    from lbr_dist.evaluation.encoder import check_finite
+
+    blocks = list(_blocks(texts))
+    several = len(blocks) > 1
+    pieces = []
+    with tqdm(
+        total=len(texts), disable=None if progress and several else True, desc=encoder.name, unit="text", leave=False
+    ) as bar:
+        for block in blocks:
+            pieces.append(encoder.encode(block, "passage", progress and not several))
+            check_finite(pieces[-1], block, encoder.name)
+            bar.update(len(block))
+    return np.concatenate(pieces)
+
+
+def _blocks(texts: list[str]) -> Iterator[list[str]]:
+    """Neighbouring texts, bounded as those of `lbr encode`."""
+    start = characters = 0
+    for row, passage in enumerate(texts):
+        if row > start and (row - start == BLOCK_TEXTS or characters + len(passage) > BLOCK_CHARACTERS):
+            yield texts[start:row]
+            start, characters = row, 0
+        characters += len(passage)
+    yield texts[start:]

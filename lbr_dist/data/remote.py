@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
+import logging
 import os
 import re
 import select
@@ -27,6 +29,8 @@ import xxhash
 
 from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
+
+log = logging.getLogger("lbr")
 
 ATTEMPTS = 5
 """Transfers tried before a remote file is given up."""
@@ -129,6 +133,7 @@ class ShardCache:
     """Remote files on local disk, named by content, bounded in bytes; shared safely by any number of processes.
 
     The least recently used files go first. One file is always kept, even when it alone is larger than the bound.
+    Whoever has one open that goes closes it when it opens another (`ShardReader`), so that its space is free.
     """
 
     def __init__(self, folder: Path, gib: float) -> None:
@@ -145,9 +150,9 @@ class ShardCache:
             usable_folder(self.folder, f"data.cache_dir {self.folder}")
             self._usable = True
         path = self.folder / xxh128
-        with _locked(self.folder / f"{xxh128}.lock"):
+        with _locked(self.folder / f"{xxh128}.lock") as held:
             while (descriptor := _whole(path, size)) is None:
-                for left in self.folder.glob(f".{xxh128}.*.partial"):  # by a process that was killed: we have the lock
+                for left in self.folder.glob(f".{xxh128}.*.partial") if held else ():  # by a process that was killed
                     left.unlink(missing_ok=True)
                 fetch(url, path, size=size, xxh128=xxh128)
         self._evict(keep=path)
@@ -187,10 +192,22 @@ def _whole(path: Path, size: int) -> int | None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock; where the file system has none (False), two processes may fetch a file twice, and no more."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
+        except OSError as error:
+            _warn_of_no_lock(path.parent, error.strerror)
+            held = False
+        yield held
+
+
+@functools.cache
+def _warn_of_no_lock(folder: Path, problem: str) -> None:
+    """Once for each folder and process."""
+    log.warning("%s: no lock to be had (%s): two processes may fetch the same shard", folder, problem)
 
 
 def _transfer(url: str, out: IO[bytes]) -> tuple[int, str]:

@@ -98,6 +98,7 @@ class ShardReader:
         shard, address = self._shards[number], self._address(number)
         if self.opened.is_remote:
             descriptor = self.cache.open(address, size=shard.bytes, xxh128=shard.xxh128)
+            self._close_evicted()
         else:
             try:
                 descriptor = os.open(address, os.O_RDONLY)
@@ -109,3 +110,9 @@ class ShardReader:
         if len(self._open) > OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         return descriptor
+
+    def _close_evicted(self) -> None:
+        """Close what is in the cache no more: as long as it is open, its space on the disk is not free."""
+        for number, descriptor in list(self._open.items()):
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(self._open.pop(number))

@@ -7,6 +7,7 @@ that `lbr mine` writes into its sets. The negative is that record's answer. The 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ REJECTED_NONE = np.int64(-1)
 
 
 class GivenNegatives:
-    """The file's negatives by query; memory holds two numbers for each."""
+    """The file's negatives by query; memory holds three numbers for each."""
 
     def __init__(self, path: Path, ids: np.ndarray, candidates: Candidates) -> None:
         """Read the file.
@@ -40,16 +41,17 @@ class GivenNegatives:
         hash_Q = np.array([_hash(name) for name in ids], np.uint64)
         self._order_Q = np.argsort(hash_Q, kind="stable")
         self._hash_Q = hash_Q[self._order_Q]
-        queries, passages, scores = [], [], []
+        queries, passages, scores = array("q"), array("q"), array("f")
         for where, row in read_rows(path):
             for query, passage, score in self._negatives(str(where), row):
                 queries.append(query)
                 passages.append(passage)
                 scores.append(score)
-        order_M = np.argsort(np.array(queries, np.int64), kind="stable")
-        self._query_M = np.array(queries, np.int64)[order_M]
-        self._passage_M = np.array(passages, np.int64)[order_M]
-        self._score_M = np.array(scores, np.float32)[order_M]
+        query_M = np.frombuffer(queries, np.int64)
+        order_M = np.argsort(query_M, kind="stable")
+        self._query_M = query_M[order_M]
+        self._passage_M = np.frombuffer(passages, np.int64)[order_M]
+        self._score_M = np.frombuffer(scores, np.float32)[order_M]
 
     def chosen(self, query_B: np.ndarray, count: int) -> Chosen:
         """The first `count` of these neighbouring queries that are not known answers."""

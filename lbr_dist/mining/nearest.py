@@ -117,12 +117,14 @@ class Lexical:
 
     def search(self, query_B: np.ndarray, own_B: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Nearest`; a passage without a word of the query is not found."""
+        from lbr_dist.evaluation.bm25 import best
+
         rows_BK = np.full((len(query_B), k), -1, np.int64)
         scores_BK = np.zeros((len(query_B), k), np.float32)
         positive_B = np.zeros(len(query_B), np.float32)
         for number, (query, own) in enumerate(zip(query_B.tolist(), own_B.tolist(), strict=True)):
             scores_P = self._index.scores(self._question(query))
-            order_K = np.argsort(-scores_P, kind="stable")[:k]
+            order_K = best(scores_P, min(k, len(scores_P)))
             order_K = order_K[scores_P[order_K] > 0]
             rows_BK[number, : len(order_K)] = order_K
             scores_BK[number, : len(order_K)] = scores_P[order_K]

@@ -33,6 +33,8 @@ class Counts:
     """Known answers and present negatives among the passages searched."""
     negative_positives: int = 0
     """Queries whose own answer scores below 0."""
+    zero_positives: int = 0
+    """Queries whose own answer scores 0: to BM25, it shares no word with them."""
     mean_positive_score: float = 0.0
     mean_negative_score: float = 0.0
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0], repr=False)
@@ -47,6 +49,7 @@ class Counts:
         self.too_near += int(chosen.near_Q.sum())
         self.known_answers += int(chosen.known_Q.sum())
         self.negative_positives += int((chosen.positive_Q < 0).sum())
+        self.zero_positives += int((chosen.positive_Q == 0).sum())
         self._sums[0] += float(np.nansum(chosen.positive_Q, dtype=np.float64))
         self._sums[1] += float(np.nansum(chosen.score_QN, dtype=np.float64))
         self.mean_positive_score = self._sums[0] / max(1, self.queries)

@@ -126,6 +126,23 @@ def test_a_failed_run_goes_on_where_it_stopped(tmp_path, run, monkeypatch):
         encode_file(run, source, out, progress=False)
 
 
+@pytest.mark.parametrize("name", ["00000001.parquet", "00000002.parquet"])
+def test_a_damaged_part_is_made_again(tmp_path, run, monkeypatch, name):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(40)])
+    options = {"block": 8, "progress": False, "device": "cpu"}
+    encode_file(run, source, tmp_path / "whole.parquet", **options)
+    with monkeypatch.context() as patch:
+        failing_write(patch, errno.ENOSPC, at=4)
+        with pytest.raises(UserError, match="kept in"):
+            encode_file(run, source, tmp_path / "out.parquet", **options)
+    part = tmp_path / "out.parquet.parts" / name
+    whole = part.read_bytes()
+    half = len(whole) // 2
+    part.write_bytes(whole[:half] + bytes(100) + whole[half + 100 :])  # it reads as before
+    assert encode_file(run, source, tmp_path / "out.parquet", **options).resumed == 16
+    assert np.array_equal(read(tmp_path / "out.parquet")[1], read(tmp_path / "whole.parquet")[1])
+
+
 def raising(error):
     def call(*_, **__):
         raise error

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from lbr_dist import mine as module
+from lbr_dist.data.execute import Here
 from lbr_dist.data.record import Record, normalise
 from lbr_dist.data.shards import ShardReader, open_set, verify, write_set
 from lbr_dist.errors import UserError
@@ -163,6 +165,18 @@ def test_a_window_that_holds_nothing_far_enough_is_told(data: Path, tmp_path: Pa
     assert not [line for line in run(data, tmp_path / "far").lines if "--depth" in line]
 
 
+def test_more_depth_is_no_advice_where_it_cannot_help(data: Path, tmp_path: Path, words: Words) -> None:
+    whole = run(data, tmp_path / "whole", depth=120, margin=3.0)
+    assert whole.lines[-1].startswith(
+        "most have none: of all 120 passages nearly all are too near, and no --depth helps"
+    )
+    asked = [Record(f"r{i}", f"term{i}", f"term{(i + 1) % 20} sense{i}") for i in range(20)]
+    write_set(tmp_path / "apart", {"cl": asked}, Bytes(), name="d")
+    apart = run(tmp_path / "apart", tmp_path / "out", model="bm25", depth=10)
+    assert apart.data["mined"]["counts"]["zero_positives"] == 20
+    assert apart.lines[-1].startswith("most have none: answers share no words with their questions")
+
+
 def test_twice_the_same_and_a_second_run_does_nothing(data: Path, tmp_path: Path, words: Words) -> None:
     first = run(data, tmp_path / "a/out")
     calls = len(words.calls)
@@ -189,6 +203,12 @@ def test_exact_ivf_and_words(data: Path, tmp_path: Path, words: Words) -> None:
         asked = set(row["question"].lower().split())
         for text in [t for t in row.get("negatives", []) if not t.startswith("given")]:
             assert asked & set(text.split())
+
+
+def test_bm25_is_no_model_of_the_hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lbr_dist.loading._commit", lambda name: pytest.fail(f"asked for {name}"))
+    assert run(data, tmp_path / "out", model="bm25").data["mined"]["model"] == "bm25"
+    assert run(data, tmp_path / "out", model="bm25").unchanged
 
 
 def test_a_mined_file_gives_the_same_set(data: Path, tmp_path: Path, words: Words) -> None:
@@ -228,6 +248,10 @@ def test_wrong_settings(data: Path, tmp_path: Path, settings: dict[str, Any], me
 def test_what_cannot_be_mined(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is the set itself"):
         run(data, data, overwrite=True)
+    write_set(tmp_path / "other", {"cl": domain(5)}, Bytes(), name="d")
+    for inside in (data / "mined", data / "cl/mined", tmp_path / "other/mined"):  # lost when that is prepared anew
+        with pytest.raises(UserError, match=r"mined: lies in the prepared set .*: name another folder"):
+            run(data, inside)
     with pytest.raises(UserError, match="not a prepared set"):
         run(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match="model nowhere: not a run, an export or a sentence-transformers model"):
@@ -410,6 +434,37 @@ def test_what_was_committed_and_damaged_is_made_again(
     if file.parent.name != "chosen":
         shutil.rmtree(tmp_path / ".out.preparing/resume/chosen")  # else nothing is searched
     run(data, tmp_path / "out", index="ivf")
+    assert files(tmp_path / "out") == files(tmp_path / "whole/out")
+
+
+class Interrupted(Here):
+    """Fails after two blocks."""
+
+    def stream(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for number, done in enumerate(super().stream(*arguments, **options)):
+            yield done
+            if number == 1:
+                raise MemoryError
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "zeros", "bit", "of another version"])
+def test_a_damaged_block_of_vectors_is_made_again(data: Path, tmp_path: Path, words: Words, damage: str) -> None:
+    run(data, tmp_path / "whole/out")
+    with pytest.raises(MemoryError):
+        run(data, tmp_path / "out", executor=Interrupted())
+    part = tmp_path / ".out.preparing/resume/query/00000001.parquet"
+    whole = part.read_bytes()
+    half = len(whole) // 2
+    if damage == "of another version":
+        pq.write_table(pq.read_table(part).replace_schema_metadata({"cut": "0"}), part)
+    else:
+        zeros, bit = bytes(len(whole) - half), bytes([whole[half] ^ 64]) + whole[half + 1 :]
+        part.write_bytes(
+            {"empty": b"", "short": whole[:half], "zeros": whole[:half] + zeros, "bit": whole[:half] + bit}[damage]
+        )
+    words.calls.clear()
+    run(data, tmp_path / "out")
+    assert words.calls[:3] == [32, 32, 24]  # all questions but those of the second block
     assert files(tmp_path / "out") == files(tmp_path / "whole/out")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,30 @@ def test_a_given_file_is_read_as_sources_are(tmp_path: Path, five: Path) -> None
     wrong.touch()
     with pytest.raises(UserError, match=r"model.bin: unknown format"):
         given(five, wrong)
+
+
+def test_given_negatives_take_few_bytes(tmp_path: Path) -> None:
+    opened = open_set(prepared(tmp_path / "set", [Record(f"r{i}", f"q {i}", f"a {i}") for i in range(1000)]))
+    lines = [
+        {"id": f"r{i}", "negatives": [{"id": f"r{i ^ j}", "score": j / 7} for j in range(1, 50)]} for i in range(900)
+    ]
+    file, candidates = tmp_path / "mined.jsonl", survey(opened, lambda _: None)
+    file.write_text("\n".join(map(json.dumps, lines)).replace("r1023", "r0"))
+    ids = opened.index("cl").ids
+    GivenNegatives(file, ids, candidates)  # the first time also imports
+    tracemalloc.start()
+    GivenNegatives(file, ids, candidates)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 65 * 900 * 49
+
+
+def test_bm25_keeps_no_word_twice() -> None:
+    """Passages are read once, and memory holds a number for each of their words."""
+    BM25(["a"])  # the first one also imports
+    tracemalloc.start()
+    index = BM25(" ".join(f"word{i % 13}" for i in range(1000 + number)) for number in range(300))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert index.search(["word3"], 2)[0].shape == (1, 2)
+    assert peak < 8 * 300 * 1150

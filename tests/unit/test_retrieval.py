@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation.bm25 import BM25, words
+from lbr_dist.evaluation.bm25 import BM25, best, words
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 from lbr_dist.evaluation.retrieval import (
     BM25Search,
@@ -109,6 +109,23 @@ def test_bm25_words():
     assert words("हिन्दी में दवा") == ["हिन्दी", "में", "दवा"]
     assert words("cafe\u0301") == words("café")
     assert words("acetyl\u00adsalicylic Ｆｕｌｌ") == ["acetylsalicylic", "full"]
+    assert words("get_user_name(__init__, x\uff3fy)") == ["get", "user", "name", "init", "x", "y"]
+
+
+def test_the_best_are_those_of_a_stable_sort():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        scores = rng.integers(0, rng.integers(1, 50), rng.integers(1, 60)).astype(np.float32) / 3
+        k = int(rng.integers(0, len(scores) + 1))
+        assert best(scores, k).tolist() == np.argsort(-scores, kind="stable")[:k].tolist()
+    passages = [" ".join(rng.choice(["a", "b", "c", "d"], rng.integers(0, 5))) for _ in range(200)]
+    index = BM25(passages)
+    for k in (1, 7, 150, 300):
+        rows, scores = index.search(["a", "b c", "d d a", "e"], k)
+        for query, ranked, found in zip(["a", "b c", "d d a", "e"], rows, scores, strict=True):
+            expected = np.argsort(-index.scores(query), kind="stable")[:k]
+            assert ranked.tolist() == expected.tolist()
+            assert found.tolist() == index.scores(query)[expected].tolist()
 
 
 def test_bm25_without_a_known_word():
@@ -244,6 +261,15 @@ def test_distractors_are_unlike_any_answer_and_each_other(prepared):
     some = load_held_out("anywhere", distractors=2)
     assert len(some.passages) == 5
     assert some.passages == load_held_out("anywhere", distractors=2).passages
+
+
+def test_distractors_come_from_both_training_sides(prepared):
+    for number in range(300):
+        prepared["gl" if number % 3 else "cl"].append(qa(number + 10, f"q{number}", f"answer {number}"))
+    drawn = load_held_out("anywhere", distractors=60).passages[3:]
+    of_cl = sum(record["answer"] in drawn for record in prepared["cl"])
+    assert 10 <= of_cl <= 30
+    assert drawn != load_held_out("anywhere", distractors=60, seed=1).passages[3:]
 
 
 def test_a_set_without_questions_is_refused(prepared):

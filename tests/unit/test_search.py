@@ -8,8 +8,13 @@ from runs import make_run
 
 from lbr_dist import search as module
 from lbr_dist.cli import main
+from lbr_dist.data import remote
+from lbr_dist.data.sources.beir import find_beir
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation import encoder as encoders
+from lbr_dist.launch.ray_stage import absolute
+from lbr_dist.loading import load_encoder
+from lbr_dist.recipes import load_recipe
 from lbr_dist.search import Hit, print_hits, search, top_k
 
 
@@ -51,6 +56,33 @@ def test_the_corpus_is_embedded_once(tmp_path, run, corpus, monkeypatch):
     corpus.write_text(corpus.read_text() + '{"answer": "new"}\n')
     assert len(search(run, corpus, ["pain"], k=9, **options)[0]) == 4
     assert seen[3:] == ["passage", "query"]
+
+
+def test_a_corpus_is_embedded_in_blocks(tmp_path, run, corpus, monkeypatch):
+    sizes = []
+    real = encoders.PackedEncoder.encode
+    monkeypatch.setattr(
+        encoders.PackedEncoder,
+        "encode",
+        lambda self, texts, *more: sizes.append(len(texts)) or real(self, texts, *more),
+    )
+    corpus.write_text("".join(json.dumps({"answer": "heart " * n}) + "\n" for n in range(1, 8)))
+    options = {"k": 9, "device": "cpu", "progress": False}
+    whole = search(run, corpus, ["heart"], cache_dir=tmp_path / "a", **options)[0]
+    monkeypatch.setattr(module, "BLOCK_TEXTS", 3)
+    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 60)
+    found = search(run, corpus, ["heart"], cache_dir=tmp_path / "b", **options)[0]
+    assert sizes == [7, 1, 3, 2, 1, 1, 1]
+    assert [hit.text for hit in found] == [hit.text for hit in whole]
+    assert [hit.score for hit in found] == pytest.approx([hit.score for hit in whole], abs=1e-5)
+
+
+def test_a_width_that_the_model_lacks_is_named_before_the_corpus_is_embedded(tmp_path, run, corpus):
+    with pytest.raises(UserError, match=r"its embeddings have 32 dimensions, fewer than 64; lower dim=64"):
+        search(f"{run}?dim=64", corpus, ["pain"], device="cpu", cache_dir=tmp_path / "c", progress=False)
+    assert load_encoder(f"{run}?dim=32", "cpu").encode(["pain"]).shape == (1, 32)
+    with pytest.raises(UserError, match="fewer than 33"):
+        load_encoder(f"{run}?dim=33", "cpu")
 
 
 def test_a_cache_that_is_damaged_or_cannot_be_written_costs_no_answer(tmp_path, run, corpus, caplog):
@@ -147,3 +179,13 @@ def test_the_address_of_a_remote_set_stays_whole_on_the_command_line(monkeypatch
     with pytest.raises(SystemExit):
         main()
     assert asked == ["http://127.0.0.1:9/set"]
+
+
+def test_an_address_may_be_longer_than_a_file_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "BACKOFF_S", 0.01)
+    address = f"pipe:cat {'n' * 300}/{{}}"
+    with pytest.raises(UserError, match="could not be read"):
+        search("bm25", address, ["q"])
+    assert find_beir(address) is None
+    recipe = load_recipe("stage2", ["model.path=m", f"data.sets.0.path={address}"])
+    assert absolute(recipe, tmp_path).data.sets[0].path == address

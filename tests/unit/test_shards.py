@@ -491,3 +491,37 @@ def test_missing_program_and_full_disk(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(Path, "open", lambda *args, **kwargs: full)
         with pytest.raises(UserError, match=r"the disk is full.*a lower data\.cache_gib"):
             remote.fetch(f"file://{__file__}", tmp_path / "y")
+
+
+def test_a_reader_holds_no_file_open_that_left_the_cache(prepared: Path, tmp_path: Path) -> None:
+    """Its space on the disk would stay taken."""
+    opened = open_set(f"pipe:cat {prepared}/{{}}")
+    shards, folder = opened.splits["gl"].shards, tmp_path / "cache"
+    reader = ShardReader(opened, "gl", folder, (shards[0].bytes + shards[1].bytes) / (1 << 30))
+    assert reader.read([0, 10, 25]) == ShardReader(open_set(prepared), "gl").read([0, 10, 25])
+    held = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+    assert len([file for file in held if file.startswith(str(folder))]) == 2
+    assert not [file for file in held if file.startswith(str(folder)) and file.endswith("(deleted)")]
+    assert reader.read([0]) == ShardReader(open_set(prepared), "gl").read([0])
+
+
+def test_a_cache_on_a_file_system_without_locks(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(remote.fcntl, "flock", refused)
+    opened = open_set(f"pipe:cat {prepared}/{{}}")
+    other = tmp_path / "cache" / f".{opened.splits['gl'].shards[0].xxh128}.1.2.partial"
+    other.parent.mkdir()
+    other.touch()
+    rows = [0, 12, 25]
+    assert ShardReader(opened, "gl", tmp_path / "cache", 0).read(rows) == ShardReader(open_set(prepared), "gl").read(
+        rows
+    )
+    assert [
+        message for message in caplog.messages if "no lock to be had (No locks available)" in message
+    ] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert other.exists()  # another process may be at work on it

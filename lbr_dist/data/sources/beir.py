@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lbr_dist.data.remote import is_url
 from lbr_dist.data.sources.field_names import listed
 from lbr_dist.data.sources.formats import ENDING, format_of
 from lbr_dist.data.sources.row_values import RowError, blank, identifier
@@ -42,6 +43,8 @@ Judgements = dict[str, dict[str, int]]
 
 def find_beir(path: str) -> tuple[Path, str] | None:
     """The folder and the split (empty: not named) of `FOLDER` or `FOLDER@SPLIT`; None: it is no benchmark."""
+    if is_url(path):
+        return None
     for name, split in ((path, ""), path.rpartition("@")[::2]):
         folder = Path(name)
         if name and (folder / "qrels").is_dir() and any(_found(folder, part) for part in ("corpus", "queries")):
