@@ -7,10 +7,16 @@ set -euo pipefail
 # shellcheck source=slurm/read_site.sh
 . "$LBR_HOME/slurm/read_site.sh"
 [ -n "${SLURM_JOB_ID:-}" ] || die "not in a Slurm job: submit this script with sbatch"
-# What a shell inside a step of another job leaves: srun would bind and place our tasks as that step's. Before site.env,
-# which may say what is wanted here.
+# What the shell that submitted leaves, maybe inside a step of another job: srun would bind, place and limit our tasks as
+# that step's, refuse them, or report otherwise how they ended. Before site.env, which may say what is wanted here.
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_GPU_BIND SLURM_TRES_BIND SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE \
-  SRUN_EXPORT_ENV
+  SLURM_HOSTFILE SLURM_HINT SLURM_EXCLUSIVE SLURM_EXACT SLURM_OVERCOMMIT SLURM_THREADS SLURM_THREADS_PER_CORE \
+  SLURM_CORE_SPEC SLURM_THREAD_SPEC SLURM_NTASKS_PER_{CORE,SOCKET,GPU,TRES} SLURM_NSOCKETS_PER_NODE \
+  SLURM_NCORES_PER_SOCKET SLURM_GPUS_PER_NODE SLURM_GRES SLURM_GRES_FLAGS SLURM_STEP_GRES SLURM_CONSTRAINT \
+  SLURM_CLUSTER_CONSTRAINT SLURM_ACCOUNT SLURM_PARTITION SLURM_QOS SLURM_RESERVATION SLURM_DEPENDENCY SLURM_IMMEDIATE \
+  SLURM_TIMELIMIT SLURM_SIGNAL SLURM_RESV_PORTS SLURM_WORKING_DIR SLURM_REMOTE_CWD SLURM_BCAST SLURM_TEST_EXEC \
+  SLURM_STD{IN,OUT,ERR}MODE SLURM_LABELIO SLURM_EXIT_ERROR SLURM_EXIT_IMMEDIATE SRUN_CPUS_PER_TASK SRUN_EXPORT_ENV \
+  "${!SQUEUE_@}"
 read_site
 export LBR_HOME PYTHONPATH="$LBR_HOME${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
@@ -64,8 +70,10 @@ failed() { # failed CODE: end as a command of the package did, unless Python cou
 # ------------------------------------------------------------------------------------------------------- signals ---
 
 asked='' cancelled='' main='' output=''
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-job=${job:-$SLURM_JOB_ID} # for commands: the number of an array's last task also means the whole array
+job=$SLURM_JOB_ID # for commands
+# The number of an array's last task also means the whole array. Any other number is one job's, whatever array the job
+# that submitted this one was in.
+[ "${SLURM_ARRAY_JOB_ID:-}" != "$job" ] || job+=_$SLURM_ARRAY_TASK_ID
 
 on_usr1() { # the time limit is near, or somebody asks: the ranks finish their step, write a checkpoint and end with 75
   [ -z "$asked" ] || return 0
@@ -101,8 +109,8 @@ requeue() { # a controller that is being replaced is away for a minute or two; a
 
 requeue_before_the_limit() { # ranks that hang, or save for too long, must not cost the job its place
   local end
-  end=$(scontrol show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
-  end=$(date -d "$end" +%s 2>/dev/null) || return 0 # no limit
+  end=$(TZ=UTC0 SLURM_TIME_FORMAT=standard scontrol show job -o "$job" | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+  end=$(date -u -d "$end" +%s 2>/dev/null) || return 0 # no limit
   while [ "$(date +%s)" -lt "$((end - 10))" ]; do
     kill -0 "$$" 2>/dev/null || return 0 # the script has ended
     sleep 1
@@ -141,9 +149,11 @@ train() { # train STAGE RECIPE [key=value ...]
   trap on_term TERM
   echo "lbr: job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${hosts[*]}" >&2
   begun=$(here -m lbr_dist.launch.slurm begin --stage "$stage" --ports 4 "$@") || failed "$?"
-  mapfile -t begun <<<"$begun"
-  read -ra ports <<<"${begun[0]}"
-  [ -z "${begun[1]:-}" ] || set -- "$@" --resume "${begun[1]}" # the last one counts
+  [[ ${begun//$'\n'/ } =~ ^([0-9]+\ ){3}[0-9]+(\ auto)?$ ]] ||
+    die "LBR_PYTHON=$LBR_PYTHON prints more than it is asked for ('${begun%%$'\n'*}'): see that it and LBR_CONTAINER run" \
+      "Python and write nothing to stdout themselves"
+  read -ra ports <<<"$begun" # its first line
+  [[ $begun != *auto ]] || set -- "$@" --resume auto # the last one counts
   output=$(here -m lbr_dist.launch.slurm output "$@")
   export MASTER_ADDR="${hosts[0]}" MASTER_PORT="${ports[0]}"
 
@@ -169,7 +179,8 @@ train() { # train STAGE RECIPE [key=value ...]
     echo "lbr: cancelled or preempted" >&2
     exit 143
   fi
-  verdict=$(here -m lbr_dist.launch.slurm end --code "$code" ${asked:+--asked} "$@") || exit
+  verdict=$(here -m lbr_dist.launch.slurm end --code "$code" ${asked:+--asked} --output "$output" "$@") || exit
+  [ "$verdict" = complete ] || [ "$code" != 0 ] || code=1 # srun's word, where a node was lost
   if [ "$verdict" = requeue ]; then
     if requeue; then exit 0; fi
     echo "lbr: Slurm did not requeue the job: submit the same line again, it goes on from the newest checkpoint" >&2

@@ -9,12 +9,11 @@
 
 set -euo pipefail
 
-LBR_HOME=${LBR_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}
+LBR_HOME=${LBR_HOME:-$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)}
 export LBR_HOME
 # shellcheck source=slurm/read_site.sh
 . "$LBR_HOME/slurm/read_site.sh"
-# shellcheck source=slurm/site.env
-. "$site" # what sbatch reads; the jobs read the rest for themselves
+source_site >&2 # what sbatch reads; the jobs read the rest for themselves
 
 options=()
 while [ $# -gt 0 ] && [[ $1 == -* ]]; do
@@ -36,7 +35,7 @@ case "$#:${1:-}" in
 esac
 
 ask() ( # ask WHAT RECIPE ...: what recipes say, with the Python of the jobs if it runs here
-  read_site
+  read_site >&2 # a module may talk
   case $LBR_CONTAINER in
     --*) python=("$LBR_LOGIN_PYTHON") ;;
     *)
@@ -52,8 +51,10 @@ undo() { # half a chain would train, and nobody would know
   [ "${#jobs[@]}" = 0 ] || { scancel "${cluster[@]}" "${jobs[@]}" && echo "error: not submitted whole; cancelled: ${jobs[*]}" >&2; }
 }
 
-found=$(ask chain --then "$recipe2" "$recipe1" "$@")
+found=$(ask chain --then "$recipe2" ${out:+--out "$out"} "$recipe1" "$@")
 mapfile -t found <<<"$found"
+[ "${#found[@]}" = 4 ] || die "the Python of the jobs prints more than it is asked for ('${found[0]}'): see that LBR_PYTHON" \
+  "(LBR_LOGIN_PYTHON with Pyxis) and LBR_CONTAINER run Python and write nothing to stdout themselves"
 first=${found[0]} second=${found[1]} data=${found[2]} start=${found[3]}
 out=${out:-$second/model}
 # What counts is the last --dependency: the options' own come before it.

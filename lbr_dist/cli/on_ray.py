@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -
     """
     from lbr_dist.cli import quiet
     from lbr_dist.data.execute import executing
+    from lbr_dist.launch.mistakes import told
     from lbr_dist.launch.ray_cluster import cluster
 
     quiet()
@@ -47,9 +47,8 @@ def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -
             with executing(executor):
                 code = app(rest, standalone_mode=False)  # what typer ends with: 130 after Ctrl-C
         return code or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    except (UserError, PermissionError) as error:
+        return told(error)
     except USAGE_ERROR as error:
         error.show()
         return EXIT_USER_ERROR
@@ -67,15 +66,11 @@ def cluster_options() -> argparse.ArgumentParser:
 
 def _checked(command: Callable[..., None]) -> Callable[..., None]:
     """The command, refusing output that Ray would remove with the job's working directory."""
-    from lbr_dist.launch.ray_stage import UNPACKED
+    from lbr_dist.launch.ray_stage import check_kept
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        if UNPACKED in Path.cwd().parts and not Path(values["out"]).is_absolute():
-            raise UserError(
-                f"{values['out']}: is relative to the job's working directory, a copy that each node removes: name an "
-                "absolute path on storage that all nodes share"
-            )
+        check_kept(str(values["out"]), Path.cwd())
         command(**values)
 
     return run

@@ -38,13 +38,15 @@ def train(
         from lbr_dist.launch.local import launch
 
         sys.exit(launch(loaded, nproc, resume=resume, allow_change=allow_change or (), then=following))
-    from lbr_dist.launch.mistakes import left
+    from lbr_dist.launch.mistakes import FINISHED, leave, left
     from lbr_dist.training.run import ContactLostError
     from lbr_dist.training.run import train as run
 
     try:
         with left(Path(loaded.output)):
             outcome = run(loaded, resume=resume, allow_change=allow_change or (), then=following)
+        if outcome.finished:
+            leave(outcome.run_dir, FINISHED)
         sys.exit(outcome.exit_code)
     except ContactLostError as error:  # a consequence: the rank that caused it has the traceback
         print(f"error: {error}", file=sys.stderr)

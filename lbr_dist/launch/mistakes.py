@@ -1,27 +1,42 @@
-"""The word that a rank, or the check of the nodes, leaves under Slurm when it ends for a mistake.
+"""How a mistake of the user is told, and the word that is left under Slurm where srun's exit code may say otherwise.
 
 srun reports the highest exit code of its tasks, so that a rank which hangs, and is killed when another has ended with
-2, hides the 2: the job would run again, to end the same way. So does a node that cannot start Python. The word is a
-file in the run folder, for this start of the job.
+2, hides the 2: the job would run again, to end the same way. So does a node that cannot start Python. And where a node
+is lost it may say 0 of a run that has not finished. The word, of a mistake or of the run's end, is a file in the run
+folder, for this start of the job.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lbr_dist.errors import UserError
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
 
 FOLDER = "mistakes"
+FINISHED = "finished"
+"""Folders of the words."""
 HISTORY = "slurm.jsonl"
 """Starts and ends of jobs in the run folder: where there is none, nobody asks for a word."""
 
 
-def word(run_dir: Path, job: int, restart: int) -> Path:
+def told(error: UserError | PermissionError) -> int:
+    """Say what is wrong, in one line on stderr, as the command line does; returns the exit code."""
+    said = str(error)
+    if isinstance(error, PermissionError):
+        if error.filename is None:
+            raise error
+        said = f"{error.filename}: {error.strerror}: see to it that this user may use it"
+    print(f"error: {said}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def word(run_dir: Path, job: int, restart: int, folder: str = FOLDER) -> Path:
     """The file of a start of a job."""
-    return run_dir / FOLDER / f"{job}-{restart}"
+    return run_dir / folder / f"{job}-{restart}"
 
 
 @contextlib.contextmanager
@@ -34,11 +49,11 @@ def left(run_dir: Path) -> Iterator[None]:
         raise
 
 
-def leave(folder: Path) -> None:
-    """Leave the word, where the folder is the run folder of one of the scripts' jobs."""
+def leave(folder: Path, kind: str = FOLDER) -> None:
+    """Leave a word, where the folder is the run folder of one of the scripts' jobs."""
     job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT") or "0"
     if job.isdigit() and restart.isdigit() and (folder / HISTORY).is_file():
         with contextlib.suppress(OSError):
-            file = word(folder, int(job), int(restart))
+            file = word(folder, int(job), int(restart), kind)
             file.parent.mkdir(exist_ok=True)
             file.touch()

@@ -54,7 +54,7 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
         How to name the cluster in messages.
 
     Raises:
-        UserError: there is none at RAY_ADDRESS, or it wants another token.
+        UserError: there is none at RAY_ADDRESS, or it wants another token; or see `check_python`.
     """
     address = os.environ.get("RAY_ADDRESS")
     if address == "local":  # Ray's own word, with which it would start one on another address, without a token
@@ -62,6 +62,7 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield f"the cluster at {address}"
         return
+    check_python()
     with tempfile.TemporaryDirectory(prefix="lbr-ray-") as folder:
         if not address:
             os.environ.update(_local_environment(os.environ, Path(folder)))
@@ -98,6 +99,19 @@ def cluster(*, dashboard: bool = True) -> Iterator[str]:
             ray.shutdown()
             if not address:
                 del os.environ["RAY_ADDRESS"]
+
+
+def check_python() -> None:
+    """Check that Ray can start workers with this Python: it hands the path to a shell as it is, and they never come.
+
+    Raises:
+        UserError: a shell would split the path, or read something else.
+    """
+    if re.search(r"[^\w@%+=:,./~-]", sys.executable):
+        raise UserError(
+            f"{sys.executable}: Ray cannot start this Python for its workers, for a space or the like in its path: "
+            "call it by another path, as by a link to the environment's folder, or make the environment anew elsewhere"
+        )
 
 
 def _check_answers(address: str) -> None:

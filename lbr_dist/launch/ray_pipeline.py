@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lbr_dist.config import Recipe
-from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
-from lbr_dist.export_tokens import fixed_tokens
+from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
+from lbr_dist.launch.delivery import check_delivery
+from lbr_dist.launch.mistakes import told
 from lbr_dist.launch.ray_cluster import cluster, living_nodes
-from lbr_dist.launch.ray_stage import absolute, add_cluster_options, requested
+from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_kept, requested
 from lbr_dist.launch.ray_train import Stop, run_stage
 from lbr_dist.recipes import load_recipe
 from lbr_dist.training.chain import load_next
@@ -37,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.generate < 0:
             raise UserError(f"--generate {options.generate}: expected at least 0")
-        one, two = recipes(options.stage1, options.stage2, Path.cwd(), options.tokens)
-        out = Path.cwd() / options.out if options.out else Path(two.output) / "model"
+        one, two, out = parts(options.stage1, options.stage2, Path.cwd(), options.out, options.tokens)
         with cluster() as where:
             stop = Stop()
             stop.listen()  # once for both stages: a signal that comes as the first one ends would be lost
@@ -49,22 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"evaluating and exporting {two.output} on {where}", file=sys.stderr, flush=True)
             print(finish(two, out, options))
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    except (UserError, PermissionError) as error:
+        return told(error)
 
 
-def recipes(first: str, second: str, here: Path, tokens: int | None = None) -> tuple[Recipe, Recipe]:
-    """Both recipes, the second starting from the first's run.
+def parts(
+    first: str, second: str, here: Path, out: str | None = None, tokens: int | None = None
+) -> tuple[Recipe, Recipe, Path]:
+    """Both recipes, the second starting from the first's run, and the folder of the export.
 
     Raises:
-        UserError: either is wrong, or the export could not be made with so many `tokens`, which is found before
+        UserError: either is wrong, or what follows them could not be done (see `check_delivery`), which is found before
             anything starts.
     """
     one = absolute(load_recipe(first), here)
     two = absolute(load_next(one, first, second), here)
-    fixed_tokens(two, tokens)
-    return one, two
+    if out is not None:
+        check_kept(out, here, "OUT ")
+    folder = here / out if out else Path(two.output) / "model"
+    check_delivery(two, folder, tokens)
+    return one, two, folder
 
 
 def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lbr_dist.config import Recipe
-from lbr_dist.errors import EXIT_USER_ERROR, UserError
+from lbr_dist.data.remote import is_url
+from lbr_dist.errors import UserError
+from lbr_dist.launch.mistakes import FINISHED, leave, told
 from lbr_dist.launch.ray_cluster import Bundle, Node
 from lbr_dist.launch.ray_train import MAX_FAILURES, Request, run_stage
 from lbr_dist.recipes import load_recipe
@@ -27,10 +28,12 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> int:
         check_stage(recipe, stage, options.recipe)
         then = absolute(load_next(recipe, options.recipe, options.then), here) if options.then else None
         changes = tuple(options.allow_change)
-        return run_stage(recipe, requested(options), resume=options.resume, allow_change=changes, then=then)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        code = run_stage(recipe, requested(options), resume=options.resume, allow_change=changes, then=then)
+        if code == 0:
+            leave(Path(recipe.output), FINISHED)
+        return code
+    except (UserError, PermissionError) as error:
+        return told(error)
 
 
 def parser(stage: str) -> argparse.ArgumentParser:
@@ -98,14 +101,10 @@ def absolute(recipe: Recipe, here: Path) -> Recipe:
     Raises:
         UserError: the output is relative to a working directory that Ray has unpacked and will remove.
     """
-    if UNPACKED in here.parts and not Path(recipe.output).is_absolute():
-        raise UserError(
-            f"output {recipe.output}: is relative to the job's working directory, a copy that each node removes: name "
-            "an absolute path on storage that all nodes share"
-        )
+    check_kept(recipe.output, here, "output ")
 
     def found(path: str) -> str:
-        return str(here / path) if (here / path).exists() else path
+        return str(here / path) if not is_url(path) and (here / path).exists() else path
 
     raw = recipe.model_dump(mode="json")
     raw["output"] = str(here / recipe.output)
@@ -119,6 +118,24 @@ def absolute(recipe: Recipe, here: Path) -> Recipe:
     if recipe.deepspeed.endswith(".json"):
         raw["deepspeed"] = found(recipe.deepspeed)
     return Recipe.model_validate(raw)
+
+
+def check_kept(path: str, here: Path, what: str = "") -> None:
+    """Check that what a job writes is not lost with it.
+
+    Args:
+        path: of the output.
+        here: the job's working directory.
+        what: names the output in the message.
+
+    Raises:
+        UserError: it is relative to a working directory that Ray has unpacked and will remove.
+    """
+    if UNPACKED in here.parts and not Path(path).is_absolute():
+        raise UserError(
+            f"{what}{path}: is relative to the job's working directory, a copy that each node removes: name an "
+            "absolute path on storage that all nodes share"
+        )
 
 
 def _range(text: str) -> tuple[int, int]:

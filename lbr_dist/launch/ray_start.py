@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
-from lbr_dist.launch.ray_cluster import ALONE, TOKEN, token_given
+from lbr_dist.launch.ray_cluster import ALONE, TOKEN, check_python, token_given
 
 SOURCE = Path(__file__).with_name("ray_listen.c")
 COMPILERS = ("cc", "gcc", "clang")
@@ -39,8 +39,10 @@ def start(options: Sequence[str]) -> int:
     `--node-ip-address` may be left out where `--address` is given: it is the address that faces the head.
 
     Raises:
-        UserError: a head without `--node-ip-address`; no token (RAY_AUTH_MODE is `token` where nothing is set).
+        UserError: a head without `--node-ip-address`; no token (RAY_AUTH_MODE is `token` where nothing is set); or see
+            `check_python`.
     """
+    check_python()
     environ = {"RAY_AUTH_MODE": "token", **os.environ}
     if environ["RAY_AUTH_MODE"] == "token" and not token_given(environ):
         raise UserError(f"there is no token, and without one whoever reaches this cluster runs code as you: {TOKEN}")

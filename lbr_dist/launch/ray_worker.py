@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from lbr_dist.environment import Environment
+from lbr_dist.errors import UserError
 
 STARTED = "started"
 """File in the attempt's folder: which holder of the run folder's lock rank 0 is; empty until it holds it."""
@@ -34,7 +37,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         `step`, `total_steps` and `exit_code` of the outcome.
 
     Raises:
-        UserError, ContactLostError: see `train`.
+        UserError, ContactLostError: see `resume_from` and `train`.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     go_to(config["here"])
@@ -46,7 +49,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     started, run_dir = Path(config["attempt"]) / STARTED, Path(config["recipe"]["output"])
     outcome = train(
         parse_recipe(config["recipe"], "the driver's recipe"),
-        resume=(Path(config["attempt"]) / RESUME).read_text(encoding="utf-8"),
+        resume=resume_from(Path(config["attempt"]), run_dir, environment.rank),
         allow_change=config["allow_change"],
         then=config["then"] and parse_recipe(config["then"], "the driver's second recipe"),
         environment=environment,
@@ -54,6 +57,28 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         on_claim=lambda: started.write_text(holder(run_dir), encoding="utf-8"),
     )
     return {"step": outcome.step, "total_steps": outcome.total_steps, "exit_code": outcome.exit_code}
+
+
+def resume_from(attempt: Path, run_dir: Path, rank: int) -> str:
+    """What the workers of an attempt resume from.
+
+    Raises:
+        UserError: this node does not see what the driver's has written.
+    """
+    from lbr_dist.training import run_folder
+
+    deadline = time.monotonic() + run_folder.SEEN_AFTER_S
+    while True:
+        try:
+            return (attempt / RESUME).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"output {run_dir}: rank {rank} on {socket.gethostname()} does not see the folder that the driver "
+                    "made there: name a folder on storage that all nodes share, mounted at the same path, or leave "
+                    "that node out"
+                ) from None
+        time.sleep(0.2)
 
 
 def go_to(here: str) -> None:

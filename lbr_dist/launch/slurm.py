@@ -7,10 +7,13 @@ in every job: the steps of checkpoints are read from their manifests without tor
 
     python -m lbr_dist.launch.slurm begin --stage generative --ports 1 RECIPE [key=value ...]    prints free ports, and
                                                           below them what to resume from, where it is not what was said
-    python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue or stop
+    python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue, stop or
+                                                          complete; with --output of the run folder, whatever the recipe
+                                                          says by then
     python -m lbr_dist.launch.slurm output RECIPE [key=value ...]                                prints the run folder
-    python -m lbr_dist.launch.slurm chain --then STAGE2 STAGE1 [--tokens N]
-                                                          prints both run folders, and the second's first set
+    python -m lbr_dist.launch.slurm chain --then STAGE2 [--out OUT] [--tokens N] STAGE1
+                                                          prints both run folders, the second's first set, and
+                                                          the override with which it starts from the first
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
-from lbr_dist.export_tokens import fixed_tokens
-from lbr_dist.launch.mistakes import HISTORY, word
+from lbr_dist.launch.delivery import check_delivery
+from lbr_dist.launch.mistakes import FINISHED, HISTORY, told, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe, override
 from lbr_dist.training.chain import load_next
@@ -77,6 +80,7 @@ class Decision:
 
     requeue: bool
     reason: str
+    complete: bool = False
 
 
 def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
@@ -89,7 +93,7 @@ def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
         limit: restarts without progress that are allowed.
     """
     if code == 0:
-        return Decision(False, "the run is complete")
+        return Decision(False, "the run is complete", complete=True)
     if code == EXIT_USER_ERROR:
         return Decision(False, "running again would end the same way: the message above says what to change")
     what = "stopped on request" if code == EXIT_RUN_AGAIN or asked else f"ended with code {code}"
@@ -129,7 +133,8 @@ def begin(recipe: Recipe, attempt: Attempt, resume: str = "auto") -> str:
 
 
 def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision:
-    """Decide what becomes of the job and write it down; a rank's word of a mistake counts more than the code.
+    """Decide what becomes of the job and write it down; a rank's word counts more than the code, of a mistake as of the
+    end: without that one a code of 0 is srun's, of a lost node, and counts as 1.
 
     Raises:
         UserError: the run folder cannot be written, so that restarts could not be counted.
@@ -137,6 +142,8 @@ def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision
     folder = Path(recipe.output)
     if code != 0 and word(folder, attempt.job, attempt.restart).exists():
         code = EXIT_USER_ERROR
+    elif code == 0 and not word(folder, attempt.job, attempt.restart, FINISHED).exists():
+        code = 1
     sequence, step = newest_checkpoint(folder)
     idle = idle_starts(read_rows(folder / HISTORY), attempt.job, sequence)
     decision = decide(code, asked=asked, idle=idle, limit=attempt.limit)
@@ -229,7 +236,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m lbr_dist.launch.slurm")
     parser.add_argument("command", choices=("begin", "end", "output", "chain"))
     parser.add_argument("--then")
+    parser.add_argument("--out")
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--output")
     parser.add_argument("--stage", choices=tuple(_SCRIPTS))
     parser.add_argument("--ports", type=int, default=1)
     parser.add_argument("--code", type=int, default=1)
@@ -241,9 +250,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         return _run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    except (UserError, PermissionError) as error:
+        return told(error)
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -252,7 +260,7 @@ def _run(given: argparse.Namespace) -> int:
         print(recipe.output)
     elif given.command == "chain":
         second = load_next(recipe, given.recipe, given.then)
-        fixed_tokens(second, given.tokens)
+        check_delivery(second, Path(given.out or Path(second.output) / "model"), given.tokens)
         start = override("model.start_from", recipe.output)
         print(recipe.output, second.output, second.data.sets[0].path, start, sep="\n")
     elif given.command == "begin":
@@ -266,9 +274,11 @@ def _run(given: argparse.Namespace) -> int:
         if resume != said:
             print(resume)
     else:
+        if given.output:
+            recipe = recipe.model_copy(update={"output": given.output})
         decision = end(recipe, Attempt.from_environment(os.environ), given.code, asked=given.asked)
         print(f"lbr: {decision.reason}", file=sys.stderr)
-        print("requeue" if decision.requeue else "stop")
+        print("requeue" if decision.requeue else "complete" if decision.complete else "stop")
     return 0
 
 

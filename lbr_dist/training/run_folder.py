@@ -12,6 +12,7 @@
     slurm.jsonl       starts and ends of Slurm jobs, and why each was requeued or not
     asked/            starts of Slurm jobs that were asked to stop
     mistakes/         starts of Slurm jobs that a rank, or the check of the nodes, ended for a mistake
+    finished/         starts of Slurm jobs with which the run ended
 
 A folder belongs to one recipe, from the first step on. Going on with a changed one is refused unless the change cannot
 alter what the run would have been (logging, checkpointing, loader processes, memory layout), or the user allows the

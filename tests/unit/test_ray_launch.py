@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 from pathlib import Path
@@ -16,12 +19,12 @@ import yaml
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
-from lbr_dist.launch import ray_pipeline, ray_stage, ray_train
+from lbr_dist.launch import ray_pipeline, ray_stage, ray_train, slurm
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, make_token, parse_nodes
 from lbr_dist.launch.ray_train import Request, Stop, Training
-from lbr_dist.launch.ray_worker import Gauges
+from lbr_dist.launch.ray_worker import RESUME, Gauges, resume_from
 from lbr_dist.recipes import load_recipe, parse_recipe
-from lbr_dist.training import preflight
+from lbr_dist.training import preflight, run_folder
 from lbr_dist.training.signals import stop_signals
 
 RAW: dict[str, Any] = {
@@ -144,12 +147,12 @@ class TestPipeline:
         return tmp_path
 
     def test_stage_2_starts_from_stage_1(self, files: Path) -> None:
-        one, two = ray_pipeline.recipes(str(files / "one.yaml"), str(files / "two.yaml"), files)
+        one, two, _ = ray_pipeline.parts(str(files / "one.yaml"), str(files / "two.yaml"), files)
         assert two.model.start_from == one.output == str(files / "runs/a")
 
     def test_a_folder_whose_name_yaml_would_read_otherwise(self, files: Path) -> None:
         (files / "one.yaml").write_text(yaml.safe_dump({**RAW, "output": "runs/a #1: x", "bottleneck": {"tokens": 1}}))
-        one, two = ray_pipeline.recipes(str(files / "one.yaml"), str(files / "two.yaml"), files)
+        one, two, _ = ray_pipeline.parts(str(files / "one.yaml"), str(files / "two.yaml"), files)
         assert two.model.start_from == one.output == str(files / "runs/a #1: x")
 
     @pytest.mark.parametrize(
@@ -162,16 +165,35 @@ class TestPipeline:
     )
     def test_mistakes_are_found_before_anything_starts(self, files: Path, second: str, message: str) -> None:
         with pytest.raises(UserError, match=message):
-            ray_pipeline.recipes(str(files / "one.yaml"), str(files / f"{second}.yaml"), files)
+            ray_pipeline.parts(str(files / "one.yaml"), str(files / f"{second}.yaml"), files)
 
     def test_where_the_number_of_bottleneck_tokens_varies_the_export_is_told_how_many(self, files: Path) -> None:
         one, two = str(files / "varies.yaml"), str(files / "ratio.yaml")
         Path(one).write_text(yaml.safe_dump(RAW))
-        assert ray_pipeline.recipes(one, two, files, 2)[1].bottleneck.effective_ratio
+        assert ray_pipeline.parts(one, two, files, tokens=2)[1].bottleneck.effective_ratio
         with pytest.raises(UserError, match="pass --tokens"):
-            ray_pipeline.recipes(one, two, files)
+            ray_pipeline.parts(one, two, files)
         with pytest.raises(UserError, match="--tokens 9: this run's texts have 1 to 3 bottleneck tokens"):
-            ray_pipeline.recipes(one, two, files, 9)
+            ray_pipeline.parts(one, two, files, tokens=9)
+
+    def test_an_export_that_could_not_be_made_or_kept_is_told_first(self, files: Path) -> None:
+        one, two = str(files / "one.yaml"), str(files / "two.yaml")
+        with pytest.raises(UserError, match=r"OUT one\.yaml: is a file"):
+            ray_pipeline.parts(one, two, Path(), "one.yaml")
+        assert ray_pipeline.parts(one, two, files, "model")[2] == files / "model"
+        for name in (one, two):
+            Path(name).write_text(Path(name).read_text().replace("runs/", f"{files}/runs/"))
+        copy = files / ray_stage.UNPACKED / "a"
+        with pytest.raises(UserError, match="OUT model: is relative to the job's working directory"):
+            ray_pipeline.parts(one, two, copy, "model")
+        assert ray_pipeline.parts(one, two, copy)[2] == files / "runs/b/model"
+
+    def test_a_set_without_questions_to_evaluate_on_is_told_first(self, files: Path) -> None:
+        (files / "data" / "a").mkdir(parents=True)
+        none = {"splits": {"eval": {"records": 0, "texts": 0}}}
+        (files / "data" / "a" / "manifest.json").write_text(json.dumps(none))
+        with pytest.raises(UserError, match=r"data/a: the first of data\.sets is what the run is evaluated on"):
+            ray_pipeline.parts(str(files / "one.yaml"), str(files / "two.yaml"), files)
 
     @pytest.mark.parametrize("when", ["as stage 1 ends", "before stage 2 begins"])
     def test_a_signal_between_the_stages_is_heard(
@@ -221,6 +243,29 @@ class TestPipeline:
         written = ray_pipeline.deliver(str(tmp_path / "run"), "set", str(out), 0, 2)
         assert exported == ([] if there == "an export" else [(str(out), 2)])
         assert ("nothing is exported" in written) == (there == "an export")
+
+
+def test_a_node_that_does_not_see_the_run_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "SEEN_AFTER_S", 0.1)
+    with pytest.raises(UserError, match=rf"output /runs/a: rank 3 on {socket.gethostname()} does not see the folder"):
+        resume_from(tmp_path / "ray" / "1", Path("/runs/a"), 3)
+    (tmp_path / RESUME).write_text("auto")
+    assert resume_from(tmp_path, Path("/runs/a"), 3) == "auto"
+
+
+def test_a_recipe_of_another_user_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "one.yaml")
+
+    for module in (ray_stage, ray_pipeline, slurm):
+        monkeypatch.setattr(module, "load_recipe", denied)
+    assert ray_stage.main("generative", ["one.yaml"]) == 2
+    assert ray_pipeline.main(["one.yaml", "two.yaml"]) == 2
+    assert slurm.main(["output", "one.yaml"]) == 2
+    line = "error: one.yaml: Permission denied: see to it that this user may use it"
+    assert capsys.readouterr().err.splitlines() == [line] * 3
 
 
 def test_a_run_folder_of_any_name_has_metrics() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
-from lbr_dist.launch.ray_cluster import ALONE, _check_answers, cluster
+from lbr_dist.launch.ray_cluster import ALONE, _check_answers, check_python, cluster
 from lbr_dist.launch.ray_start import address_towards, listening_on, run_driver, start
 
 PROJECT = Path(__file__).parents[2]
@@ -156,6 +156,19 @@ def test_start(monkeypatch: pytest.MonkeyPatch, started: list[Any]) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     assert start(["--address=127.0.0.1:6379"]) == 7
     assert started[2][1]["RAY_AUTH_MODE"] == "disabled"
+
+
+def test_a_python_that_a_shell_would_split_is_refused(monkeypatch: pytest.MonkeyPatch, started: list[Any]) -> None:
+    """Ray hands its path to one as it is: no worker ever came, and nobody said why."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/token")
+    monkeypatch.setattr(sys, "executable", "/home/übung/my env/bin/python")
+    with pytest.raises(UserError, match="my env/bin/python: Ray cannot start this Python"):
+        start(["--head", f"--node-ip-address={ADDRESS}"])
+    with pytest.raises(UserError, match="my env/bin/python: Ray cannot start this Python"), cluster():
+        pass
+    assert not started
+    monkeypatch.setattr(sys, "executable", "/home/übung/env-3.11/bin/python")
+    check_python()
 
 
 def test_a_driver_begins_again_once(tmp_path: Path) -> None:

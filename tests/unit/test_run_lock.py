@@ -50,6 +50,21 @@ def test_a_second_run_is_refused_and_names_the_first(tmp_path: Path, monkeypatch
     assert (tmp_path / "run" / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+@pytest.mark.parametrize(("job", "kind"), [("7", RuntimeError), ("8", UserError)])
+def test_an_earlier_start_of_the_same_job_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str, kind: type[Exception]
+) -> None:
+    """Its node lost slurmd, and Slurm the rank, which lives on; the job that was started again ended for good."""
+    monkeypatch.setattr(run_lock, "PATIENCE_S", 0.5)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with holder(tmp_path):
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        for restart, error in (("1", kind), ("0", UserError)):  # the last: two runs in one allocation
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+            with RunLock(tmp_path) as lock, pytest.raises(error, match=r"process \d+ of Slurm job 7, restart 0 on "):
+                lock.take()
+
+
 def test_a_start_waits_for_the_end_of_the_attempt_before(tmp_path: Path) -> None:
     first = RunLock(tmp_path)
     with RunLock(tmp_path) as second:

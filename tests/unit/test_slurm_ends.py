@@ -16,7 +16,11 @@ STANDINS = {
     "scontrol": """
 case "$1 $2" in
   "show hostnames") printf 'n1\\nn2\\n' ;;
-  "show job") echo "JobId=7 EndTime=Unknown" ;;
+  "show job")
+    form=%H:%M # as `relative` has a time of today
+    [ "${SLURM_TIME_FORMAT:-}" != standard ] || form=%FT%T
+    echo "JobId=7 EndTime=$([ -e "$PLACE/limit" ] && date -d '13 seconds' "+$form" || echo Unknown)"
+    ;;
   requeue*) echo "requeue $2" >>"$PLACE/calls"; [ ! -e "$PLACE/refuse" ] ;;
 esac
 """,
@@ -28,7 +32,7 @@ cat "$PLACE/state"
 """,
     "srun": """
 echo "srun $*" >>"$PLACE/calls"
-env | grep -oE '^(SLURM_|SRUN_|RANK|WORLD)[A-Z_]*' | sort | tr '\\n' ' ' >"$PLACE/environment"
+env | grep -oE '^(SLURM_|SRUN_|SQUEUE_|RANK|WORLD)[A-Z_]*' | sort | tr '\\n' ' ' >"$PLACE/environment"
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """,
@@ -36,13 +40,13 @@ exec "$@"
 case "$*" in
   *"slurm begin"*) echo 20000 20001 20002 20003; cat "$PLACE/resume" 2>/dev/null || true ;;
   *"slurm output"*) echo "$PLACE" ;;
-  *"slurm end"*) echo "end $*" >>"$PLACE/calls"; echo requeue ;;
+  *"slurm end"*) echo "end $*" >>"$PLACE/calls"; cat "$PLACE/verdict" 2>/dev/null || echo requeue ;;
   *"lbr_dist train"*)
     if [ -e "$PLACE/wait" ]; then sleep 30 & fi
     trap 'kill %1; exit 75' TERM USR1
     touch "$PLACE/started"
     wait
-    exit 75
+    exit "$(cat "$PLACE/code" 2>/dev/null || echo 75)"
     ;;
   *"slurm check"*) [ ! -e "$PLACE/check" ] || { touch "$PLACE/started"; sleep 1; echo "done" >"$PLACE/check"; } ;;
   *"slurm_ray node"*) echo "error: no room" >&2; exit 2 ;;
@@ -161,6 +165,60 @@ def test_a_task_of_an_array_asks_for_itself(job: Callable[..., subprocess.Popen[
     assert "requeue 7" not in calls(tmp_path)
 
 
+def test_a_job_that_a_task_of_an_array_submitted_is_not_that_task(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """sbatch hands it the task's variables, and the task, another job, was requeued instead."""
+    running = job(SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="3")
+    running.communicate(timeout=60)
+    assert "requeue 7" in calls(tmp_path)
+    assert not [line for line in calls(tmp_path) if "5_3" in line]
+
+
+def test_the_time_limit_is_read_however_the_user_has_times_shown(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "limit").touch()
+    script = tmp_path / "script.sh"
+    script.write_text('. "$LBR_HOME/slurm/lib.sh"\nrequeue_before_the_limit\n')
+    began = time.monotonic()
+    running = job(str(script), SLURM_TIME_FORMAT="relative", TZ="Asia/Tokyo")
+    assert "not stopped in time" in running.communicate(timeout=60)[1]
+    assert time.monotonic() - began > 2, "10 s before it, not at once"
+
+
+@pytest.mark.parametrize(("verdict", "code"), [("complete", 0), ("stop", 1)])
+def test_srun_is_not_believed_that_a_run_is_complete(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, verdict: str, code: int
+) -> None:
+    (tmp_path / "code").write_text("0\n")
+    (tmp_path / "verdict").write_text(f"{verdict}\n")
+    running = job()
+    running.communicate(timeout=60)
+    assert running.returncode == code
+    assert f" --code 0 --output {tmp_path} recipe.yaml" in calls(tmp_path)[-1], "whatever the recipe says by now"
+
+
+def test_a_python_that_talks_is_named(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    talking = tmp_path / "bin" / "talking"
+    talking.write_text('#!/bin/sh\necho Activating\nexec python "$@"\n')
+    talking.chmod(0o755)
+    running = job(LBR_PYTHON=str(talking))
+    said = running.communicate(timeout=60)[1]
+    assert f"error: LBR_PYTHON={talking} prints more than it is asked for ('Activating')" in said
+    assert running.returncode == 2
+
+
+def test_a_site_file_may_end_with_what_is_false(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    (tmp_path / "mine.env").touch()
+    (tmp_path / "site.env").write_text(
+        f'. {PROJECT}/slurm/site.env\n. {tmp_path}/mine.env\n[ -f "{tmp_path}/none" ] && . "{tmp_path}/none"\n'
+    )
+    running = job(LBR_SITE=str(tmp_path / "site.env"))
+    running.communicate(timeout=60)
+    assert running.returncode == 0
+
+
 def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
     job: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
@@ -178,6 +236,15 @@ def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
         "SLURM_TRES_BIND": "gres/gpu:map:0",
         "SLURM_DISTRIBUTION": "cyclic",
         "SRUN_EXPORT_ENV": "NONE",
+        "SRUN_CPUS_PER_TASK": "9",
+        "SLURM_GPUS_PER_NODE": "9",
+        "SLURM_NTASKS_PER_GPU": "9",
+        "SLURM_THREADS_PER_CORE": "1",
+        "SLURM_EXCLUSIVE": "user",
+        "SLURM_CONSTRAINT": "none",
+        "SLURM_TIMELIMIT": "1",
+        "SLURM_LABELIO": "1",
+        "SQUEUE_STATES": "PENDING",
     }  # of the shell that submitted, in a step of its own
     (tmp_path / "site.env").write_text(f"export SLURM_MEM_BIND=local\n. {PROJECT}/slurm/site.env\n")
     running = job(**asked, **left, SLURM_MEM_PER_NODE="8000", LBR_SITE=str(tmp_path / "site.env"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -85,6 +86,49 @@ def test_an_export_that_could_not_be_made_is_told_first(
         assert pipeline(after=after, **python).returncode == 0
         out = "out --tokens 1" if after[0] == "out" else f"{tmp_path}/two/model --tokens=1"
         assert (tmp_path / "asked").read_text().splitlines()[-1].endswith(f"--data d -- {out}")
+
+
+def test_what_cannot_be_evaluated_or_exported_is_not_trained(
+    pipeline: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    python = {"LBR_PYTHON": sys.executable}
+    (tmp_path / "file").touch()
+    refused = pipeline(after=(str(tmp_path / "file"),), **python)
+    assert refused.stderr == f"error: OUT {tmp_path}/file: is a file: name a folder for the exported model\n"
+    two, (held_out, texts) = tmp_path / "two.yaml", ({"records": 2, "texts": 1}, {"records": 2, "texts": 2})
+    two.write_text(two.read_text().replace("path: d", f"path: {tmp_path}/set"))
+    (tmp_path / "set").mkdir()
+    for side, code in ((texts, 2), (held_out, 0)):
+        (tmp_path / "set" / "manifest.json").write_text(json.dumps({"splits": {"eval": side}}))
+        done = pipeline(**python)
+        assert done.returncode == code
+        assert (tmp_path / "asked").exists() is not ("no question on its eval side: prepare it" in done.stderr)
+
+
+def test_what_a_site_file_and_its_modules_say_is_no_answer(
+    pipeline: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Stage 2 was submitted with a word of theirs for its folder."""
+    site_file = tmp_path / "site.env"
+    own = "echo welcome\nmodule() { echo loading; }\nexport LBR_MODULES=gcc\n"
+    site_file.write_text(f"{own}{SITE.read_text()}[ -f none ] && . none\n")
+    done = pipeline(site_file, LBR_PYTHON=sys.executable)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == [f"stage 1: job 7 -> {tmp_path}/one", f"stage 2: job 7 -> {tmp_path}/two"]
+    (tmp_path / "asked").unlink()
+    talking = tmp_path / "talking"
+    talking.write_text(f'#!/bin/sh\necho Activating\nexec {sys.executable} "$@"\n')
+    talking.chmod(0o755)
+    done = pipeline(LBR_PYTHON=str(talking))
+    assert done.returncode == 2
+    assert "prints more than it is asked for ('Activating'): see that LBR_PYTHON" in done.stderr
+    assert not (tmp_path / "asked").exists()
+
+
+def test_the_project_is_found_whatever_cd_says() -> None:
+    env = {"PATH": "/usr/bin:/bin", "CDPATH": "."}
+    done = subprocess.run(["slurm/pipeline.sh"], cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
+    assert done.stderr.startswith("error: usage: ")
 
 
 def test_a_chain_of_jobs_that_are_not_submitted_is_refused(

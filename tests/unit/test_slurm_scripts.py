@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from lbr_dist import cli
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
-from lbr_dist.launch import slurm, torchrun
+from lbr_dist.launch import ray_stage, slurm, torchrun
 from lbr_dist.launch.mistakes import left
 from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_checkpoint
 from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
 from lbr_dist.launch.slurm_ray import start_options
 from lbr_dist.launch.torchrun import combined
 from lbr_dist.logs import read_rows
+from lbr_dist.recipes import save_recipe
+from lbr_dist.training.run import Outcome
 from lbr_dist.training.run_folder import check_folder
 
 PROJECT = Path(__file__).parents[2]
@@ -71,6 +74,30 @@ def test_a_mistake_that_srun_does_not_report_is_one(recipe: Recipe, monkeypatch:
     assert not end(recipe, JOB, 137, asked=False).requeue
     assert end(recipe, Attempt(7, 1, "n1", limit=3), 137, asked=False).requeue
     assert check_folder(recipe, resume="auto") == [], "the next start may go on"
+
+
+def test_that_a_run_is_complete_is_its_own_word(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun says 0 where the job goes on without a node that it lost, and the job was a success."""
+    file, later = tmp_path / "recipe.yaml", Attempt(7, 1, "n1", limit=3)
+    save_recipe(recipe, file)
+    begin(recipe, JOB)
+    assert end(recipe, JOB, 0, asked=False).requeue
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(sys, "argv", ["lbr", "train", str(file)])
+    for step in (1, 2):
+        ended = Outcome(Path(recipe.output), step, total_steps=2)
+        monkeypatch.setattr("lbr_dist.training.run.train", lambda *_, ended=ended, **__: ended)
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert end(recipe, JOB, 0, asked=False).complete is (step == 2)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for code in (75, 0):
+        assert not end(recipe, later, 0, asked=False).complete
+        monkeypatch.setattr(ray_stage, "run_stage", lambda *_, code=code, **__: code)
+        ray_stage.main("generative", [str(file)])
+    assert end(recipe, later, 0, asked=False).complete
 
 
 def test_starts_that_had_no_end_count_too(recipe: Recipe) -> None:
@@ -163,8 +190,6 @@ def test_a_taken_port_is_passed_over_and_a_wanted_one_refused() -> None:
 def test_command_line(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lbr_dist.recipes import save_recipe
-
     file = tmp_path / "recipe.yaml"
     save_recipe(recipe, file)
     assert main(["begin", str(file)]) == 2
@@ -180,6 +205,9 @@ def test_command_line(
     assert len(capsys.readouterr().out.splitlines()) == 1
     assert main(["end", "--code", "75", "--asked", str(file)]) == 0
     assert capsys.readouterr().out == "requeue\n"
+    assert main(["end", "--code", "1", "--output", str(tmp_path / "other"), str(file)]) == 0
+    assert (tmp_path / "other" / slurm.HISTORY).is_file(), "where the job began, whatever the recipe says by then"
+    capsys.readouterr()
     assert main(["output", str(file), "--allow-change", "optim.lr", "output=elsewhere", "--resume=auto"]) == 0
     assert capsys.readouterr().out == "elsewhere\n"
 
@@ -311,6 +339,7 @@ SITE = PROJECT / "slurm" / "site.env"
         (None, "cannot be read: mend LBR_SITE"),
         ("export LAUNCHER=srun\r\n", "has the line ends of Windows"),
         ("export LAUNCHER=srun\n", "does not set LBR_RANKS_PER_NODE: begin with a copy of slurm/site.env"),
+        ("true\nfalse\n", "a command in it failed: mend it"),
         ("export LBR_MODULES=gcc\n", "LBR_MODULES=gcc: no command 'module' here"),
         ("export LBR_MODULES=gcc\nmodule() { return 3; }\n", "LBR_MODULES=gcc: module load failed with 3"),
     ],
