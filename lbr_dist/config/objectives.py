@@ -79,7 +79,8 @@ class Contrastive(Section):
     """Causal is the paper's; bidirectional is its ablation (paper section 5.1)."""
     query_instruction: str = ""
     """Text put before every query; it must end in a line break, where most tokenizers begin anew. With one that does
-    not (Llama 2), `lbr plan` and the log say that the run cannot be exported."""
+    not (Llama 2) the run could not be exported: `lbr plan` says so, and `lbr train` refuses it where its first texts
+    show it."""
     passage_instruction: str = ""
     """Text put before every passage; likewise."""
     hard_negatives: Annotated[int, Field(ge=0)] = 0

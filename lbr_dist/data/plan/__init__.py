@@ -106,6 +106,6 @@ def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Toke
         if not tokenization.begins_anew_after(getattr(recipe.contrastive, name)):
             plan.notes.append(
                 f"contrastive.{name}: behind it this tokenizer gives a text other tokens than alone, so `lbr export` "
-                "will refuse the run, while `lbr encode` serves it: leave it out of a run that is to be exported"
+                "would refuse the run, and `lbr train` does where its first texts show it: leave it out"
             )
     return plan
