@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ from lbr_dist.disk import sync
 if TYPE_CHECKING:
     from lbr_dist.evaluation.encoder import Encoder, Side
 
+Item = TypeVar("Item")
 BLOCK_TEXTS = 16_384
 """Texts in a block at most."""
 BLOCK_CHARACTERS = 32 << 20
@@ -58,20 +59,24 @@ def text_blocks(rows: Iterable[tuple[str, str]], parts: Path, most: int) -> Iter
         parts: folder in which finished parts are looked for.
         most: texts in a block.
     """
-    ids: list[str] = []
-    texts: list[str] = []
-    characters = number = 0
-    for name, text in rows:
-        if ids and (len(ids) == most or characters + len(text) > BLOCK_CHARACTERS):
-            number += 1
-            yield TextBlock(number, ids, [] if _is_whole(part_file(parts, number)) else texts)
-            ids, texts, characters = [], [], 0
-        ids.append(name)
-        texts.append(text)
-        characters += len(text)
-    if ids:
-        number += 1
-        yield TextBlock(number, ids, [] if _is_whole(part_file(parts, number)) else texts)
+    for number, block in enumerate(grouped(rows, lambda row: len(row[1]), most), 1):
+        whole = _is_whole(part_file(parts, number))
+        yield TextBlock(number, [name for name, _ in block], [] if whole else [text for _, text in block])
+
+
+def grouped(items: Iterable[Item], characters: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Neighbouring items, at most `most`, and of `BLOCK_CHARACTERS` unless a single one has more."""
+    block: list[Item] = []
+    total = 0
+    for item in items:
+        size = characters(item)
+        if block and (len(block) == most or total + size > BLOCK_CHARACTERS):
+            yield block
+            block, total = [], 0
+        block.append(item)
+        total += size
+    if block:
+        yield block
 
 
 class EncodeBlock:

@@ -5,6 +5,10 @@ and the remedy. The command line prints it as `error: ...` and exits with `EXIT_
 that a restart cannot mend it. Any other exception is a bug or a fault of the machine.
 """
 
+from __future__ import annotations
+
+import sys
+
 EXIT_USER_ERROR = 2
 """The input, the recipe or a flag is wrong: running again changes nothing."""
 
@@ -14,3 +18,18 @@ EXIT_RUN_AGAIN = 75
 
 class UserError(Exception):
     """A mistake in the input: one line that says what is wrong, where, and what to do about it."""
+
+
+def told(error: UserError | PermissionError) -> int:
+    """Say what is wrong, in one line on stderr; returns the exit code.
+
+    A PermissionError is of a file of another user, anywhere in what a command was given; one that names no file is
+    raised again.
+    """
+    said = str(error)
+    if isinstance(error, PermissionError):
+        if error.filename is None:
+            raise error
+        said = f"{error.filename}: {error.strerror}: see to it that this user may use it"
+    print(f"error: {said}", file=sys.stderr)
+    return EXIT_USER_ERROR

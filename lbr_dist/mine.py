@@ -22,7 +22,7 @@ import numpy as np
 from lbr_dist.blocks import BLOCK_TEXTS
 from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.publish import KEYS, check_target, finished, publish, resumable, workspace
+from lbr_dist.data.publish import check_target, finished, is_ours, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128, open_set
 from lbr_dist.data.sources.parts import printable
 from lbr_dist.errors import UserError
@@ -262,7 +262,7 @@ def _refuse_inside_a_set(place: Path, out: str | Path) -> None:
             manifest = json.loads((folder / "manifest.json").read_bytes())
         except (OSError, ValueError, RecursionError):
             continue
-        if isinstance(manifest, dict) and manifest.keys() >= KEYS:
+        if is_ours(manifest):
             raise UserError(
                 f"--out {out}: lies in the prepared set {folder}, and would go with it: name another folder"
             )

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from lbr_dist.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS
+from lbr_dist.blocks import BLOCK_TEXTS, grouped
 from lbr_dist.data.remote import is_url
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
 from lbr_dist.data.sources.row_values import REASONS, RowError, text
@@ -196,7 +196,7 @@ def _in_blocks(encoder: Encoder, texts: list[str], progress: bool) -> np.ndarray
 
     from lbr_dist.evaluation.encoder import check_finite
 
-    blocks = list(_blocks(texts))
+    blocks = list(grouped(texts, len, BLOCK_TEXTS))
     several = len(blocks) > 1
     pieces = []
     with tqdm(
@@ -207,14 +207,3 @@ def _in_blocks(encoder: Encoder, texts: list[str], progress: bool) -> np.ndarray
             check_finite(pieces[-1], block, encoder.name)
             bar.update(len(block))
     return np.concatenate(pieces)
-
-
-def _blocks(texts: list[str]) -> Iterator[list[str]]:
-    """Neighbouring texts, bounded as those of `lbr encode`."""
-    start = characters = 0
-    for row, passage in enumerate(texts):
-        if row > start and (row - start == BLOCK_TEXTS or characters + len(passage) > BLOCK_CHARACTERS):
-            yield texts[start:row]
-            start, characters = row, 0
-        characters += len(passage)
-    yield texts[start:]

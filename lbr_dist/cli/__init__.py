@@ -16,7 +16,7 @@ import typer
 
 from lbr_dist import __version__
 from lbr_dist.cli import checkpoint, data, models, ray, slurm, training
-from lbr_dist.errors import EXIT_USER_ERROR, UserError
+from lbr_dist.errors import UserError, told
 
 app = typer.Typer(
     help="Learn Before Represent: train, evaluate and export domain-specific embedding models.",
@@ -50,14 +50,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except PermissionError as error:  # a file of another user, anywhere in what a command was given
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}: see to it that this user may use it", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    except (UserError, PermissionError) as error:
+        sys.exit(told(error))
 
 
 def quiet() -> None:

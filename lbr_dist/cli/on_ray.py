@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from lbr_dist.errors import EXIT_USER_ERROR, UserError
+from lbr_dist.errors import EXIT_USER_ERROR, UserError, told
 
 USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
 """Of the click that typer uses: newer ones have a copy of their own, whose errors are not those of the package."""
@@ -25,7 +25,6 @@ def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -
     """
     from lbr_dist.cli import quiet
     from lbr_dist.data.execute import executing
-    from lbr_dist.launch.mistakes import told
     from lbr_dist.launch.ray_cluster import cluster
 
     quiet()

@@ -191,7 +191,12 @@ def _is_foreign(folder: Path) -> bool:
         manifest = json.loads((folder / "manifest.json").read_bytes())
     except (ValueError, RecursionError):
         return not names <= NAMES
-    return not (isinstance(manifest, dict) and manifest.keys() >= KEYS)
+    return not is_ours(manifest)
+
+
+def is_ours(manifest: Any) -> bool:
+    """Whether this, out of a `manifest.json`, is the manifest of a prepared set."""
+    return isinstance(manifest, dict) and manifest.keys() >= KEYS
 
 
 def _restore(out: Path) -> None:

@@ -138,15 +138,11 @@ class PaddedEncoder:
         Raises:
             UserError: not a model folder, a damaged one, an encoder with a decoder, or not of text alone.
         """
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
-        from lbr_dist.model.hub import cached_first
         from lbr_dist.model.plain import load_plain
 
         self.tokenization = Tokenization.load(path)
-        alone = cached_first(AutoTokenizer.from_pretrained, path)("a", return_special_tokens_mask=True)
-        special: list[int] = alone["special_tokens_mask"]
-        self._end: list[int] = alone["input_ids"][len(special) - special[::-1].index(0) :] if 0 in special else []
         self.model = load_plain(AutoModel, path, device, f"model hf:{path}")
         self.name = f"{path.rstrip('/').rsplit('/', 1)[-1]} ({pooling})"
         settings = self.model.config
@@ -165,10 +161,10 @@ class PaddedEncoder:
         """See `Encoder`; both sides are the same, there are no instructions."""
         import torch
 
-        encoded, bos = self.tokenization.encode(texts), self.tokenization.bos
-        room = max(0, self.max_tokens - len(bos) - len(self._end))
+        encoded, bos, end = self.tokenization.encode(texts), self.tokenization.bos, self.tokenization.end
+        room = max(0, self.max_tokens - len(bos) - len(end))
         self.cut += sum(len(ids) > room for ids in encoded)
-        inputs = [bos + ids[:room] + self._end for ids in encoded]
+        inputs = [bos + ids[:room] + end for ids in encoded]
         lengths = np.array([len(x) for x in inputs], dtype=np.int64)
         out = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
         with torch.inference_mode(), _bar(len(texts), progress, self.name) as advance:

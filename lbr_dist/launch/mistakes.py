@@ -1,4 +1,4 @@
-"""How a mistake of the user is told, and the word that is left under Slurm where srun's exit code may say otherwise.
+"""The word that is left under Slurm where srun's exit code may say otherwise.
 
 srun reports the highest exit code of its tasks, so that a rank which hangs, and is killed when another has ended with
 2, hides the 2: the job would run again, to end the same way. So does a node that cannot start Python. And where a node
@@ -10,28 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lbr_dist.errors import EXIT_USER_ERROR, UserError
+from lbr_dist.errors import UserError
 
 FOLDER = "mistakes"
 FINISHED = "finished"
 """Folders of the words."""
 HISTORY = "slurm.jsonl"
 """Starts and ends of jobs in the run folder: where there is none, nobody asks for a word."""
-
-
-def told(error: UserError | PermissionError) -> int:
-    """Say what is wrong, in one line on stderr, as the command line does; returns the exit code."""
-    said = str(error)
-    if isinstance(error, PermissionError):
-        if error.filename is None:
-            raise error
-        said = f"{error.filename}: {error.strerror}: see to it that this user may use it"
-    print(f"error: {said}", file=sys.stderr)
-    return EXIT_USER_ERROR
 
 
 def word(run_dir: Path, job: int, restart: int, folder: str = FOLDER) -> Path:

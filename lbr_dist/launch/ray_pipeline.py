@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lbr_dist.config import Recipe
-from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
+from lbr_dist.errors import EXIT_RUN_AGAIN, UserError, told
 from lbr_dist.launch.delivery import check_delivery
-from lbr_dist.launch.mistakes import told
 from lbr_dist.launch.ray_cluster import cluster, living_nodes
 from lbr_dist.launch.ray_stage import absolute, add_cluster_options, check_kept, requested
 from lbr_dist.launch.ray_train import Stop, run_stage

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import Recipe
-from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError, told
 from lbr_dist.launch.delivery import check_delivery
-from lbr_dist.launch.mistakes import FINISHED, HISTORY, told, word
+from lbr_dist.launch.mistakes import FINISHED, HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe, override
 from lbr_dist.training.chain import load_next

@@ -112,6 +112,13 @@ class Tokenization:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     @property
+    def end(self) -> list[int]:
+        """Token ids that the tokenizer puts behind a text, which training does not use."""
+        alone = self._tokenizer.encode("a")
+        special = alone.special_tokens_mask
+        return alone.ids[len(special) - special[::-1].index(0) :] if 0 in special else []
+
+    @property
     def vocabulary(self) -> int:
         """Number of ids, added tokens and gaps included: the rows that an embedding must have."""
         return max(self._tokenizer.get_vocab().values()) + 1

@@ -41,14 +41,19 @@ def test_equal_texts_find_themselves_once(tmp_path, run, corpus):
     assert all(hits[i].score >= hits[i + 1].score for hits in results for i in range(2))
 
 
-def test_the_corpus_is_embedded_once(tmp_path, run, corpus, monkeypatch):
-    seen = []
+def noted(monkeypatch, note):
+    """Have `note(texts, side)` called for all that is embedded."""
     real = encoders.PackedEncoder.encode
     monkeypatch.setattr(
         encoders.PackedEncoder,
         "encode",
-        lambda self, texts, side="passage", progress=False: seen.append(side) or real(self, texts, side, progress),
+        lambda self, texts, side="passage", progress=False: note(texts, side) or real(self, texts, side, progress),
     )
+
+
+def test_the_corpus_is_embedded_once(tmp_path, run, corpus, monkeypatch):
+    seen = []
+    noted(monkeypatch, lambda texts, side: seen.append(side))
     options = {"device": "cpu", "cache_dir": tmp_path / "c", "progress": False}
     first = search(run, corpus, ["pain"], **options)
     assert search(run, corpus, ["pain"], **options) == first
@@ -60,17 +65,12 @@ def test_the_corpus_is_embedded_once(tmp_path, run, corpus, monkeypatch):
 
 def test_a_corpus_is_embedded_in_blocks(tmp_path, run, corpus, monkeypatch):
     sizes = []
-    real = encoders.PackedEncoder.encode
-    monkeypatch.setattr(
-        encoders.PackedEncoder,
-        "encode",
-        lambda self, texts, *more: sizes.append(len(texts)) or real(self, texts, *more),
-    )
+    noted(monkeypatch, lambda texts, side: sizes.append(len(texts)))
     corpus.write_text("".join(json.dumps({"answer": "heart " * n}) + "\n" for n in range(1, 8)))
     options = {"k": 9, "device": "cpu", "progress": False}
     whole = search(run, corpus, ["heart"], cache_dir=tmp_path / "a", **options)[0]
     monkeypatch.setattr(module, "BLOCK_TEXTS", 3)
-    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 60)
+    monkeypatch.setattr("lbr_dist.blocks.BLOCK_CHARACTERS", 60)
     found = search(run, corpus, ["heart"], cache_dir=tmp_path / "b", **options)[0]
     assert sizes == [7, 1, 3, 2, 1, 1, 1]
     assert [hit.text for hit in found] == [hit.text for hit in whole]
