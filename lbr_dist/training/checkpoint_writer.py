@@ -149,8 +149,10 @@ class CheckpointWriter:
         if team.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_stale(self.folder)
-            known = [manifest.sequence for _, manifest in layout.list_checkpoints(run_dir) if manifest]
+            known = {manifest.sequence: path.name for path, manifest in layout.list_checkpoints(run_dir) if manifest}
             self._sequence, attempt = max(known, default=0), os.urandom(4).hex()
+            if known:  # a writer may have been killed between its rename and this
+                self._name_latest(known[self._sequence])
         self.attempt: str = team.broadcast(attempt)
 
     def submit(self, snapshot: Snapshot) -> None:
@@ -259,7 +261,7 @@ class CheckpointWriter:
             sync(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
             self._sequence += 1
-            files.replace_bytes(self.folder / layout.LATEST, f"{final.name}\n".encode())
+            self._name_latest(final.name)
         except OSError as error:
             return _explain(error, 0, temporary)
         try:
@@ -267,6 +269,11 @@ class CheckpointWriter:
         except (OSError, UserError) as error:  # this one is committed all the same
             log.warning("checkpoints before %s could not be removed: %s", final.name, error)
         return None
+
+    def _name_latest(self, name: str) -> None:
+        latest, line = self.folder / layout.LATEST, f"{name}\n".encode()
+        if not latest.is_file() or latest.read_bytes() != line:
+            files.replace_bytes(latest, line)
 
     def _rotate(self) -> None:
         kept, reached = 0, math.inf

@@ -288,6 +288,14 @@ def test_stale_folders_are_removed_and_a_replaced_one_comes_back(tmp_path):
     assert verify(folder / "step-000006") == []
 
 
+def test_a_start_names_the_newest_checkpoint_where_a_writer_died_before_it_could(tmp_path):
+    save(writer(tmp_path), 5, 6)
+    latest = tmp_path / "checkpoints" / "latest"
+    latest.write_text("step-000005\n")
+    writer(tmp_path)
+    assert latest.read_text() == "step-000006\n"
+
+
 def _save_forever(run: str, step: int, started: Any) -> None:
     target = writer(Path(run), keep_last=2)
     started.set()

@@ -151,5 +151,6 @@ def _by_domain(source: Source, row_N: np.ndarray | None) -> dict[str, np.ndarray
             "prepared before they were kept: prepare the set again"
         )
     used_N = np.arange(len(domains)) if row_N is None else row_N
-    names, which_N = np.unique(domains[used_N].astype(str), return_inverse=True)
-    return {str(name): used_N[which_N == number] for number, name in enumerate(names)}
+    names, which_N, count_D = np.unique(domains[used_N].astype(str), return_inverse=True, return_counts=True)
+    by_domain_N = used_N[np.argsort(which_N, kind="stable")]
+    return {str(name): part for name, part in zip(names, np.split(by_domain_N, np.cumsum(count_D)[:-1]), strict=True)}
