@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lbr_dist.blocks import BLOCK_TEXTS, grouped
 from lbr_dist.data.sources import beir
 from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.disk import home
@@ -212,7 +213,8 @@ class MtebEncoder:
         """
         texts = [text for batch in inputs for text in batch["text"]]
         side: Side = "query" if prompt_type is not None and prompt_type.value == "query" else "passage"
-        vectors_ND = self.encoder.encode(texts, side, self.progress)
+        blocks = list(grouped(texts, len, BLOCK_TEXTS)) or [[]]  # their tokens take far more memory than they do
+        vectors_ND = np.concatenate([self.encoder.encode(block, side, self.progress) for block in blocks])
         check_finite(vectors_ND, texts, self.encoder.name)
         if self.keep:
             self.vectors[side].append(vectors_ND)

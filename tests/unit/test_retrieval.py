@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lbr_dist.errors import UserError
+from lbr_dist.evaluation import retrieval
 from lbr_dist.evaluation.bm25 import BM25, best, words
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 from lbr_dist.evaluation.retrieval import (
@@ -75,6 +76,19 @@ def test_mteb_agrees_with_a_numpy_computation():
     assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     assert 0.1 < scores["ndcg_at_10"] < 0.99
     assert scores["main_score"] == scores["ndcg_at_10"]
+
+
+def test_a_large_corpus_is_embedded_in_blocks(monkeypatch):
+    data, encoder = problem()
+    whole, sizes, encode = MtebEncoder(encoder, keep=True), [], encoder.encode
+    expected = retrieval_scores(whole, held_out_task(data))
+    monkeypatch.setattr(retrieval, "BLOCK_TEXTS", 7)
+    monkeypatch.setattr(encoder, "encode", lambda texts, *rest: sizes.append(len(texts)) or encode(texts, *rest))
+    wrapped = MtebEncoder(encoder, keep=True)
+    assert retrieval_scores(wrapped, held_out_task(data)) == expected
+    assert set(sizes) == {7, 50 % 7, 300 % 7}
+    for side in ("query", "passage"):
+        assert np.array_equal(np.concatenate(wrapped.vectors[side]), np.concatenate(whole.vectors[side]))
 
 
 def test_bm25_through_mteb_agrees_with_the_formula():
