@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import add_options, head, ratio, save, table, take_turns, title
-from lbr_dist.rows import read_texts
+from lbr_dist.inference.rows import read_texts
 
 MAX_TOKENS = 256
 
@@ -60,8 +60,8 @@ def both(model: Path, exported: Path, tokens: int, device: str) -> tuple[Any, An
     """Our encoder and the sentence-transformers model of the same weights."""
     from sentence_transformers import SentenceTransformer
 
-    from lbr_dist.evaluation.encoder import PackedEncoder
-    from lbr_dist.export_folder import fold, write_sentence_transformers, write_tokenizer
+    from lbr_dist.export.folder import fold, write_sentence_transformers, write_tokenizer
+    from lbr_dist.inference.encoder import PackedEncoder
     from lbr_dist.model.bottleneck import LbrModel
     from lbr_dist.model.tokenizer import Tokenization
     from lbr_dist.recipes import parse_recipe

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import jsonl
 from benchmarks.domains.rules import squeeze
-from lbr_dist.evaluation.bm25 import BM25
+from lbr_dist.inference.bm25 import BM25
 
 DOMAINS = ("chemistry", "medicine", "code")
 CUTOFF = 10

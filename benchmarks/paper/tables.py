@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.evaluation.report import COLOURS, Metric, columns
+from lbr_dist.evaluation.table import COLOURS, Metric, columns
 
 SECONDS = Metric("training [s]", ("training", "seconds"), 0, higher=False)
 SHOWN = (

@@ -176,8 +176,8 @@ def main() -> None:
         train(lbr, seed, faster, thorough)
         with Step("evaluate: mteb retrieval on the held-out questions, answers generated through the bottleneck"):
             seeds.append(evaluate(out, lbr, arms, f"eval-{seed}" if seed else "eval"))
-    from lbr_dist.evaluate import write_results
-    from lbr_dist.evaluation.report import print_table
+    from lbr_dist.evaluation.evaluate import write_results
+    from lbr_dist.evaluation.table import print_table
 
     write_results(seeds[0], out / "eval")
     with Step("export the LBR model, compare runs, search"):

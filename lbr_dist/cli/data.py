@@ -106,7 +106,7 @@ def mine(
     overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input.")] = False,
 ) -> None:
     """Mine hard negatives with a model; continues where a killed run stopped."""
-    from lbr_dist.mine import mine as run
+    from lbr_dist.mining.mine import mine as run
 
     report = run(
         model, data, out, count=negatives, skip=skip, depth=depth, share=share, margin=margin, index=index,
@@ -121,7 +121,7 @@ def surprisal(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Measure the information in a set's texts, for bottleneck.surprisal; continues where a killed run stopped."""
-    from lbr_dist.surprisal import measure
+    from lbr_dist.inference.surprisal import measure
 
     print("\n".join(map(str, measure(data, model, device))))
 

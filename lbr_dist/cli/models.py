@@ -29,9 +29,9 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Measure models: retrieval (mteb), generation, separation ratio."""
-    from lbr_dist.evaluate import default_out
-    from lbr_dist.evaluate import evaluate as run
-    from lbr_dist.evaluation.report import print_table
+    from lbr_dist.evaluation.evaluate import default_out
+    from lbr_dist.evaluation.evaluate import evaluate as run
+    from lbr_dist.evaluation.table import print_table
 
     folder = out or default_out(models)
     results = run(
@@ -53,7 +53,7 @@ def export(
     scores: Annotated[Path | None, typer.Option(help="eval.json for the model card; default: the run's own.")] = None,
 ) -> None:
     """Write a model folder for sentence-transformers and plain transformers."""
-    from lbr_dist.export import export as write
+    from lbr_dist.export.export import export as write
 
     print(f"written: {write(run, out, tokens=tokens, dtype=dtype_option(dtype), scores=scores)}")
 
@@ -72,7 +72,7 @@ def encode(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Embed a file; continues where a killed run stopped."""
-    from lbr_dist.encode import encode_file
+    from lbr_dist.inference.encode import encode_file
 
     if side not in ("query", "passage"):
         raise UserError(f"--side {side}: expected query or passage")
@@ -95,8 +95,8 @@ def search(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Look at a model's results by eye."""
-    from lbr_dist.search import print_hits
-    from lbr_dist.search import search as run
+    from lbr_dist.inference.search import print_hits
+    from lbr_dist.inference.search import search as run
 
     print_hits(queries, run(model, corpus, queries, k=k, field=field, device=device))
 
@@ -106,7 +106,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.png.")] = Path("report"),
 ) -> None:
     """Compare runs: a Markdown table and a plot."""
-    from lbr_dist.report import report as write
+    from lbr_dist.evaluation.report import report as write
 
     print(write(runs, out))
     print(f"written: {out}/report.md, report.png")

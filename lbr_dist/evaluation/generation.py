@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from lbr_dist.evaluation.bm25 import UNSPACED, words
-from lbr_dist.evaluation.encoder import PackedEncoder
 from lbr_dist.evaluation.held_out import HeldOut
+from lbr_dist.inference.bm25 import UNSPACED, words
+from lbr_dist.inference.encoder import PackedEncoder
 
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 

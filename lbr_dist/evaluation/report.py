@@ -1,279 +1,197 @@
-"""One evaluation as a table and a picture: models down, metrics across, the best of each metric marked.
+"""`lbr report`: runs side by side, as a Markdown table and one figure.
 
-Everything is made from the plain JSON that `lbr eval` writes, so an old result can be shown again without a model.
+Reads only what runs and evaluations leave behind (`recipe.yaml`, `metrics.jsonl`, `eval.json`), so it works on a copy
+of a run folder without its checkpoints. One panel of loss per stage: the two stages' losses have different units.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+import numpy as np
 
+from lbr_dist.config import Recipe
+from lbr_dist.data.sources.parts import printable
+from lbr_dist.disk import room, usable_folder
 from lbr_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from rich.table import Table
-
-COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-
-EAST_ASIAN = (
-    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
-    "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
-)  # fmt: skip
-"""Fonts with Chinese, Japanese and Korean characters; those that are installed draw what matplotlib's own lacks."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column: where its value lies in a model's results, and how it is shown."""
-
-    title: str
-    path: tuple[str, ...]
-    digits: int = 3
-    higher: bool = True
-    setting: str = ""
-    """The one of `SETTINGS` that the value depends on;"""
-    only: tuple[int | None, ...] = ()
-    """values of it that the column holds; empty: all."""
-
-    def value(self, model: dict[str, Any]) -> float | None:
-        """The model's value, None where it was not measured or is in another column."""
-        if self.only and self.told(model) not in self.only:
-            return None
-        node: Any = model
-        for key in self.path:
-            if not isinstance(node, dict) or key not in node:
-                return None
-            node = node[key]
-        is_number = isinstance(node, int | float) and not isinstance(node, bool) and math.isfinite(node)
-        return float(node) if is_number else None
-
-    def told(self, model: dict[str, Any]) -> int | None:
-        """The setting that the value was measured by; None where it depends on none, or an old evaluation lacks it."""
-        setting: int | None = model.get("settings", {}).get(self.setting)
-        return setting
-
-
-SETTINGS = {"hardest": "{:,} hardest", "generate": "{:,} questions"}
-"""What of `lbr eval`'s settings is kept under a model's `settings`, and how a column says it."""
-
-METRICS = (
-    Metric("nDCG@10", ("retrieval", "ndcg_at_10")),
-    Metric("Recall@10", ("retrieval", "recall_at_10")),
-    Metric("MRR@10", ("retrieval", "mrr_at_10")),
-    Metric("MAP@10", ("retrieval", "map_at_10")),
-    Metric("SR", ("separation", "sr"), 2, setting="hardest"),
-    Metric("AUC", ("separation", "auc"), setting="hardest"),
-    Metric("alignment", ("separation", "alignment"), higher=False),
-    Metric("uniformity", ("separation", "uniformity"), 2, higher=False),
-    Metric("BLEU-4 (Z)", ("generation", "bottleneck", "bleu4"), 1, setting="generate"),
-    Metric("ROUGE-L (Z)", ("generation", "bottleneck", "rouge_l"), 1, setting="generate"),
-    Metric("BLEU-4 (X, Z)", ("generation", "full", "bleu4"), 1, setting="generate"),
-    Metric("ROUGE-L (X, Z)", ("generation", "full", "rouge_l"), 1, setting="generate"),
+from lbr_dist.evaluation.table import (
+    COLOURS,
+    Metric,
+    bars,
+    describe,
+    literal_text,
+    markdown_table,
+    read_evaluation,
+    titles,
 )
-"""Columns of the table, in order, where any model has them; (Z): generated through the bottleneck."""
+from lbr_dist.logs import read_rows
+from lbr_dist.recipes import load_recipe
 
-PLOTTED = ("nDCG@10", "Recall@10", "SR", "ROUGE-L (Z)")
+LOSS = {
+    "generative": "loss, nats per target token",
+    "contrastive": "InfoNCE loss, nats per query",
+    "joint": "joint loss (see `joint_weight`)",
+}
+SHOWN = (Metric("nDCG@10", ("retrieval", "ndcg_at_10")), Metric("Recall@10", ("retrieval", "recall_at_10")))
 
 
-class _Data(BaseModel):
+@dataclass
+class RunLog:
+    """What a run left behind.
+
+    Attributes:
+        name: for tables; `tracking.name`, else the folder's; with the path where several have one.
+        recipe: of the run.
+        rows: its metrics, one per logged step.
+    """
+
     name: str
-    fingerprint: str
-    queries: int
-    answers: int
-    passages: int
+    recipe: Recipe
+    rows: list[dict[str, Any]] = field(repr=False)
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of a metric, where it is a number."""
+        number = int | float
+        rows = (row for row in self.rows if isinstance(row.get(key), number) and isinstance(row.get("step"), int))
+        points = [(row["step"], row[key]) for row in rows]
+        return np.array([step for step, _ in points]), np.array([value for _, value in points], dtype=float)
 
 
-class _Model(BaseModel):
-    name: str
-    checkpoint: dict[str, str] = {}
-    settings: dict[str, int] = {}
-    tasks: dict[str, Any] = {}
+def report(runs: Sequence[str | Path], out: str | Path) -> str:
+    """Compare runs; writes `report.md` and `report.png`.
 
+    Args:
+        runs: run folders, and evaluations (`eval.json`, or the folder that holds it); those in a run's own `eval/` are
+            found by themselves.
+        out: folder for the report.
 
-class _Evaluation(BaseModel):
-    data: _Data
-    models: Annotated[list[_Model], Field(min_length=1)]
-    notes: list[str] = []
-
-
-def read_evaluation(file: Path, what: str) -> dict[str, Any]:
-    """An evaluation that `lbr eval` wrote.
+    Returns:
+        The Markdown.
 
     Raises:
-        UserError: it cannot be read, or is something else; `what` names it in the message.
+        UserError: one of `runs` is neither, or `out` cannot be written.
     """
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        _Evaluation.model_validate(results, strict=True)
-    except OSError as error:
-        raise UserError(
-            f"{what}: cannot be read ({error.strerror}); give the eval.json that `lbr eval` wrote"
-        ) from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        reason = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-        raise UserError(f"{what}: not an evaluation that `lbr eval` wrote ({reason})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what}: not an evaluation that `lbr eval` wrote (not JSON: {error})") from None
-    return results
+    logs, evaluations = read_all(runs)
+    out = Path(out)
+    usable_folder(out, f"--out {out}")
+    parts = ["# Report"]
+    if logs:
+        parts.append("## Training\n\n" + training_table(logs))
+    parts += [f"## {results['data']['name']}\n\n{markdown_table(results)}" for results in evaluations]
+    text = "\n\n".join([*parts, "![loss and retrieval](report.png)"]) + "\n"
+    with room(f"--out {out}", "free space, or choose a folder on another disk"), literal_text():
+        (out / "report.md").write_text(text, encoding="utf-8")
+        figure(logs, evaluations, out / "report.png")
+    return text
 
 
-def columns(models: Sequence[dict[str, Any]]) -> list[Metric]:
-    """The metrics that at least one model has, further mteb tasks last."""
-    tasks = list(dict.fromkeys(name for model in models for name in model.get("tasks", {})))
-    every = [*METRICS, *(Metric(name, ("tasks", name, "main_score")) for name in tasks)]
-    return [column for metric in every for column in _by_setting(metric, models)]
+def read_all(paths: Sequence[str | Path]) -> tuple[list[RunLog], list[dict[str, Any]]]:
+    """Runs, and evaluations with those of one data set merged into one."""
+    logs: list[RunLog] = []
+    places: list[str] = []
+    merged: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in map(Path, paths):
+        files = [path] if path.is_file() else [path / "eval.json", path / "eval" / "eval.json"]
+        found = [file for file in files if file.is_file()]
+        if (path / "recipe.yaml").is_file():
+            logs.append(_read_run(path))
+            places.append(printable(str(path)))
+        elif not found:
+            raise UserError(f"report {path}: neither a run (no recipe.yaml) nor an evaluation (no eval.json)")
+        for file in found:
+            results = read_evaluation(file, f"report {file}")
+            key = (results["data"]["fingerprint"], results["data"]["passages"])
+            whole = merged.setdefault(key, {**results, "models": []})
+            known = [_figures(model) for model in whole["models"]]
+            whole["models"] += [model for model in results["models"] if _figures(model) not in known]
+    names = [log.name for log in logs]
+    for log, place in zip(logs, places, strict=True):
+        if names.count(log.name) > 1:
+            log.name = f"{log.name} ({place})"
+    return logs, list(merged.values())
 
 
-def _by_setting(metric: Metric, models: Sequence[dict[str, Any]]) -> list[Metric]:
-    """The columns of a metric: none, one, or where models were measured by different settings, one for each."""
-    found = {metric.told(model) for model in models if metric.value(model) is not None}
-    if len(found) < 2:
-        return [metric] * len(found)
-    parts = []
-    for setting in sorted(found, key=lambda setting: (setting is None, setting or 0)):
-        more = "" if setting is None else f", {SETTINGS[metric.setting].format(setting)}"
-        parts.append(replace(metric, title=metric.title + more, only=(setting,)))
-    return parts
-
-
-def cells(models: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> list[list[tuple[str, bool]]]:
-    """(text, does it read as the best) of each model and metric; a dash where nothing was measured."""
-    best = {}
-    for metric in metrics:
-        values = [value for model in models if (value := metric.value(model)) is not None]
-        if len(values) > 1:
-            best[metric.title] = f"{max(values) if metric.higher else min(values):.{metric.digits}f}"
-    rows = []
-    for model in models:
-        row = []
-        for metric in metrics:
-            value = metric.value(model)
-            text = "–" if value is None else f"{value:.{metric.digits}f}"
-            row.append((text, text == best.get(metric.title)))
-        rows.append(row)
-    return rows
-
-
-def titles(models: Sequence[dict[str, Any]]) -> list[str]:
-    """The models' names; where models of one name were typed differently, with what was typed."""
-    typed: dict[str, set[str]] = {}
-    for model in models:
-        typed.setdefault(model["name"], set()).add(model.get("model", ""))
-    return [f"{m['name']} ({m.get('model', '')})" if len(typed[m["name"]]) > 1 else m["name"] for m in models]
-
-
-def markdown_table(results: dict[str, Any]) -> str:
-    """Markdown: what was asked of what, and the table with the best values in bold."""
-    models = results["models"]
-    metrics = columns(models)
+def training_table(logs: Sequence[RunLog]) -> str:
+    """Markdown: how long each run was, what it reached, and how fast it went."""
     lines = [
-        describe(results),
-        "",
-        "| model | " + " | ".join(metric.title for metric in metrics) + " |",
-        "| --- |" + " ---: |" * len(metrics),
+        "| run | stage | steps | samples | final loss | tokens/s | hours |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for title, row in zip(titles(models), cells(models, metrics), strict=True):
-        shown = [f"**{text}**" if is_best else text for text, is_best in row]
-        lines.append(f"| {title.replace('|', chr(92) + '|')} | " + " | ".join(shown) + " |")
-    for note in results.get("notes", ()):
-        lines += ["", note]
-    return "\n".join(lines)
+    for log in logs:
+        name = log.name.replace("|", r"\|")
+        steps, loss = log.curve("loss")
+        if len(steps) == 0:
+            lines.append(f"| {name} | {log.recipe.stage} | 0 | – | – | – | – |")
+            continue
+        tail = loss[-max(1, len(loss) // 20) :].mean()
+        speed, seconds = log.curve("tokens_per_s")[1], log.curve("step_s")[1]
+        samples = log.curve("samples")[1]
+        lines.append(
+            f"| {name} | {log.recipe.stage} | {steps[-1]:,} | {_number(samples[-1:], ',.0f')} | {tail:.4f} | "
+            f"{_number(np.median(speed, keepdims=True) if len(speed) else speed, ',.0f')} | "
+            f"{_number(seconds.mean(keepdims=True) * steps[-1] / 3600 if len(seconds) else seconds, '.2f')} |"
+        )
+    return "\n".join(lines) + "\n\nFinal loss: mean of the last twentieth of the run. tokens/s: median over steps."
 
 
-def describe(results: dict[str, Any]) -> str:
-    """One line on the data."""
-    data = results["data"]
-    distractors = data["passages"] - data["answers"]
-    more = f" and {distractors:,} distractors" if distractors else ""
-    return f"{data['name']}: {data['queries']:,} held-out questions over {data['answers']:,} answers{more}."
-
-
-def rich_table(results: dict[str, Any]) -> Table:
-    """The table for a terminal."""
-    from rich.table import Table
-    from rich.text import Text
-
-    models = results["models"]
-    metrics = columns(models)
-    notes = "\n".join(results.get("notes", ()))
-    table = Table(title=Text(describe(results)), title_justify="left", caption=Text(notes), caption_justify="left")
-    table.add_column("model")
-    for metric in metrics:
-        table.add_column(metric.title, justify="right")
-    for title, row in zip(titles(models), cells(models, metrics), strict=True):
-        table.add_row(Text(title), *(f"[bold green]{text}[/]" if is_best else text for text, is_best in row))
-    return table
-
-
-def print_table(results: dict[str, Any]) -> None:
-    """Print the table: in colour on a terminal, as Markdown into a file or pipe (where it is not cut)."""
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        console.print(rich_table(results))
-    else:
-        print(markdown_table(results))
-
-
-def plot(results: dict[str, Any], file: Path) -> None:
-    """Bars, one panel per metric, one colour per model."""
-    with literal_text():
-        _plot(results, file)
-
-
-def literal_text() -> AbstractContextManager[None]:
-    """Within it matplotlib draws texts as they are: names come from users, `$` would begin a formula, and its own font
-    has no Chinese, Japanese or Korean."""
-    import matplotlib
-    from matplotlib import font_manager
-
-    installed = font_manager.get_font_names()
-    families = [*matplotlib.rcParams["font.family"], *(name for name in EAST_ASIAN if name in installed)]
-    return matplotlib.rc_context({"text.parse_math": False, "font.family": families})
-
-
-def _plot(results: dict[str, Any], file: Path) -> None:
+def figure(logs: Sequence[RunLog], evaluations: Sequence[dict[str, Any]], file: Path) -> None:
+    """Loss of each stage's runs above, retrieval of each evaluation below; a run has one colour throughout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    models = results["models"]
-    metrics = [metric for metric in columns(models) if metric.title in PLOTTED or metric.path[0] == "tasks"]
-    figure = Figure(figsize=(1.6 + 2.6 * len(metrics), 1.5 + 0.42 * len(models)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, max(1, len(metrics)), sharey=True, squeeze=False)[0]
-    for axis, metric in zip(axes, metrics, strict=False):
-        bars(axis, models, metric)
-    figure.suptitle(describe(results), fontsize=10, x=0.01, ha="left")
-    figure.savefig(file, dpi=150)
+    stages = [stage for stage in LOSS if any(log.recipe.stage == stage for log in logs)]
+    names = list(dict.fromkeys([log.name for log in logs] + [t for e in evaluations for t in titles(e["models"])]))
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    heights = [3.4] * bool(stages) + [1.1 + 0.4 * len(results["models"]) for results in evaluations]
+    drawing = Figure(figsize=(11, max(2.5, sum(heights))), layout="constrained")
+    FigureCanvasAgg(drawing)
+    rows = drawing.subfigures(len(heights) or 1, 1, height_ratios=heights or [1], squeeze=False)[:, 0]
+    if stages:
+        for axis, stage in zip(rows[0].subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+            _losses(axis, [log for log in logs if log.recipe.stage == stage], colours)
+            axis.set_title(f"{stage}: {LOSS[stage]}", fontsize=10)
+    for row, results in zip(rows[len(rows) - len(evaluations) :], evaluations, strict=True):
+        row.suptitle(describe(results), fontsize=10, x=0.01, ha="left")
+        for axis, metric in zip(row.subplots(1, len(SHOWN), sharey=True), SHOWN, strict=True):
+            bars(axis, results["models"], metric, [colours[title] for title in titles(results["models"])])
+    drawing.savefig(file, dpi=150)
 
 
-def bars(axis: Any, models: Sequence[dict[str, Any]], metric: Metric, colours: Sequence[str] | None = None) -> None:
-    """One panel: a metric, with every value written at its bar."""
-    values = [metric.value(model) for model in models]
-    drawn = [0.0 if value is None else value for value in values]
-    colours = colours or [COLOURS[number % len(COLOURS)] for number in range(len(models))]
-    axis.barh(range(len(models)), drawn, color=colours, height=0.7)
-    for row, value in enumerate(values):
-        text = "–" if value is None else f"{value:.{metric.digits}f}"
-        axis.annotate(
-            text, (max(drawn[row], 0.0), row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
-        )
-    axis.set_yticks(range(len(models)), titles(models), fontsize=9)
-    axis.set_ylim(len(models) - 0.5, -0.5)
-    axis.set_title(metric.title, fontsize=10)
-    low, high = min(0.0, *drawn), max(0.0, *drawn)
-    axis.set_xlim(low * 1.1, (high or 1.0) * 1.25)
-    axis.locator_params(axis="x", nbins=5)
-    axis.tick_params(axis="x", labelsize=8)
+def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
+    """Centred moving mean over `share` of the points, narrower at the ends."""
+    half = int(len(values) * share / 2)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
+    for log in logs:
+        steps, loss = log.curve("loss")
+        axis.plot(steps, loss, color=colours[log.name], alpha=0.2, linewidth=0.7)
+        dot = "o" if len(steps) == 1 else ""  # one point makes no line
+        axis.plot(steps, smooth(loss), dot + "-", color=colours[log.name], linewidth=1.6, label=log.name)
+    axis.set_xlabel("step", fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _read_run(path: Path) -> RunLog:
+    recipe = load_recipe(path / "recipe.yaml")
+    return RunLog(printable(recipe.tracking.name or path.resolve().name), recipe, read_rows(path / "metrics.jsonl"))
+
+
+def _figures(model: dict[str, Any]) -> dict[str, Any]:
+    """A model of an evaluation but for how long it took: two that agree are one, two of one name need not agree."""
+    return {name: value for name, value in model.items() if name != "seconds"}
+
+
+def _number(values: np.ndarray, form: str) -> str:
+    return f"{values[0]:{form}}" if len(values) else "–"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
-from lbr_dist.export_tokens import fixed_tokens
+from lbr_dist.export.tokens import fixed_tokens
 
 
 def check_delivery(recipe: Recipe, out: Path, tokens: int | None) -> None:

@@ -90,8 +90,8 @@ def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> str:
 
 def deliver(run: str, data: str, out: str, generate: int, tokens: int | None) -> str:
     """What the task does: `lbr eval` and `lbr export`; returns what to print."""
-    from lbr_dist.evaluate import default_out, evaluate
-    from lbr_dist.export import export
+    from lbr_dist.evaluation.evaluate import default_out, evaluate
+    from lbr_dist.export.export import export
 
     folder = default_out([run])
     evaluate([run], data, folder, generate=generate, progress=False)

@@ -16,9 +16,9 @@ import numpy as np
 import xxhash
 
 from lbr_dist.errors import UserError
+from lbr_dist.inference.rows import read_rows
 from lbr_dist.mining.candidates import Candidates, Pairs
 from lbr_dist.mining.choose import Chosen
-from lbr_dist.rows import read_rows
 
 REJECTED_NONE = np.int64(-1)
 

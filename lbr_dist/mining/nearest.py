@@ -20,7 +20,7 @@ from lbr_dist.data.shards import file_xxh128
 from lbr_dist.disk import sync
 
 if TYPE_CHECKING:
-    from lbr_dist.evaluation.bm25 import BM25
+    from lbr_dist.inference.bm25 import BM25
 
 Kind = Literal["exact", "ivf"]
 
@@ -117,7 +117,7 @@ class Lexical:
 
     def search(self, query_B: np.ndarray, own_B: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Nearest`; a passage without a word of the query is not found."""
-        from lbr_dist.evaluation.bm25 import best
+        from lbr_dist.inference.bm25 import best
 
         rows_BK = np.full((len(query_B), k), -1, np.int64)
         scores_BK = np.zeros((len(query_B), k), np.float32)

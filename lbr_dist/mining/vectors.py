@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
-from lbr_dist.blocks import EncodeBlock, TextBlock, part_file, part_vectors, text_blocks
 from lbr_dist.data.execute import Executor
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.inference.blocks import EncodeBlock, TextBlock, part_file, part_vectors, text_blocks
+from lbr_dist.inference.vector_file import read_vectors, write_vectors
 from lbr_dist.mining.candidates import SIDE
-from lbr_dist.vector_file import read_vectors, write_vectors
 
 if TYPE_CHECKING:
-    from lbr_dist.evaluation.encoder import Side
+    from lbr_dist.inference.encoder import Side
 
 
 def embed(

@@ -24,7 +24,7 @@ from lbr_dist.config import Bottleneck
 from lbr_dist.data.information import model_fingerprint
 from lbr_dist.data.plan.lengths import bottleneck_lengths
 from lbr_dist.errors import UserError
-from lbr_dist.loading import load_run
+from lbr_dist.inference.loading import load_run
 from lbr_dist.recipes import load_recipe
 
 

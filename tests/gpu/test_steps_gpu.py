@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity
 
 from lbr_dist.environment import Environment
-from lbr_dist.loading import load_run
+from lbr_dist.inference.loading import load_run
 from lbr_dist.model.layout import pack
 from lbr_dist.model.surprisal import Scorer
 from lbr_dist.model.tokenizer import Tokenization

@@ -18,10 +18,10 @@ import pytest
 from lbr_dist.data.preparation import first_pass
 from lbr_dist.data.preparation import prepare as prepare_module
 from lbr_dist.data.preparation.prepare import prepare
-from lbr_dist.encode import encode_file
 from lbr_dist.errors import UserError
+from lbr_dist.inference.encode import encode_file
 from lbr_dist.launch import ray_cluster
-from lbr_dist.mine import mine
+from lbr_dist.mining.mine import mine
 
 pytestmark = pytest.mark.timeout(600)
 

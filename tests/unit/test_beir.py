@@ -18,7 +18,7 @@ from prepared import domain, everything, run, sentence, write
 from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.data.sources.readers import rows
 from lbr_dist.errors import UserError
-from lbr_dist.evaluate import evaluate
+from lbr_dist.evaluation.evaluate import evaluate
 from lbr_dist.evaluation.held_out import load_held_out
 from lbr_dist.evaluation.retrieval import BM25Search, check_data, named_task, retrieval_scores
 

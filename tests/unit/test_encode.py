@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from runs import make_run
 
-from lbr_dist import blocks as module
-from lbr_dist.encode import encode_file
 from lbr_dist.errors import UserError
-from lbr_dist.loading import load_encoder
-from lbr_dist.rows import read_texts
+from lbr_dist.inference import blocks as module
+from lbr_dist.inference.encode import encode_file
+from lbr_dist.inference.loading import load_encoder
+from lbr_dist.inference.rows import read_texts
 
 SENTENCE = "aspirin is a drug that relieves pain fever heart blood vessel def add return measles water 糖尿病"
 WORDS = SENTENCE.split()
@@ -111,11 +111,11 @@ def test_a_failed_run_goes_on_where_it_stopped(tmp_path, run, monkeypatch):
             self.cut += 3
             return self.inner.encode(texts, side)
 
-    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Failing(2))
+    monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: Failing(2))
     with pytest.raises(MemoryError):
         encode_file(run, source, out, block=8, progress=False)
     assert not out.exists()
-    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Failing(None))
+    monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: Failing(None))
     with pytest.raises(UserError, match="unfinished run with another side; remove that folder"):
         encode_file(run, source, out, block=8, side="query", progress=False)
     report = encode_file(run, source, out, block=8, progress=False)
@@ -175,7 +175,7 @@ def test_a_full_disk_loses_no_finished_part(tmp_path, run, monkeypatch, number):
         "00000001.parquet", "00000002.parquet", "job.json", "lock",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr("lbr_dist.encode.sync", raising(OSError(number, "full")))  # where the parts are joined
+        patch.setattr("lbr_dist.inference.encode.sync", raising(OSError(number, "full")))  # where the parts are joined
         with pytest.raises(UserError, match=os.strerror(number)):
             encode_file(run, source, out, block=8, progress=False, device="cpu")
     assert not out.exists()
@@ -270,8 +270,8 @@ def test_an_output_that_cannot_be_made(tmp_path, run, name):
 
 SLOW = """
 import sys, time
-from lbr_dist import loading
-from lbr_dist.encode import encode_file
+from lbr_dist.inference import loading
+from lbr_dist.inference.encode import encode_file
 
 model, source, out = sys.argv[1:]
 real = loading.load_encoder

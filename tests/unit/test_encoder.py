@@ -4,8 +4,8 @@ import torch
 from runs import make_run
 
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation import encoder as module
-from lbr_dist.loading import is_run, load_encoder, load_run, model_fingerprint, pinned
+from lbr_dist.inference import encoder as module
+from lbr_dist.inference.loading import is_run, load_encoder, load_run, model_fingerprint, pinned
 from lbr_dist.model.batching import batches
 
 WORDS = [
@@ -254,7 +254,7 @@ def test_so_is_one_of_sentence_transformers(tmp_path, tiny_model_dir):
     from safetensors.torch import load_file, save_file
     from transformers import PreTrainedModel
 
-    from lbr_dist.export import export
+    from lbr_dist.export.export import export
 
     folder = export(make_run(tmp_path / "run", tiny_model_dir("llama")), tmp_path / "export", check=False)
     load = PreTrainedModel.from_pretrained.__func__
@@ -271,7 +271,7 @@ def test_so_is_one_of_sentence_transformers(tmp_path, tiny_model_dir):
 @pytest.mark.parametrize("count", [0, 1, 32])
 def test_an_export_s_text_without_a_token_is_zero_whatever_its_batch(tmp_path, tiny_model_dir, count):
     """sentence-transformers takes 32 texts at a time, and the shortest last."""
-    from lbr_dist.export import export
+    from lbr_dist.export.export import export
 
     settings = {"bottleneck": {"enabled": False}, "contrastive": {"pooling": "mean", "query_instruction": "Q:\n"}}
     run = make_run(tmp_path / "run", tiny_model_dir("llama"), **settings)
@@ -307,7 +307,7 @@ def test_models_of_others_are_loaded_and_run_without_a_word(run, tmp_path, capsy
 
     from transformers.utils import logging as theirs
 
-    from lbr_dist.export import export
+    from lbr_dist.export.export import export
 
     folder = export(run, tmp_path / "export", check=False)
     said, handler = [], logging.Handler()

@@ -11,12 +11,12 @@ from runs import make_run
 
 from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.errors import UserError
-from lbr_dist.evaluate import default_out, evaluate
+from lbr_dist.evaluation.evaluate import default_out, evaluate
 from lbr_dist.evaluation.held_out import load_held_out
+from lbr_dist.evaluation.report import report
 from lbr_dist.evaluation.separation import separation
-from lbr_dist.export import export
-from lbr_dist.loading import load_encoder
-from lbr_dist.report import report
+from lbr_dist.export.export import export
+from lbr_dist.inference.loading import load_encoder
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_one_checkpoint_of_a_run_in_training_is_used_throughout(tmp_path, tiny_m
             make_run(run, tiny_model_dir("llama"), step=20)
         return encoder
 
-    monkeypatch.setattr("lbr_dist.loading.load_encoder", load)
+    monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", load)
     damaged = make_run(run, tiny_model_dir("llama"), step=15) / "checkpoints" / "step-000015"
     next(damaged.glob("*.safetensors")).write_bytes(b"")
     specs = [str(run), f"{run}?dim=8"]
@@ -145,7 +145,7 @@ def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeyp
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("lbr_dist.loading.load_encoder", fail)
+        patch.setattr("lbr_dist.inference.loading.load_encoder", fail)
         with pytest.raises(MemoryError):
             evaluate(["bm25", "large"], data, tmp_path / "out", progress=False)
     kept = tmp_path / "out" / "eval.unfinished.json"
@@ -161,7 +161,7 @@ def test_a_full_disk_does_not_cost_the_results(tmp_path, data, monkeypatch):
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr("lbr_dist.evaluate.write_results", full)
+    monkeypatch.setattr("lbr_dist.evaluation.evaluate.write_results", full)
     with pytest.raises(UserError, match=r"No space left on device; the results lie in .*elsewhere.*eval.json"):
         evaluate(["bm25"], data, tmp_path / "out", progress=False)
     (kept,) = (tmp_path / "elsewhere").glob("*/eval.json")
@@ -182,8 +182,8 @@ def test_a_full_disk_hides_no_failure_and_costs_no_model_before_it(tmp_path, dat
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr("lbr_dist.loading.load_encoder", fail)
-    monkeypatch.setattr("lbr_dist.loading.check_spec", lambda _: None)
+    monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", fail)
+    monkeypatch.setattr("lbr_dist.inference.loading.check_spec", lambda _: None)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", write)
         with pytest.raises(UserError, match="model large: is damaged"):
@@ -204,7 +204,7 @@ def test_a_path_need_not_be_utf_8(tmp_path, data, monkeypatch):
         def encode(self, texts, side="passage", progress=False):
             return np.random.default_rng(len(texts)).normal(size=(len(texts), 4)).astype(np.float32)
 
-    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Named())
+    monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: Named())
     evaluate(["\udcff"], data, tmp_path / "out", progress=False)
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["models"][0]["name"] == r"model \udcff"
 
@@ -228,7 +228,7 @@ def test_a_model_that_gives_no_numbers_is_not_measured(tmp_path, data, monkeypat
         def encode(self, texts, side="passage", progress=False):
             return np.full((len(texts), 4), np.nan, np.float32)
 
-    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: Broken())
+    monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: Broken())
     with pytest.raises(UserError, match=r"model broken: its embedding of .* is not finite"):
         evaluate(["broken"], data, tmp_path / "out", progress=False)
 

@@ -12,12 +12,12 @@ import yaml
 from runs import make_run
 
 from lbr_dist.errors import UserError
-from lbr_dist.export import CHECK_TEXTS, export
-from lbr_dist.export_tokens import fixed_tokens
-from lbr_dist.loading import load_encoder, load_run
+from lbr_dist.export.card import model_card
+from lbr_dist.export.export import CHECK_TEXTS, export
+from lbr_dist.export.tokens import fixed_tokens
+from lbr_dist.inference.loading import load_encoder, load_run
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.model_card import model_card
 
 PLAIN = """
 import json, sys
@@ -220,7 +220,7 @@ def test_bottleneck_tokens_take_no_word_s_id(tmp_path):
 
 
 def test_an_exported_tokenizer_that_differs_is_refused_by_the_token(tmp_path, tiny_model_dir, monkeypatch):
-    from lbr_dist import export_folder
+    from lbr_dist.export import folder as export_folder
 
     write = export_folder.write_tokenizer
 
@@ -402,7 +402,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, tiny_mo
     with pytest.raises(UserError, match=r"it is the current folder|not empty"):
         export(run, ".")
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("lbr_dist.export.COSINE", {"float32": 1.1})
+    monkeypatch.setattr("lbr_dist.export.export.COSINE", {"float32": 1.1})
     with pytest.raises(UserError, match="another vector"):
         export(run, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before

@@ -4,7 +4,7 @@ from runs import make_run
 
 from lbr_dist.evaluation.generation import answers, generation_scores, text_scores
 from lbr_dist.evaluation.held_out import HeldOut
-from lbr_dist.loading import load_run
+from lbr_dist.inference.loading import load_run
 
 
 def test_text_scores_of_known_pairs():

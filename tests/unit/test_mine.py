@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lbr_dist import mine as module
 from lbr_dist.data.execute import Here
 from lbr_dist.data.record import Record, normalise
 from lbr_dist.data.shards import ShardReader, open_set, verify, write_set
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation.encoder import unit
-from lbr_dist.mine import MineReport, mine
+from lbr_dist.inference.encoder import unit
+from lbr_dist.mining import mine as module
+from lbr_dist.mining.mine import MineReport, mine
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -60,8 +60,8 @@ def _vector(word: str, width: int = 24) -> np.ndarray:
 def words(monkeypatch: pytest.MonkeyPatch) -> Words:
     """`--model words`, without a model."""
     encoder = Words()
-    monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_: encoder)
-    monkeypatch.setattr("lbr_dist.loading.model_fingerprint", lambda spec: spec)
+    monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: encoder)
+    monkeypatch.setattr("lbr_dist.inference.loading.model_fingerprint", lambda spec: spec)
     return encoder
 
 
@@ -206,7 +206,7 @@ def test_exact_ivf_and_words(data: Path, tmp_path: Path, words: Words) -> None:
 
 
 def test_bm25_is_no_model_of_the_hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbr_dist.loading._commit", lambda name: pytest.fail(f"asked for {name}"))
+    monkeypatch.setattr("lbr_dist.inference.loading._commit", lambda name: pytest.fail(f"asked for {name}"))
     assert run(data, tmp_path / "out", model="bm25").data["mined"]["model"] == "bm25"
     assert run(data, tmp_path / "out", model="bm25").unchanged
 
@@ -351,7 +351,7 @@ import sys, time
 sys.path.insert(0, sys.argv[3])
 from test_mine import Words, run
 from pathlib import Path
-from lbr_dist import loading
+from lbr_dist.inference import loading
 
 class Slow(Words):
     def encode(self, *args, **kwargs):

@@ -11,8 +11,8 @@ import pytest
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import open_set, write_set
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation.bm25 import BM25
-from lbr_dist.evaluation.encoder import unit
+from lbr_dist.inference.bm25 import BM25
+from lbr_dist.inference.encoder import unit
 from lbr_dist.mining import nearest
 from lbr_dist.mining.candidates import Pairs, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose

@@ -238,8 +238,8 @@ class TestPipeline:
             out.mkdir()
         if there == "an export":
             (out / "modules.json").touch()
-        monkeypatch.setattr("lbr_dist.evaluate.evaluate", lambda *_, **__: None)
-        monkeypatch.setattr("lbr_dist.export.export", lambda _, out, tokens: exported.append((out, tokens)))
+        monkeypatch.setattr("lbr_dist.evaluation.evaluate.evaluate", lambda *_, **__: None)
+        monkeypatch.setattr("lbr_dist.export.export.export", lambda _, out, tokens: exported.append((out, tokens)))
         written = ray_pipeline.deliver(str(tmp_path / "run"), "set", str(out), 0, 2)
         assert exported == ([] if there == "an export" else [(str(out), 2)])
         assert ("nothing is exported" in written) == (there == "an export")

@@ -6,10 +6,10 @@ import pytest
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
-from lbr_dist.evaluate import write_results
-from lbr_dist.evaluation.report import cells, columns, markdown_table, plot, print_table, rich_table, titles
+from lbr_dist.evaluation.evaluate import write_results
+from lbr_dist.evaluation.report import figure, read_all, report, smooth
+from lbr_dist.evaluation.table import cells, columns, markdown_table, plot, print_table, rich_table, titles
 from lbr_dist.recipes import save_recipe
-from lbr_dist.report import figure, read_all, report, smooth
 
 
 def model(name, ndcg, sr=None, bleu=None, **tasks):
@@ -296,10 +296,10 @@ def test_names_are_shown_as_they_are(tmp_path, results, capsys, monkeypatch):
 def test_another_font_draws_what_the_first_lacks(tmp_path, results, monkeypatch):
     """Of the fonts that matplotlib ships, STIX has the bold italic letters of mathematics that DejaVu lacks."""
     results["models"][0]["name"] = "\U0001d468\U0001d469"
-    monkeypatch.setattr("lbr_dist.evaluation.report.EAST_ASIAN", ("no such font",))
+    monkeypatch.setattr("lbr_dist.evaluation.table.EAST_ASIAN", ("no such font",))
     with pytest.warns(UserWarning, match="missing from font"):
         plot(results, tmp_path / "boxes.png")
-    monkeypatch.setattr("lbr_dist.evaluation.report.EAST_ASIAN", ("no such font", "STIXGeneral"))
+    monkeypatch.setattr("lbr_dist.evaluation.table.EAST_ASIAN", ("no such font", "STIXGeneral"))
     with warnings.catch_warnings(action="error"):
         plot(results, tmp_path / "letters.png")
     assert (tmp_path / "letters.png").read_bytes() != (tmp_path / "boxes.png").read_bytes()
@@ -309,7 +309,7 @@ def test_the_numbers_outlive_a_picture_that_fails(tmp_path, results, monkeypatch
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr("lbr_dist.evaluation.report.plot", fail)
+    monkeypatch.setattr("lbr_dist.evaluation.table.plot", fail)
     with pytest.raises(MemoryError):
         write_results(results, tmp_path / "e")
     assert json.loads((tmp_path / "e" / "eval.json").read_text()) == results

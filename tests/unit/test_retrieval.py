@@ -9,7 +9,6 @@ import pytest
 
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation import retrieval
-from lbr_dist.evaluation.bm25 import BM25, best, words
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 from lbr_dist.evaluation.retrieval import (
     BM25Search,
@@ -20,6 +19,7 @@ from lbr_dist.evaluation.retrieval import (
     named_task,
     retrieval_scores,
 )
+from lbr_dist.inference.bm25 import BM25, best, words
 
 
 class Vectors:

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from runs import make_run
 
-from lbr_dist import search as module
 from lbr_dist.cli import main
 from lbr_dist.data import remote
 from lbr_dist.data.sources.beir import find_beir
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation import encoder as encoders
+from lbr_dist.inference import encoder as encoders
+from lbr_dist.inference import search as module
+from lbr_dist.inference.loading import load_encoder
+from lbr_dist.inference.search import Hit, print_hits, search, top_k
 from lbr_dist.launch.ray_stage import absolute
-from lbr_dist.loading import load_encoder
 from lbr_dist.recipes import load_recipe
-from lbr_dist.search import Hit, print_hits, search, top_k
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_corpus_is_embedded_in_blocks(tmp_path, run, corpus, monkeypatch):
     options = {"k": 9, "device": "cpu", "progress": False}
     whole = search(run, corpus, ["heart"], cache_dir=tmp_path / "a", **options)[0]
     monkeypatch.setattr(module, "BLOCK_TEXTS", 3)
-    monkeypatch.setattr("lbr_dist.blocks.BLOCK_CHARACTERS", 60)
+    monkeypatch.setattr("lbr_dist.inference.blocks.BLOCK_CHARACTERS", 60)
     found = search(run, corpus, ["heart"], cache_dir=tmp_path / "b", **options)[0]
     assert sizes == [7, 1, 3, 2, 1, 1, 1]
     assert [hit.text for hit in found] == [hit.text for hit in whole]
@@ -128,7 +128,7 @@ def test_a_model_that_gives_no_numbers_is_named(tmp_path, corpus, monkeypatch):
             return rows
 
     for side in ("query", "passage"):
-        monkeypatch.setattr("lbr_dist.loading.load_encoder", lambda *_, side=side: Broken(side))
+        monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_, side=side: Broken(side))
         with pytest.raises(UserError, match=r"embedding of .* is not finite: the model is damaged"):
             search("broken", corpus, ["pain"], cache_dir=tmp_path / side, progress=False)
         assert not list(tmp_path.glob("passage/*"))

@@ -30,13 +30,13 @@ from lbr_dist.data.plan import open_data
 from lbr_dist.data.record import Record
 from lbr_dist.data.shards import open_set, write_set
 from lbr_dist.errors import UserError
-from lbr_dist.export import export
-from lbr_dist.export_tokens import fixed_tokens
-from lbr_dist.loading import load_run
+from lbr_dist.export.export import export
+from lbr_dist.export.tokens import fixed_tokens
+from lbr_dist.inference.loading import load_run
+from lbr_dist.inference.surprisal import measure
 from lbr_dist.model import surprisal as module
 from lbr_dist.model.surprisal import Scorer
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.surprisal import measure
 
 ROWS = 40
 BITS = 60.0

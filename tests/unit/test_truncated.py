@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from runs import make_run
 
-from lbr_dist.encode import encode_file
 from lbr_dist.errors import UserError
-from lbr_dist.evaluate import default_out
-from lbr_dist.export import export
-from lbr_dist.loading import load_encoder, model_fingerprint, split_dim
+from lbr_dist.evaluation.evaluate import default_out
+from lbr_dist.export.export import export
+from lbr_dist.inference.encode import encode_file
+from lbr_dist.inference.loading import load_encoder, model_fingerprint, split_dim
 
 TEXTS = ["aspirin is a drug", "fever of unknown origin, rash, cough", "def add(a, b): return a + b"]
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import xxhash
 
-from lbr_dist.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
 from lbr_dist.data.execute import Executor, current
 from lbr_dist.disk import locked, room, sync
 from lbr_dist.errors import UserError
-from lbr_dist.rows import read_texts
+from lbr_dist.inference.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
+from lbr_dist.inference.rows import read_texts
 
 if TYPE_CHECKING:
-    from lbr_dist.evaluation.encoder import Side
+    from lbr_dist.inference.encoder import Side
 
 OTHER_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".npy", ".npz", ".arrow", ".feather", ".gz", ".zst")
 """What a reader would not open as Parquet."""
@@ -58,7 +58,7 @@ def encode_file(
     """Embed every row of a file.
 
     Args:
-        model: as in `lbr_dist.loading.load_encoder`.
+        model: as in `lbr_dist.inference.loading.load_encoder`.
         source: a file that `lbr prepare` reads: JSONL, CSV, Parquet, text (a text per line) ..., also compressed.
         out: Parquet file to make, with the columns `id` (the row's own, or its number) and `embedding` (float32 list of
             fixed size, unit length), in the order of the input.
@@ -76,7 +76,7 @@ def encode_file(
             another process or lies in the model's own folder, parts beside it of another input, model or setting, or a
             full disk (finished parts are kept for the next attempt).
     """
-    from lbr_dist.loading import check_output, model_fingerprint, pinned
+    from lbr_dist.inference.loading import check_output, model_fingerprint, pinned
 
     source, out = Path(source), Path(out)
     if out.suffix.lower() in OTHER_ENDINGS:

@@ -44,7 +44,7 @@ def evaluate(
     """Evaluate models and write `eval.json`, `eval.md` and `eval.png`.
 
     Args:
-        models: specifications as in `lbr_dist.loading.load_encoder`, or `bm25`.
+        models: specifications as in `lbr_dist.inference.loading.load_encoder`, or `bm25`.
         data: a prepared set; its eval split is used. Or a folder in the layout of BEIR, `FOLDER` or `FOLDER@SPLIT`.
         out: folder for the results; results of an earlier evaluation in it are replaced.
         tasks: further mteb tasks by name, and folders in the layout of BEIR, evaluated on the same models.
@@ -65,7 +65,7 @@ def evaluate(
             cannot be written. What can be checked without loading a model is checked first.
     """
     from lbr_dist.evaluation.retrieval import check_data, named_task
-    from lbr_dist.loading import check_spec
+    from lbr_dist.inference.loading import check_spec
     from lbr_dist.model.plain import usable_device
 
     out = Path(out)
@@ -119,7 +119,7 @@ def default_out(models: Sequence[str]) -> Path:
 
     Those of a checkpoint go to `eval/NAME` in its run: it is removed itself when there are newer ones.
     """
-    from lbr_dist.loading import is_run, split_dim
+    from lbr_dist.inference.loading import is_run, split_dim
 
     for spec in models:
         path = Path(split_dim(spec)[0])
@@ -131,7 +131,7 @@ def default_out(models: Sequence[str]) -> Path:
 
 def write_results(results: dict[str, Any], out: Path) -> None:
     """Write an evaluation as JSON, Markdown and PNG; the numbers first, which a failing picture must not cost."""
-    from lbr_dist.evaluation.report import markdown_table, plot
+    from lbr_dist.evaluation.table import markdown_table, plot
 
     out.mkdir(parents=True, exist_ok=True)
     _write_json(results, out / "eval.json")
@@ -180,11 +180,11 @@ def _evaluate_one(
     device: str | None,
     progress: bool,
 ) -> dict[str, Any]:
-    from lbr_dist.evaluation.encoder import PackedEncoder, TruncatedEncoder
     from lbr_dist.evaluation.generation import generation_scores
     from lbr_dist.evaluation.retrieval import BM25Search, MtebEncoder, held_out_task, is_retrieval, retrieval_scores
     from lbr_dist.evaluation.separation import separation
-    from lbr_dist.loading import is_run, load_encoder, pinned, split_dim
+    from lbr_dist.inference.encoder import PackedEncoder, TruncatedEncoder
+    from lbr_dist.inference.loading import is_run, load_encoder, pinned, split_dim
 
     clock = _Clock()
     if spec == "bm25":

@@ -10,7 +10,7 @@ import yaml
 from lbr_dist.config import Recipe
 from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation.report import markdown_table
+from lbr_dist.evaluation.table import markdown_table
 from lbr_dist.recipes import recipe_text
 
 

@@ -23,7 +23,7 @@ import xxhash
 from lbr_dist.disk import sync
 
 if TYPE_CHECKING:
-    from lbr_dist.evaluation.encoder import Encoder, Side
+    from lbr_dist.inference.encoder import Encoder, Side
 
 Item = TypeVar("Item")
 BLOCK_TEXTS = 16_384
@@ -83,7 +83,7 @@ class EncodeBlock:
     """Embeds blocks and writes their parts; picklable: every process loads the model at its first block."""
 
     def __init__(self, model: str, side: Side, parts: Path, device: str | None = None) -> None:
-        """`model` and `device` as in `lbr_dist.loading.load_encoder`; `parts` must be seen by every process."""
+        """`model` and `device` as in `loading.load_encoder`; `parts` must be seen by every process."""
         self._model, self._side, self._parts, self._device = model, side, parts, device
         self._encoder: Encoder | None = None
 
@@ -93,12 +93,12 @@ class EncodeBlock:
         Raises:
             UserError: the model cannot be loaded, or gives a vector that is not finite (the text's id is named).
         """
-        from lbr_dist.evaluation.encoder import check_finite
+        from lbr_dist.inference.encoder import check_finite
 
         if not block.texts:
             return EncodedBlock(block.number, len(block.ids), True, _cut(part_file(self._parts, block.number)))
         if self._encoder is None:
-            from lbr_dist.loading import load_encoder
+            from lbr_dist.inference.loading import load_encoder
 
             self._encoder = load_encoder(self._model, self._device)
         before = self._encoder.cut

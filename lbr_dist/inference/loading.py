@@ -21,7 +21,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes import load_recipe
 
 if TYPE_CHECKING:
-    from lbr_dist.evaluation.encoder import Encoder, PackedEncoder
+    from lbr_dist.inference.encoder import Encoder, PackedEncoder
     from lbr_dist.model.bottleneck import LbrModel
     from lbr_dist.model.tokenizer import Tokenization
 
@@ -62,7 +62,7 @@ class Run:
         Raises:
             UserError: the run's number of bottleneck tokens goes by a surprisal model that is not there any more.
         """
-        from lbr_dist.evaluation.encoder import PackedEncoder
+        from lbr_dist.inference.encoder import PackedEncoder
 
         surprisal = self.recipe.bottleneck.by_surprisal
         if surprisal is not None:
@@ -117,7 +117,7 @@ def load_encoder(spec: str, device: str | None = None, checkpoint: str | None = 
     Raises:
         UserError: it is none of these, has fewer dimensions, or there is no such device.
     """
-    from lbr_dist.evaluation.encoder import SentenceTransformerEncoder, TruncatedEncoder
+    from lbr_dist.inference.encoder import SentenceTransformerEncoder, TruncatedEncoder
     from lbr_dist.model.plain import usable_device
 
     device = usable_device(device)
@@ -267,7 +267,7 @@ def _check_surprisal_model(checkpoint: Path, path: str) -> None:
 
 
 def _hf_encoder(spec: str, device: str) -> Encoder:
-    from lbr_dist.evaluation.encoder import PaddedEncoder
+    from lbr_dist.inference.encoder import PaddedEncoder
 
     path, pooling, max_tokens = _hf_options(spec)
     return PaddedEncoder(path, pooling, max_tokens, device)

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.blocks import BLOCK_TEXTS
 from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, is_ours, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128, open_set
 from lbr_dist.data.sources.parts import printable
 from lbr_dist.errors import UserError
+from lbr_dist.inference.blocks import BLOCK_TEXTS
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose, commit, is_committed
 from lbr_dist.mining.given import GivenNegatives
@@ -100,7 +100,7 @@ def mine(
     """Mine hard negatives for the cl side of a prepared set.
 
     Args:
-        model: as in `lbr_dist.loading.load_encoder`, or `bm25`, or a JSONL file of negatives by id (mining/given.py).
+        model: as in `inference.loading.load_encoder`, or `bm25`, or a JSONL file of negatives by id (mining/given.py).
         data: prepared set, local or remote.
         out: folder of the set to make: `data`'s sides, the cl records with their mined negatives after those that they
             have, and report.json, report.md and mined.jsonl (ids and scores).
@@ -116,7 +116,7 @@ def mine(
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else or
             lies in the folder of the model or of a prepared set.
     """
-    from lbr_dist.loading import check_output, check_spec, model_fingerprint, pinned
+    from lbr_dist.inference.loading import check_output, check_spec, model_fingerprint, pinned
     from lbr_dist.model.plain import usable_device
 
     rule = _rule(count, skip, depth, share, margin)
@@ -203,7 +203,7 @@ class _Job:
 
     def _nearest(self, index: str, device: str | None, block: int) -> Nearest:
         if self.model == "bm25":
-            from lbr_dist.evaluation.bm25 import BM25
+            from lbr_dist.inference.bm25 import BM25
 
             self.search = "bm25"
             answers = (text for _, text in texts(self.opened, "answer", self.candidates.passage_rows_P))

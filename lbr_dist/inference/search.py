@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from lbr_dist.blocks import BLOCK_TEXTS, grouped
 from lbr_dist.data.remote import is_url
 from lbr_dist.data.shards import SPLITS, ShardReader, open_set
 from lbr_dist.data.sources.row_values import REASONS, RowError, text
 from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError
-from lbr_dist.rows import read_texts
-from lbr_dist.vector_file import read_vectors, write_vectors
+from lbr_dist.inference.blocks import BLOCK_TEXTS, grouped
+from lbr_dist.inference.rows import read_texts
+from lbr_dist.inference.vector_file import read_vectors, write_vectors
 
 if TYPE_CHECKING:
-    from lbr_dist.evaluation.encoder import Encoder
+    from lbr_dist.inference.encoder import Encoder
 
 log = logging.getLogger("lbr")
 
@@ -56,7 +56,7 @@ def search(
     """The best passages of each query.
 
     Args:
-        model: as in `lbr_dist.loading.load_encoder`, or `bm25`.
+        model: as in `lbr_dist.inference.loading.load_encoder`, or `bm25`.
         corpus: a prepared set (its answers and texts, every split), or a file as `lbr encode` takes.
         queries: what to look for.
         k: results per query; fewer where the corpus has fewer.
@@ -79,12 +79,12 @@ def search(
             raise UserError(f"query {query!r}: {REASONS[error.reason]}") from None
     ids, texts = load_corpus(corpus, field)
     if model == "bm25":
-        from lbr_dist.evaluation.bm25 import BM25
+        from lbr_dist.inference.bm25 import BM25
 
         rows_QK, scores_QK = BM25(texts).search(queries, k)
     else:
-        from lbr_dist.evaluation.encoder import check_finite
-        from lbr_dist.loading import load_encoder, model_fingerprint, pinned
+        from lbr_dist.inference.encoder import check_finite
+        from lbr_dist.inference.loading import load_encoder, model_fingerprint, pinned
 
         model = pinned(model)
         encoder = load_encoder(model, device)
@@ -194,7 +194,7 @@ def _in_blocks(encoder: Encoder, texts: list[str], progress: bool) -> np.ndarray
     """Vectors of texts that are tokenized a block at a time, under one bar."""
     from tqdm import tqdm
 
-    from lbr_dist.evaluation.encoder import check_finite
+    from lbr_dist.inference.encoder import check_finite
 
     blocks = list(grouped(texts, len, BLOCK_TEXTS))
     several = len(blocks) > 1

@@ -17,14 +17,14 @@ import numpy as np
 
 from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
-from lbr_dist.evaluation.report import read_evaluation
-from lbr_dist.export_tokens import fixed_tokens
+from lbr_dist.evaluation.table import read_evaluation
+from lbr_dist.export.tokens import fixed_tokens
 from lbr_dist.model.tokenizer import BEGINNINGS, Tokenization
 from lbr_dist.recipes import load_recipe, save_recipe
 
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe
-    from lbr_dist.loading import Run
+    from lbr_dist.inference.loading import Run
 
 log = logging.getLogger("lbr")
 
@@ -112,9 +112,9 @@ def _write(
     named: bool,
     check: bool,
 ) -> None:
-    from lbr_dist.export_folder import write_sentence_transformers
-    from lbr_dist.loading import load_run
-    from lbr_dist.model_card import model_card, spaced_texts
+    from lbr_dist.export.card import model_card, spaced_texts
+    from lbr_dist.export.folder import write_sentence_transformers
+    from lbr_dist.inference.loading import load_run
 
     loaded = load_run(run, "cpu")
     recipe = loaded.recipe
@@ -164,7 +164,7 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
     from peft import PeftModel
     from transformers import AutoConfig
 
-    from lbr_dist.export_folder import fold, name_rotary_base, write_tokenizer
+    from lbr_dist.export.folder import fold, name_rotary_base, write_tokenizer
 
     model, recipe = loaded.model, loaded.recipe
     ids = write_tokenizer(loaded.model_dir, folder, vectors=count, max_tokens=recipe.data.max_x_tokens + count)
@@ -190,7 +190,7 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
 
 def _reference(loaded: Run, count: int) -> np.ndarray:
     """Vectors of the check texts as the run makes them, queries then passages."""
-    from lbr_dist.evaluation.encoder import check_finite
+    from lbr_dist.inference.encoder import check_finite
 
     encoder = loaded.encoder()
     encoder.fixed_z = count if loaded.recipe.bottleneck.enabled and count else None

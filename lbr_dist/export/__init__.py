@@ -1,0 +1,1 @@
+"""What leaves a run: a folder that plain sentence-transformers and transformers load."""
