@@ -110,7 +110,7 @@ def make_data(folder: Path, shape: str) -> None:
 
 def launch(folder: Path, output: Path, steps: int, ranks: int, more: dict[str, str]) -> dict[str, list[float]]:
     """Train up to `steps` steps in processes of their own; returns [wall, CPU] of each part on rank 0."""
-    from lbr_dist.launch.local import free_port
+    from lbr_dist.launch.ports import free_port
 
     recipe = {
         "stage": "generative",

@@ -80,7 +80,7 @@ def summarise(found: dict[tuple[str, int], list[list[float]]]) -> list[dict[str,
 
 def run_case(case: tuple[str, int], folder: str, args: argparse.Namespace) -> list[float]:
     """[CPU seconds per rank, wall seconds] of a step: the median step of the mean rank."""
-    from lbr_dist.launch.local import free_port
+    from lbr_dist.launch.ports import free_port
 
     name, world = case
     stage = None if name == "plain torch" else int(name[-1])

@@ -168,6 +168,21 @@ def room(what: str, remedy: str) -> Iterator[None]:
         raise UserError(f"{what}: {os.strerror(error.errno)}; {remedy}") from error
 
 
+def take_lock(descriptor: int, place: Path) -> bool:
+    """Take the lock of an open file or folder, which ends with the descriptor; False: somebody holds it, or `place` is
+    another one by now. Where the file system has no locks, a warning says so, and nobody holds any."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        log.warning("%s: no lock to be had (%s): see to it that no two commands use it", place, error)
+    try:
+        return os.path.samestat(os.fstat(descriptor), place.stat())
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Hold a lock on `folder` (flock on a file in it), which ends with the process, however it ends.
@@ -181,15 +196,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     file = folder / "lock"
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(descriptor), file.stat())  # else its holder removed the folder just now
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            held = False
-        except OSError as error:
-            log.warning("%s: no lock to be had (%s): see to it that no two commands use the folder", file, error)
-            held = True
-        if not held:
+        if not take_lock(descriptor, file):
             holder = os.pread(descriptor, 300, 0).decode("utf-8", "replace").strip() or "another process"
             raise UserError(f"{what}: {holder} is writing it: wait for its end or stop it, or choose another output")
         os.ftruncate(descriptor, 0)

@@ -91,7 +91,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
     world = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
-    address = environ.get("MASTER_ADDR", first_host(nodes))
+    address = environ.get("MASTER_ADDR") or hosts(nodes)[0]
     port = _port(environ) if "MASTER_PORT" in environ else job_port(_number(environ, "SLURM_JOB_ID"))
     return Environment(
         _number(environ, "SLURM_PROCID"),
@@ -103,17 +103,59 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
     )
 
 
+@dataclass(frozen=True, order=True)
+class SlurmStart:
+    """A start of a Slurm job; as a string `JOB-RESTART`, which names its files in a run folder."""
+
+    job: int
+    restart: int
+    """How often the job was requeued before."""
+
+    def __str__(self) -> str:
+        return f"{self.job}-{self.restart}"
+
+
+def slurm_start(environ: Mapping[str, str]) -> SlurmStart | None:
+    """The start of a Slurm job that this process belongs to, whether srun started it or not; None: outside of jobs."""
+    job, restart = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_RESTART_COUNT") or "0"
+    return SlurmStart(int(job), int(restart)) if job.isdecimal() and restart.isdecimal() else None
+
+
 def job_port(job: int) -> int:
     """Where the ranks of a Slurm job's step meet, unless MASTER_PORT says otherwise; below Linux's ephemeral ports."""
     return 20_000 + job % 12_000
 
 
-def first_host(nodes: str) -> str:
-    """First host of a Slurm node list: `gpu[03-07,9]x[1-2],login` gives `gpu03x1`."""
-    match = re.match(r"(?:[^\[\],]|\[\d[\d,-]*\])+", nodes)
+def hosts(nodes: str) -> list[str]:
+    """Host names of a Slurm node list: `gpu[03-05,9]-ib,login` gives four.
+
+    Raises:
+        UserError: not a node list.
+    """
+    names: list[str] = []
+    rest = nodes
+    while rest:
+        match = re.match(r"((?:[^\[\],]|\[[\d,-]+\])+)(?:,|$)", rest)
+        if not match:
+            raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR")
+        names += _hosts_of(match.group(1))
+        rest = rest[match.end() :]
+    if not names:
+        raise UserError(f"srun: no host in the node list {nodes!r}: set MASTER_ADDR")
+    return names
+
+
+def _hosts_of(text: str) -> list[str]:
+    match = re.match(r"([^\[]*)\[([\d,-]+)\](.*)$", text)
     if not match:
-        raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR")
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match.group())
+        return [text]
+    before, ranges, after = match.groups()
+    names = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        for number in range(int(first), int(last or first) + 1):
+            names += [f"{before}{number:0{len(first)}}{tail}" for tail in _hosts_of(after)]
+    return names
 
 
 def _port(environ: Mapping[str, str]) -> int:

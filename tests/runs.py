@@ -11,7 +11,7 @@ import torch
 from lbr_dist.config import Recipe
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import parse_recipe, save_recipe
-from lbr_dist.training.checkpoint_files import NAMES, TensorSpec, checksum, write_tensors
+from lbr_dist.training.checkpoint_files import checksum
 from lbr_dist.training.checkpoint_format import (
     FORMAT,
     FileEntry,
@@ -21,6 +21,7 @@ from lbr_dist.training.checkpoint_format import (
     encode_manifest,
     step_name,
 )
+from lbr_dist.training.tensor_file import NAMES, TensorSpec, write_tensors
 
 
 def make_run(folder: Path, model_dir: Path, *, step: int = 10, seed: int = 0, **settings: Any) -> Path:
@@ -78,13 +79,14 @@ def write_manifest(
     files: dict[str, FileEntry],
     *,
     step: int = 1,
+    sequence: int | None = None,
     world: int = 1,
     tied: dict[str, str] | None = None,
 ) -> None:
     manifest = Manifest(
         format=FORMAT,
         step=step,
-        sequence=step,
+        sequence=step if sequence is None else sequence,
         attempt="test",
         created="2026-01-01T00:00:00Z",
         world_size=world,

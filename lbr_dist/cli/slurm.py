@@ -25,8 +25,8 @@ def check(
     quick: Annotated[bool, typer.Option(help="Without GPUs and bandwidth: a second instead of half a minute.")] = False,
 ) -> None:
     """Check the nodes of an allocation from inside: srun --ntasks-per-node=1 lbr slurm check. Names the bad node."""
-    from lbr_dist.launch.mistakes import leave
     from lbr_dist.launch.slurm_check import check as run
+    from lbr_dist.launch.slurm_words import leave
 
     folders = shared or [Path.cwd()]
     if not run(folders, quick=quick):

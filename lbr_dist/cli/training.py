@@ -38,7 +38,7 @@ def train(
         from lbr_dist.launch.local import launch
 
         sys.exit(launch(loaded, nproc, resume=resume, allow_change=allow_change or (), then=following))
-    from lbr_dist.launch.mistakes import FINISHED, leave, left
+    from lbr_dist.launch.slurm_words import FINISHED, leave, left
     from lbr_dist.training.run import ContactLostError
     from lbr_dist.training.run import train as run
 

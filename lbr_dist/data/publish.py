@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 from lbr_dist.data.shard_writer import SPLITS
 from lbr_dist.data.shards import open_set
 from lbr_dist.data.sources.parts import printable
-from lbr_dist.disk import is_mount, sync
+from lbr_dist.disk import is_mount, sync, take_lock
 from lbr_dist.errors import UserError
 
 RESUME = "resume"
@@ -105,12 +104,7 @@ def workspace(out: Path, *, dear: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}): choose another") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(lock), folder.stat())  # else its holder removed the folder just now
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
+        if not take_lock(lock, folder):
             raise UserError(f"--out {out}: another lbr process is writing it: wait for it, or choose another")
         try:
             _restore(out)

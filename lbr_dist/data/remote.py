@@ -9,7 +9,6 @@ transfer starts again from its first byte.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import functools
 import logging
@@ -27,7 +26,7 @@ from typing import IO, Any
 
 import xxhash
 
-from lbr_dist.disk import usable_folder
+from lbr_dist.disk import FULL, usable_folder
 from lbr_dist.errors import UserError
 
 log = logging.getLogger("lbr")
@@ -107,7 +106,7 @@ def fetch(url: str, target: Path, *, size: int | None = None, xxh128: str | None
             except ValueError as error:
                 raise UserError(f"{url}: webdataset has no opener for this address ({error})") from error
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno in FULL:
                     raise UserError(
                         f"{target.parent}: the disk is full: no room for {url}: free space there, or choose another "
                         "place (a cache of shards: data.cache_dir, or a lower data.cache_gib; of indexes: "

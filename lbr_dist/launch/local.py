@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import IO
 from lbr_dist.config import Recipe
 from lbr_dist.environment import detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError
+from lbr_dist.launch.ports import free_port
 from lbr_dist.recipes import load_recipe, save_recipe
 from lbr_dist.training.signals import FirstSignal, stop_signals
 
@@ -181,13 +181,6 @@ class _Ranks:
                 process.kill()
         for process in self._processes:
             process.wait()
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on at this moment."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def worker(file: str, resume: str, *allow_change: str) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.errors import UserError
-from lbr_dist.launch.local import free_port
+from lbr_dist.launch.ports import free_port
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a cluster that we start: training moves nothing through Ray's object store but small messages."""

@@ -15,8 +15,8 @@ from typing import Any
 import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from lbr_dist.launch.ray_train import newest_checkpoint
 from lbr_dist.launch.ray_worker import CONTROLLER, RESUME, STARTED, is_ours
+from lbr_dist.training.checkpoint_format import progress
 from lbr_dist.training.signals import request_stop, stop_requested
 
 WAIT_S = 300.0
@@ -36,7 +36,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
     def __init__(self, run_dir: str, attempt: str, resume: str) -> None:
         self._run_dir, self._attempt, self._resume = Path(run_dir), Path(attempt), resume
         self._group: Any = None  # that runs
-        self._first, self._before = True, newest_checkpoint(self._run_dir)
+        self._first, self._before = True, progress(self._run_dir)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Leave the driver a handle with which it can end all this."""
@@ -46,7 +46,7 @@ class Restarts(ControllerCallback, WorkerGroupCallback):
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         """Tell the workers what to resume from."""
-        if not self._first and (self._resume == "never" or newest_checkpoint(self._run_dir) != self._before):
+        if not self._first and (self._resume == "never" or progress(self._run_dir) != self._before):
             self._resume = "auto"  # this attempt's own work
         self._first = False
         (self._attempt / RESUME).write_text(self._resume, encoding="utf-8")

@@ -9,9 +9,9 @@ from pathlib import Path
 from lbr_dist.config import Recipe
 from lbr_dist.data.remote import is_url
 from lbr_dist.errors import UserError, told
-from lbr_dist.launch.mistakes import FINISHED, leave
 from lbr_dist.launch.ray_cluster import Bundle, Node
 from lbr_dist.launch.ray_train import MAX_FAILURES, Request, run_stage
+from lbr_dist.launch.slurm_words import FINISHED, leave
 from lbr_dist.recipes import load_recipe
 from lbr_dist.training.chain import load_next
 

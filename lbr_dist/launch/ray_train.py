@@ -25,6 +25,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
 from lbr_dist.launch.ray_worker import CONTROLLER, claimed, is_ours, work
+from lbr_dist.training.checkpoint_format import newest, progress
 from lbr_dist.training.signals import REPEATED_S, FirstSignal, stop_signals
 
 MAX_FAILURES = 3
@@ -110,15 +111,13 @@ def run_stage(
     Raises:
         UserError: a restart cannot mend it.
     """
-    from lbr_dist.training.checkpoint_format import checkpoints_folder
     from lbr_dist.training.origin import outdated
     from lbr_dist.training.preflight import complete
 
     if resume == "auto" and complete(recipe, allow_change):
         print(f"{recipe.output}: has all its steps already", file=sys.stderr, flush=True)
-        folder = Path(recipe.output)
-        newest = newest_checkpoint(folder)
-        if newest and (other := outdated(recipe, checkpoints_folder(folder) / newest[0])):
+        found = newest(recipe.output)
+        if found and (other := outdated(recipe, found[0])):
             print(other, file=sys.stderr, flush=True)
         return 0
     stop = stop or Stop()
@@ -135,7 +134,7 @@ def run_stage(
 def _attempts(training: Training, request: Request, where: str, stop: Stop, resume: str) -> int:
     run_dir, failures = training.run_dir, 0
     while True:
-        before = newest_checkpoint(run_dir)
+        before = progress(run_dir)
         ended = _attempt(training, request, stop, resume)
         if not isinstance(ended, Exception):
             return ended
@@ -145,11 +144,11 @@ def _attempts(training: Training, request: Request, where: str, stop: Stop, resu
         print(f"error: the attempt failed: {_brief(ended)}", file=sys.stderr, flush=True)
         if stop.asked:
             return EXIT_RUN_AGAIN
-        failures = failures + 1 if newest_checkpoint(run_dir) == before else 1
+        failures = failures + 1 if progress(run_dir) == before else 1
         if failures > request.max_failures:
             print(f"error: {failures} failures without a new checkpoint: giving up", file=sys.stderr)
             return 1
-        if newest_checkpoint(run_dir) != before or resume == "never":
+        if progress(run_dir) != before or resume == "never":
             resume = "auto"  # this run's own work
         given_up = _wait_for_room(request, where, stop)
         if given_up is not None:
@@ -245,13 +244,6 @@ def _folder(run_dir: Path) -> Path:
             "nodes share"
         ) from None
     return folder
-
-
-def newest_checkpoint(run_dir: Path) -> tuple[str, int] | None:
-    """Name and sequence number of the checkpoint committed last; None where there is none that can be read."""
-    from lbr_dist.training.checkpoint_format import list_checkpoints
-
-    return next(((path.name, found.sequence) for path, found in list_checkpoints(run_dir) if found), None)
 
 
 def _wait_for_room(request: Request, where: str, stop: Stop) -> int | None:

@@ -2,8 +2,7 @@
 
 The scripts in `slurm/` only trap, start and wait; they ask here. Each start and end of a job is one row in
 `RUN/slurm.jsonl`, which is how a requeued job knows what happened before, whoever requeued it: the script, or Slurm
-after a lost node or a preemption. Only the standard library and the recipe are imported, since this runs several times
-in every job: the steps of checkpoints are read from their manifests without torch.
+after a lost node or a preemption. It runs several times in every job, and imports nothing that takes long: no torch.
 
     python -m lbr_dist.launch.slurm begin --stage generative --ports 1 RECIPE [key=value ...]    prints free ports, and
                                                           below them what to resume from, where it is not what was said
@@ -30,17 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.config import Recipe
+from lbr_dist.environment import SlurmStart, slurm_start
 from lbr_dist.errors import EXIT_RUN_AGAIN, EXIT_USER_ERROR, UserError, told
 from lbr_dist.launch.delivery import check_delivery
-from lbr_dist.launch.mistakes import FINISHED, HISTORY, word
+from lbr_dist.launch.ports import free_ports
+from lbr_dist.launch.slurm_words import FINISHED, HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe, override
 from lbr_dist.training.chain import load_next
+from lbr_dist.training.checkpoint_format import progress
 
 MAX_RESTARTS = 3
 """Restarts without a new checkpoint after which a job is not started again."""
-PORTS, BLOCK = range(20_000, 32_000), 16
-"""Below Linux's ephemeral ports, in blocks: each job and each of its attempts begins at a block of its own."""
 _SCRIPTS = {"generative": "slurm/stage1.sh", "contrastive": "slurm/stage2.sh", "joint": "slurm/stage2.sh"}
 
 
@@ -48,8 +48,7 @@ _SCRIPTS = {"generative": "slurm/stage1.sh", "contrastive": "slurm/stage2.sh", "
 class Attempt:
     """This start of this job."""
 
-    job: int
-    restart: int
+    start: SlurmStart
     nodes: str
     limit: int
     """Restarts without progress that are allowed."""
@@ -61,17 +60,13 @@ class Attempt:
         Raises:
             UserError: not in a job, or `LBR_MAX_RESTARTS` is not a number.
         """
-        if "SLURM_JOB_ID" not in environ:
-            raise UserError("SLURM_JOB_ID is not set: this is for the scripts in slurm/, started by sbatch")
+        start = slurm_start(environ)
+        if start is None:
+            raise UserError("SLURM_JOB_ID is not set, or no number: this is for the scripts in slurm/, started by sbatch")
         limit = environ.get("LBR_MAX_RESTARTS") or str(MAX_RESTARTS)
         if not limit.isdigit():
             raise UserError(f"LBR_MAX_RESTARTS={limit}: expected a number of restarts")
-        return cls(
-            int(environ["SLURM_JOB_ID"]),
-            int(environ.get("SLURM_RESTART_COUNT", 0)),
-            environ.get("SLURM_JOB_NODELIST", ""),
-            int(limit),
-        )
+        return cls(start, environ.get("SLURM_JOB_NODELIST", ""), int(limit))
 
 
 @dataclass(frozen=True)
@@ -118,16 +113,16 @@ def begin(recipe: Recipe, attempt: Attempt, resume: str = "auto") -> str:
     """
     folder = Path(recipe.output)
     history = read_rows(folder / HISTORY)
-    sequence, step = newest_checkpoint(folder)
-    idle = idle_starts(history, attempt.job, sequence)
+    sequence, step = progress(folder)
+    idle = idle_starts(history, attempt.start.job, sequence)
     if idle > attempt.limit:
         raise UserError(
-            f"job {attempt.job}: {idle} starts without a new checkpoint (newest: step {step}): not started again; "
-            f"look for the cause in this log, then submit a new job, which goes on from there"
+            f"job {attempt.start.job}: {idle} starts without a new checkpoint (newest: step {step}): not started "
+            f"again; look for the cause in this log, then submit a new job, which goes on from there"
         )
     newest = {"step": step, "sequence": sequence}
     _append(folder, {"event": "start", **_identity(attempt), "nodes": attempt.nodes, **newest})
-    found = next((row.get("sequence") for row in _starts(history, attempt.job)), None)  # by the job's first start
+    found = next((row.get("sequence") for row in _starts(history, attempt.start.job)), None)  # by the job's first start
     own = found is not None and (found != sequence or (found == 0 and resume == "never"))
     return "auto" if own else resume
 
@@ -140,12 +135,12 @@ def end(recipe: Recipe, attempt: Attempt, code: int, *, asked: bool) -> Decision
         UserError: the run folder cannot be written, so that restarts could not be counted.
     """
     folder = Path(recipe.output)
-    if code != 0 and word(folder, attempt.job, attempt.restart).exists():
+    if code != 0 and word(folder, attempt.start).exists():
         code = EXIT_USER_ERROR
-    elif code == 0 and not word(folder, attempt.job, attempt.restart, FINISHED).exists():
+    elif code == 0 and not word(folder, attempt.start, FINISHED).exists():
         code = 1
-    sequence, step = newest_checkpoint(folder)
-    idle = idle_starts(read_rows(folder / HISTORY), attempt.job, sequence)
+    sequence, step = progress(folder)
+    idle = idle_starts(read_rows(folder / HISTORY), attempt.start.job, sequence)
     decision = decide(code, asked=asked, idle=idle, limit=attempt.limit)
     row = {"code": code, "asked": asked, "step": step, "requeue": decision.requeue, "reason": decision.reason}
     _append(folder, {"event": "end", **_identity(attempt), **row})
@@ -161,61 +156,9 @@ def _starts(history: Sequence[Mapping[str, Any]], job: int) -> list[Mapping[str,
     return [row for row in history if row["event"] == "start" and row["job"] == job]
 
 
-def newest_checkpoint(folder: Path) -> tuple[int, int]:
-    """Sequence number and step of the run's newest committed checkpoint, whether it verifies or not; (0, 0): none."""
-    newest = (0, 0)
-    for file in folder.glob("checkpoints/step-*/manifest.json"):
-        try:
-            manifest = json.loads(file.read_bytes())
-            newest = max(newest, (int(manifest["sequence"]), int(manifest["step"])))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged: the run will say so and pass over it
-    return newest
-
-
-def free_ports(count: int, attempt: Attempt, wanted: str | None = None) -> list[int]:
-    """TCP ports that nothing listens on, on this machine, at this moment.
-
-    Args:
-        count: how many.
-        attempt: two jobs on one machine, or two attempts of one job, start to look at different places.
-        wanted: `MASTER_PORT`, where the user chose one: the first of the list.
-
-    Raises:
-        UserError: the wanted port is taken, or none.
-    """
-    blocks = len(PORTS) // BLOCK
-    start = (7 * attempt.job + attempt.restart) % blocks * BLOCK
-    candidates = [PORTS[(start + offset) % len(PORTS)] for offset in range(len(PORTS))]
-    found: list[int] = []
-    if wanted:
-        if not wanted.isdecimal() or not 0 < int(wanted) < 65_536:
-            raise UserError(f"MASTER_PORT={wanted}: is no port: unset it, or choose one of 1 to 65535")
-        if not is_free(int(wanted)):
-            raise UserError(f"MASTER_PORT={wanted}: taken on {socket.gethostname()}: unset it, or choose another")
-        found.append(int(wanted))
-    for port in candidates:
-        if len(found) == count:
-            return found
-        if port not in found and is_free(port):
-            found.append(port)
-    raise UserError(f"{socket.gethostname()}: no {count} free ports between {PORTS[0]} and {PORTS[-1]}")
-
-
-def is_free(port: int) -> bool:
-    """Whether a TCP port can be listened on, on every address of this machine."""
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            server.bind(("", port))
-        except OSError:
-            return False
-    return True
-
-
 def _identity(attempt: Attempt) -> dict[str, Any]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"job": attempt.job, "restart": attempt.restart, "time": now}
+    return {"job": attempt.start.job, "restart": attempt.start.restart, "time": now}
 
 
 def _append(folder: Path, row: dict[str, Any]) -> None:
@@ -267,7 +210,7 @@ def _run(given: argparse.Namespace) -> int:
         if given.stage and _SCRIPTS[recipe.stage] != _SCRIPTS[given.stage]:
             raise UserError(f"recipe {given.recipe}: stage is {recipe.stage}: submit {_SCRIPTS[recipe.stage]}")
         attempt = Attempt.from_environment(os.environ)
-        ports = free_ports(given.ports, attempt, os.environ.get("MASTER_PORT"))
+        ports = free_ports(given.ports, attempt.start, os.environ.get("MASTER_PORT"))
         said = given.resume[-1] if given.resume else "auto"
         resume = begin(recipe, attempt, said)
         print(*ports)

@@ -19,11 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.environment import Environment, detect, job_port
+from lbr_dist.environment import Environment, detect, hosts, job_port
 from lbr_dist.errors import UserError
-from lbr_dist.launch.slurm import Attempt, free_ports
+from lbr_dist.launch.ports import free_ports
+from lbr_dist.launch.slurm import Attempt
 from lbr_dist.launch.slurm_answers import ANSWER_S, CONNECT_S, SEEN_S, Client, Wire
-from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds, table
+from lbr_dist.launch.slurm_nodes import Node, findings, rounds, table
 
 ANSWERS = "lbr_dist.launch.slurm_answers"
 
@@ -46,13 +47,13 @@ def check(shared: Sequence[Path], *, quick: bool = False, environ: Mapping[str, 
     here = detect(environ)
     if "srun" not in here.source or here.local_world != 1:
         raise UserError("start it on every node of an allocation: srun --ntasks-per-node=1 lbr slurm check")
-    names = expand(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
+    names = hosts(environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"])
     wanted = environ.get("MASTER_PORT")
     if here.rank > 0:
         Client(names[here.rank], (environ.get("MASTER_ADDR", names[0]), _port(environ, wanted))).serve()
         return True
     if wanted:
-        free_ports(1, Attempt.from_environment(environ), wanted)
+        free_ports(1, Attempt.from_environment(environ).start, wanted)
     server = _Server(names, here, _port(environ, wanted))
     return server.run([folder.absolute() for folder in shared], quick)
 

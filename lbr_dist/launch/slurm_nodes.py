@@ -5,13 +5,10 @@ A check that says "something is slow" helps nobody: every finding names the node
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-from lbr_dist.errors import UserError
 
 SKEW_S = 1.0
 """Largest difference between two clocks: what file times and logs of several nodes can bear."""
@@ -29,36 +26,6 @@ class Node:
     gpus: int = 0
     errors: list[str] = field(default_factory=list)
     """What it could not do, or what others saw."""
-
-
-def expand(nodes: str) -> list[str]:
-    """Host names of a Slurm node list: `gpu[03-05,9]-ib,login` gives four.
-
-    Raises:
-        UserError: not a node list.
-    """
-    names: list[str] = []
-    rest = nodes
-    while rest:
-        match = re.match(r"((?:[^\[\],]|\[[\d,-]+\])+)(?:,|$)", rest)
-        if not match:
-            raise UserError(f"node list {nodes!r}: not understood")
-        names += _expand_one(match.group(1))
-        rest = rest[match.end() :]
-    return names
-
-
-def _expand_one(text: str) -> list[str]:
-    match = re.match(r"([^\[]*)\[([\d,-]+)\](.*)$", text)
-    if not match:
-        return [text]
-    before, ranges, after = match.groups()
-    names = []
-    for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            names += [f"{before}{number:0{len(first)}}{tail}" for tail in _expand_one(after)]
-    return names
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:

@@ -17,33 +17,19 @@ import torch
 from lbr_dist.disk import mark
 from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_format as layout
-from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest, find_resumable, list_checkpoints, verify
+from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest, verify
 from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
 from lbr_dist.training.engine_state import WEIGHT, EngineState, Piece
 from lbr_dist.training.weights import (
     SliceReader,
-    consolidate,
-    iterate_weights,
     pack_rank_state,
     read_rank_state,
     tensor_name,
-    tied_names,
 )
 from lbr_dist.training.zero_state import open_engine
 
 if TYPE_CHECKING:
     from lbr_dist import config
-
-__all__ = [
-    "Checkpointer",
-    "consolidate",
-    "find_resumable",
-    "iterate_weights",
-    "list_checkpoints",
-    "start_from",
-    "tied_names",
-    "verify",
-]
 
 
 @dataclass(frozen=True)

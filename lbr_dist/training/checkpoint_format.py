@@ -264,6 +264,17 @@ def _age(path: Path, manifest: Manifest | None) -> tuple[int, int]:
     return (manifest.sequence, step) if manifest else (2**62, step)  # unreadable ones first, so that they are reported
 
 
+def newest(run_dir: str | Path) -> tuple[Path, Manifest] | None:
+    """The checkpoint that was committed last, whether it verifies or not; None: there is none that can be read."""
+    return next(((path, manifest) for path, manifest in list_checkpoints(run_dir) if manifest), None)
+
+
+def progress(run_dir: str | Path) -> tuple[int, int]:
+    """Sequence number and step of that checkpoint; (0, 0) where there is none."""
+    found = newest(run_dir)
+    return (found[1].sequence, found[1].step) if found else (0, 0)
+
+
 def find_resumable(run_dir: str | Path, kinds: Container[Kind] | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and why others were passed over.
 

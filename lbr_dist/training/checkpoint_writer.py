@@ -26,6 +26,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
 from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
+from lbr_dist.training.tensor_file import NAMES, TensorSpec, write_tensors
 
 log = logging.getLogger("lbr")
 
@@ -149,10 +150,11 @@ class CheckpointWriter:
         if team.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_stale(self.folder)
-            known = {manifest.sequence: path.name for path, manifest in layout.list_checkpoints(run_dir) if manifest}
-            self._sequence, attempt = max(known, default=0), os.urandom(4).hex()
-            if known:  # a writer may have been killed between its rename and this
-                self._name_latest(known[self._sequence])
+            attempt = os.urandom(4).hex()
+            if newest := layout.newest(run_dir):
+                path, manifest = newest
+                self._sequence = manifest.sequence
+                self._name_latest(path.name)  # a writer may have been killed between its rename and this
         self.attempt: str = team.broadcast(attempt)
 
     def submit(self, snapshot: Snapshot) -> None:
@@ -295,8 +297,8 @@ class CheckpointWriter:
 
 def _write_tensor_file(path: Path, file: TensorFile) -> FileEntry:
     names = sorted(file.tensors, key=lambda name: -file.tensors[name].dtype.itemsize)
-    specs = [files.TensorSpec(n, files.NAMES[file.tensors[n].dtype], tuple(file.tensors[n].shape)) for n in names]
-    written = files.write_tensors(path, specs, (file.tensors[name] for name in names), file.metadata)
+    specs = [TensorSpec(n, NAMES[file.tensors[n].dtype], tuple(file.tensors[n].shape)) for n in names]
+    written = write_tensors(path, specs, (file.tensors[name] for name in names), file.metadata)
     return FileEntry(kind=file.kind, bytes=written.bytes, xxh128=written.xxh128, slices=file.slices)
 
 

@@ -17,8 +17,15 @@ from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder
 from lbr_dist.training.audit import last_attempt
-from lbr_dist.training.checkpoint import Checkpointer, find_resumable, list_checkpoints, verify
-from lbr_dist.training.checkpoint_format import checkpoints_folder, read_manifest
+from lbr_dist.training.checkpoint import Checkpointer
+from lbr_dist.training.checkpoint_format import (
+    checkpoints_folder,
+    find_resumable,
+    list_checkpoints,
+    newest,
+    read_manifest,
+    verify,
+)
 from lbr_dist.training.collective import on_rank_zero
 from lbr_dist.training.origin import check_resumed_model, outdated
 from lbr_dist.training.preflight import Job
@@ -84,8 +91,8 @@ def go_back(job: Job, checkpoint: Path, checkpointer: Checkpointer, state: dict[
     """
 
     def needed() -> bool:
-        newest = next((path for path, manifest in list_checkpoints(job.recipe.output) if manifest), None)
-        return newest is None or not checkpoint.samefile(newest)
+        found = newest(job.recipe.output)
+        return found is None or not checkpoint.samefile(found[0])
 
     if on_rank_zero(needed):
         checkpointer.save(state["step"], loop_state(job, **state), rank_state=random_state(), wait=True)

@@ -8,17 +8,16 @@ of another machine whose file has not been touched for long is taken over.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from lbr_dist.disk import take_lock
+from lbr_dist.environment import slurm_start
 from lbr_dist.errors import UserError
 
 log = logging.getLogger("lbr")
@@ -40,19 +39,14 @@ def holder(folder: Path) -> str:
         return ""
 
 
-def _slurm_start(environ: Mapping[str, str]) -> str:
-    """Which start of which Slurm job this is, as a part of a holder's name; "" outside."""
-    job, restart = environ.get("SLURM_JOB_ID"), environ.get("SLURM_RESTART_COUNT") or "0"
-    return f" of Slurm job {job}, restart {restart}" if job else ""
-
-
 class RunLock:
     """Context that gives the lock back, if `take` was called."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._path = folder, folder / LOCK
         self._file: IO[str] | None = None
-        self._job = _slurm_start(os.environ)
+        start = slurm_start(os.environ)
+        self._job = f" of Slurm job {start.job}, restart {start.restart}" if start else ""
         self._mine = f"process {os.getpid()}{self._job} on {socket.gethostname()}"  # a machine's name may change
         self._ended = threading.Event()
 
@@ -125,18 +119,7 @@ class RunLock:
     def _try(self) -> bool:
         """Take the lock if it is free; where the file system has no locks, say so and go on without."""
         file = self._path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.close()
-                return False
-            log.warning("%s: no lock to be had (%s): see to it that no two runs use the folder", self._path, error)
-        try:
-            ours = os.path.samestat(os.fstat(file.fileno()), self._path.stat())
-        except FileNotFoundError:
-            ours = False
-        if not ours:  # somebody took over just now
+        if not take_lock(file.fileno(), self._path):
             file.close()
             return False
         file.truncate(0)

@@ -26,6 +26,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from lbr_dist.disk import mark
+from lbr_dist.environment import slurm_start
 
 FILE = "stop"
 ASKED = "asked"
@@ -55,8 +56,8 @@ def stop_requested(run_dir: Path) -> str:
 
 def asked_before(run_dir: Path) -> bool:
     """Whether this start of a Slurm job was asked to stop already."""
-    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
-    return job is not None and (run_dir / ASKED / f"{job}-{restart}").is_file()
+    start = slurm_start(os.environ)
+    return start is not None and (run_dir / ASKED / str(start)).is_file()
 
 
 class FirstSignal:

@@ -16,16 +16,9 @@ import torch
 
 from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_files import (
-    DTYPES,
-    NAMES,
-    TensorFileReader,
-    TensorSpec,
-    replace_bytes,
-    write_bytes,
-    write_tensors,
-)
+from lbr_dist.training.checkpoint_files import replace_bytes, write_bytes
 from lbr_dist.training.checkpoint_format import Kind, Manifest, Parameter, read_manifest, resolve
+from lbr_dist.training.tensor_file import DTYPES, NAMES, TensorFileReader, TensorSpec, write_tensors
 
 OPEN_FILES = 128
 

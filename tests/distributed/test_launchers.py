@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training_runs import make_set, recipe
 
-from lbr_dist.launch.local import free_port
+from lbr_dist.launch.ports import free_port
 from lbr_dist.recipes import parse_recipe, save_recipe
 from lbr_dist.training.audit import audit
 

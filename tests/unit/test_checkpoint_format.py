@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from lbr_dist.errors import UserError
-from lbr_dist.training import checkpoint_files as files
+from lbr_dist.training import tensor_file as files
 from lbr_dist.training.checkpoint_files import checksum
 from lbr_dist.training.checkpoint_format import (
     MANIFEST,
@@ -98,9 +98,7 @@ def test_written_files_are_plain_safetensors(tmp_path):
     loaded = load_file(tmp_path / "x.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    assert written == files.Written(
-        (tmp_path / "x.safetensors").stat().st_size, files.checksum(tmp_path / "x.safetensors")
-    )
+    assert written == files.Written((tmp_path / "x.safetensors").stat().st_size, checksum(tmp_path / "x.safetensors"))
 
 
 def test_a_checkpoint_reads_back(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from runs import write_manifest
 
-from lbr_dist.training.checkpoint_files import DTYPES, TensorSpec, write_tensors
 from lbr_dist.training.checkpoint_format import FileEntry, Parameter
+from lbr_dist.training.tensor_file import DTYPES, TensorSpec, write_tensors
 from lbr_dist.training.weights import consolidate, iterate_weights
 
 ELEMENTS = 2_000_000

@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from lbr_dist.environment import Environment, detect, first_host, job_port
+from lbr_dist.environment import Environment, SlurmStart, detect, hosts, job_port, slurm_start
 from lbr_dist.errors import UserError
-from lbr_dist.launch.slurm import PORTS
+from lbr_dist.launch.ports import PORTS
 from lbr_dist.training.engine import start_distributed
 
 TORCHRUN = {
@@ -85,17 +85,38 @@ def test_a_port_that_is_none_is_named(environ: dict[str, str], port: str, words:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("nodes", "names"),
     [
-        ("gpu03", "gpu03"),
-        ("gpu[03-07,9],login", "gpu03"),
-        ("rack[1-2]n[01-04]", "rack1n01"),
-        ("a,b", "a"),
-        ("rack2-n[1,5]-ib,x", "rack2-n1-ib"),
+        ("n1", ["n1"]),
+        ("a,b", ["a", "b"]),
+        ("gpu[03-05,9]-ib,login", ["gpu03-ib", "gpu04-ib", "gpu05-ib", "gpu9-ib", "login"]),
+        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
+        ("n[098-101]", ["n098", "n099", "n100", "n101"]),
     ],
 )
-def test_first_host(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
+def test_node_lists(nodes: str, names: list[str]) -> None:
+    assert hosts(nodes) == names
+    assert detect({**SRUN, "SLURM_STEP_NODELIST": nodes}).master == (names[0], 24_017)
+
+
+@pytest.mark.parametrize("nodes", ["n[1-2", "n[5-3]"])
+def test_a_strange_node_list_is_refused(nodes: str) -> None:
+    with pytest.raises(UserError, match="node list"):
+        hosts(nodes)
+
+
+@pytest.mark.parametrize(
+    ("environ", "start"),
+    [
+        ({}, None),
+        ({"SLURM_JOB_ID": "7"}, SlurmStart(7, 0)),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": ""}, SlurmStart(7, 0)),
+        ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}, SlurmStart(7, 2)),
+        ({"SLURM_JOB_ID": "x"}, None),
+    ],
+)
+def test_which_start_of_a_job(environ: dict[str, str], start: SlurmStart | None) -> None:
+    assert slurm_start(environ) == start
 
 
 def started(monkeypatch: pytest.MonkeyPatch, environment: Environment, devices: int) -> tuple[torch.device, str]:

@@ -13,8 +13,8 @@ import torch
 
 from lbr_dist import config
 from lbr_dist.training import checkpoint as module
-from lbr_dist.training.checkpoint import Checkpointer, find_resumable, verify
-from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter
+from lbr_dist.training.checkpoint import Checkpointer
+from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, find_resumable, verify
 from lbr_dist.training.checkpoint_writer import Alone
 from lbr_dist.training.engine_state import WEIGHT, Piece
 

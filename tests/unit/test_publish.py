@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -196,12 +197,24 @@ def test_a_second_start_between_the_two_renames_of_an_overwrite(
 
 def test_a_workspace_that_its_holder_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between opening it and locking it, the one before ended."""
-    real = publish.fcntl.flock
+    real = fcntl.flock
 
     def flock(descriptor: int, how: int) -> None:
         real(descriptor, how)
         (tmp_path / ".out.preparing").rmdir()
 
-    monkeypatch.setattr(publish.fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UserError, match="another lbr process is writing it"), publish.workspace(tmp_path / "out"):
         pass
+
+
+def test_without_locks_on_the_file_system_a_set_is_made_all_the_same(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")  # Lustre, mounted without flock
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run(source, tmp_path / "out")
+    assert verify(open_set(tmp_path / "out"))
+    assert "no lock to be had" in caplog.text

@@ -298,7 +298,7 @@ class TestRestarts:
             return result
 
         monkeypatch.setattr(ray_train, "_attempt", attempt)
-        monkeypatch.setattr(ray_train, "newest_checkpoint", lambda run_dir: state["checkpoint"])
+        monkeypatch.setattr(ray_train, "progress", lambda run_dir: state["checkpoint"])
         monkeypatch.setattr(ray_train, "living_nodes", lambda: GPU_NODES)
         return state
 

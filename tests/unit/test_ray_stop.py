@@ -301,7 +301,7 @@ class TestResize:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str, told: list[str]
     ) -> None:
         newest = [None]
-        monkeypatch.setattr(ray_resize, "newest_checkpoint", lambda run_dir: newest[0])
+        monkeypatch.setattr(ray_resize, "progress", lambda run_dir: newest[0])
         callback, heard = Restarts(str(tmp_path), str(tmp_path), resume), []
         for checkpoint in (None, None, ("step", 1)):
             newest[0] = checkpoint  # type: ignore[call-overload]

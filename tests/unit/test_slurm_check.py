@@ -15,8 +15,9 @@ import typer
 
 from lbr_dist.cli.slurm import check
 from lbr_dist.config import Recipe
+from lbr_dist.environment import SlurmStart
 from lbr_dist.launch import slurm, slurm_check
-from lbr_dist.launch.local import free_port
+from lbr_dist.launch.ports import free_port
 from lbr_dist.launch.slurm_answers import Client
 
 
@@ -86,7 +87,7 @@ def test_what_is_bad_is_a_mistake_also_where_srun_reports_another_code(
 ) -> None:
     """A node that cannot start Python ends with 127, which hides the check's 2."""
     run = Path(recipe.output)
-    job = slurm.Attempt(7, 0, "n[1-2]", limit=3)
+    job = slurm.Attempt(SlurmStart(7, 0), "n[1-2]", limit=3)
     slurm.begin(recipe, job)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -11,29 +10,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import write_manifest
 
 from lbr_dist import cli
 from lbr_dist.config import Recipe
+from lbr_dist.environment import SlurmStart
 from lbr_dist.errors import UserError
 from lbr_dist.launch import ray_stage, slurm, torchrun
-from lbr_dist.launch.mistakes import left
-from lbr_dist.launch.slurm import Attempt, begin, decide, end, free_ports, main, newest_checkpoint
-from lbr_dist.launch.slurm_nodes import Node, expand, findings, rounds
+from lbr_dist.launch.ports import free_ports
+from lbr_dist.launch.slurm import Attempt, begin, decide, end, main
+from lbr_dist.launch.slurm_nodes import Node, findings, rounds
 from lbr_dist.launch.slurm_ray import start_options
+from lbr_dist.launch.slurm_words import left
 from lbr_dist.launch.torchrun import combined
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import save_recipe
+from lbr_dist.training.checkpoint_format import progress
 from lbr_dist.training.run import Outcome
 from lbr_dist.training.run_folder import check_folder
 
 PROJECT = Path(__file__).parents[2]
-JOB = Attempt(job=7, restart=0, nodes="n[1-2]", limit=3)
+JOB = Attempt(SlurmStart(7, 0), nodes="n[1-2]", limit=3)
 
 
 def commit(recipe: Recipe, step: int, sequence: int = 0) -> None:
     folder = Path(recipe.output) / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"step": step, "sequence": sequence or step}))
+    write_manifest(folder, [], {}, step=step, sequence=sequence or step)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +52,7 @@ def test_what_a_restart_can_mend_is_requeued(code: int, asked: bool, requeue: bo
 def test_no_progress_stops_after_the_set_number_of_restarts(recipe: Recipe, code: int) -> None:
     decisions = []
     for restart in range(4):
-        attempt = Attempt(7, restart, "n1", limit=3)
+        attempt = Attempt(SlurmStart(7, restart), "n1", limit=3)
         begin(recipe, attempt)
         decisions.append(end(recipe, attempt, code, asked=False).requeue)
     assert decisions == [True, True, True, False]
@@ -72,7 +75,7 @@ def test_a_mistake_that_srun_does_not_report_is_one(recipe: Recipe, monkeypatch:
     assert end(recipe, JOB, 137, asked=False).requeue
     end_of_a_rank()
     assert not end(recipe, JOB, 137, asked=False).requeue
-    assert end(recipe, Attempt(7, 1, "n1", limit=3), 137, asked=False).requeue
+    assert end(recipe, Attempt(SlurmStart(7, 1), "n1", limit=3), 137, asked=False).requeue
     assert check_folder(recipe, resume="auto") == [], "the next start may go on"
 
 
@@ -80,7 +83,7 @@ def test_that_a_run_is_complete_is_its_own_word(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """srun says 0 where the job goes on without a node that it lost, and the job was a success."""
-    file, later = tmp_path / "recipe.yaml", Attempt(7, 1, "n1", limit=3)
+    file, later = tmp_path / "recipe.yaml", Attempt(SlurmStart(7, 1), "n1", limit=3)
     save_recipe(recipe, file)
     begin(recipe, JOB)
     assert end(recipe, JOB, 0, asked=False).requeue
@@ -103,20 +106,20 @@ def test_that_a_run_is_complete_is_its_own_word(
 def test_starts_that_had_no_end_count_too(recipe: Recipe) -> None:
     """A node that takes the job with it leaves no word."""
     for restart in range(4):
-        begin(recipe, Attempt(7, restart, "n1", limit=3))
+        begin(recipe, Attempt(SlurmStart(7, restart), "n1", limit=3))
     with pytest.raises(UserError, match="job 7: 4 starts without a new checkpoint"):
-        begin(recipe, Attempt(7, 4, "n1", limit=3))
-    begin(recipe, Attempt(8, 0, "n1", limit=3))  # somebody looked, and submitted it anew
+        begin(recipe, Attempt(SlurmStart(7, 4), "n1", limit=3))
+    begin(recipe, Attempt(SlurmStart(8, 0), "n1", limit=3))  # somebody looked, and submitted it anew
 
 
 def test_progress_starts_the_count_again(recipe: Recipe) -> None:
     for restart in range(12):
-        attempt = Attempt(7, restart, "n1", limit=3)
+        attempt = Attempt(SlurmStart(7, restart), "n1", limit=3)
         begin(recipe, attempt)
         if restart % 3 == 2:
             commit(recipe, restart)
         assert end(recipe, attempt, 1, asked=False).requeue
-    assert newest_checkpoint(Path(recipe.output)) == (11, 11)
+    assert progress(recipe.output) == (11, 11)
 
 
 @pytest.mark.parametrize(
@@ -130,29 +133,29 @@ def test_a_requeued_job_goes_on_from_its_own_checkpoint(
     """Each start would begin at --resume again; `never` would refuse the run that the job itself has begun."""
     if there:
         commit(recipe, 500, sequence=4)
-    begin(recipe, Attempt(6, 0, "n1", limit=3))  # another job's start, which says nothing about this one's
-    heard = [begin(recipe, Attempt(7, restart, "n1", limit=3), resume) for restart in range(2)]
+    begin(recipe, Attempt(SlurmStart(6, 0), "n1", limit=3))  # another job's start, which says nothing about this one's
+    heard = [begin(recipe, Attempt(SlurmStart(7, restart), "n1", limit=3), resume) for restart in range(2)]
     commit(recipe, 400, sequence=5)
-    assert [*heard, begin(recipe, Attempt(7, 2, "n1", limit=3), resume)] == told
+    assert [*heard, begin(recipe, Attempt(SlurmStart(7, 2), "n1", limit=3), resume)] == told
 
 
 def test_a_run_that_went_back_makes_progress_from_there(recipe: Recipe) -> None:
     commit(recipe, 500, sequence=4)
     for restart in range(4):
-        attempt = Attempt(7, restart, "n1", limit=3)
+        attempt = Attempt(SlurmStart(7, restart), "n1", limit=3)
         begin(recipe, attempt, "/run/step-350")
         commit(recipe, 360 + 10 * restart, sequence=5 + restart)
         assert end(recipe, attempt, 1, asked=False).requeue
 
 
 def test_newest_is_what_was_committed_last_and_damage_is_passed_over(recipe: Recipe) -> None:
-    assert newest_checkpoint(Path(recipe.output)) == (0, 0)
+    assert progress(recipe.output) == (0, 0)
     commit(recipe, 500, sequence=4)
     commit(recipe, 350, sequence=5)
     commit(recipe, 900, sequence=9)
     for damage in ('{"step": 9', "[]", "{}", '{"step": null, "sequence": 9}'):
         (Path(recipe.output) / "checkpoints" / "step-000900" / "manifest.json").write_text(damage)
-        assert newest_checkpoint(Path(recipe.output)) == (5, 350)
+        assert progress(recipe.output) == (5, 350)
 
 
 def test_a_row_torn_by_a_crash_is_left_behind(recipe: Recipe) -> None:
@@ -170,21 +173,21 @@ def test_a_folder_that_cannot_be_written_is_the_users_to_mend(recipe: Recipe) ->
 
 
 def test_jobs_and_attempts_look_for_ports_at_different_places() -> None:
-    ports = {(job, restart): free_ports(4, Attempt(job, restart, "", 3)) for job in (1, 2) for restart in (0, 1)}
+    ports = {(job, restart): free_ports(4, SlurmStart(job, restart)) for job in (1, 2) for restart in (0, 1)}
     assert len({port for found in ports.values() for port in found}) == 16
     assert all(20_000 <= port < 32_000 for found in ports.values() for port in found)
 
 
 def test_a_taken_port_is_passed_over_and_a_wanted_one_refused() -> None:
-    first = free_ports(1, JOB)[0]
+    first = free_ports(1, JOB.start)[0]
     with socket.create_server(("", first)):
-        assert free_ports(1, JOB)[0] != first
+        assert free_ports(1, JOB.start)[0] != first
         with pytest.raises(UserError, match=f"MASTER_PORT={first}: taken"):
-            free_ports(1, JOB, str(first))
+            free_ports(1, JOB.start, str(first))
     for wrong in ("0", "65536", "99999", "x", "²"):
         with pytest.raises(UserError, match=f"MASTER_PORT={wrong}: is no port"):
-            free_ports(1, JOB, wrong)
-    assert free_ports(2, JOB, str(first))[0] == first
+            free_ports(1, JOB.start, wrong)
+    assert free_ports(2, JOB.start, str(first))[0] == first
 
 
 def test_command_line(
@@ -237,24 +240,6 @@ def test_torchruns_agent_lives_on_and_a_rank_that_only_begins_ends(monkeypatch: 
         for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
     assert ended == [-signal.SIGUSR1]
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("n1", ["n1"]),
-        ("gpu[03-05,9]-ib,login", ["gpu03-ib", "gpu04-ib", "gpu05-ib", "gpu9-ib", "login"]),
-        ("r[1-2]n[1-2]", ["r1n1", "r1n2", "r2n1", "r2n2"]),
-        ("n[098-101]", ["n098", "n099", "n100", "n101"]),
-    ],
-)
-def test_node_lists(text: str, names: list[str]) -> None:
-    assert expand(text) == names
-
-
-def test_a_strange_node_list_is_refused() -> None:
-    with pytest.raises(UserError, match="node list"):
-        expand("n[1-2")
 
 
 @pytest.mark.parametrize("count", range(2, 10))

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from lbr_dist.environment import SlurmStart, slurm_start
 from lbr_dist.errors import UserError
 
 FOLDER = "mistakes"
@@ -22,9 +23,9 @@ HISTORY = "slurm.jsonl"
 """Starts and ends of jobs in the run folder: where there is none, nobody asks for a word."""
 
 
-def word(run_dir: Path, job: int, restart: int, folder: str = FOLDER) -> Path:
+def word(run_dir: Path, start: SlurmStart, folder: str = FOLDER) -> Path:
     """The file of a start of a job."""
-    return run_dir / folder / f"{job}-{restart}"
+    return run_dir / folder / str(start)
 
 
 @contextlib.contextmanager
@@ -39,9 +40,9 @@ def left(run_dir: Path) -> Iterator[None]:
 
 def leave(folder: Path, kind: str = FOLDER) -> None:
     """Leave a word, where the folder is the run folder of one of the scripts' jobs."""
-    job, restart = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT") or "0"
-    if job.isdigit() and restart.isdigit() and (folder / HISTORY).is_file():
+    start = slurm_start(os.environ)
+    if start and (folder / HISTORY).is_file():
         with contextlib.suppress(OSError):
-            file = word(folder, int(job), int(restart), kind)
+            file = word(folder, start, kind)
             file.parent.mkdir(exist_ok=True)
             file.touch()
