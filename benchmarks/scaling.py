@@ -52,7 +52,7 @@ def rows(name: str, gpu: str) -> list[dict[str, Any]]:
         )
         zero = {"stage": 3}
         need = memory(shape, recipe, machine, world=world, zero=zero, micro=TOKENS).total / GIB
-        sent = communication(shape, recipe, stage=3, world=world, micros=MICROS, zero=zero)
+        sent = communication(shape, recipe, stage=3, world=world, micros=MICROS)
         link = machine.outside if world > machine.per_node else machine.inside
         compute = MICROS * operations(shape) * 4 / 3 / (machine.peak_flops * machine.share)
         step = max(compute, sent / link)

@@ -1,4 +1,4 @@
-"""The one error type that a user is meant to read.
+"""What a user is meant to read: the one error type, and text that any file or terminal takes.
 
 Everything a user can cause (a wrong file, field, flag or setting) ends as `UserError`: one line that names the culprit
 and the remedy. The command line prints it as `error: ...` and exits with `EXIT_USER_ERROR`; a launcher therefore knows
@@ -33,3 +33,8 @@ def told(error: UserError | PermissionError) -> int:
         said = f"{error.filename}: {error.strerror}: see to it that this user may use it"
     print(f"error: {said}", file=sys.stderr)
     return EXIT_USER_ERROR
+
+
+def printable(text: str) -> str:
+    """The text with what no UTF-8 file can hold (a file name's wrong bytes, half of a surrogate pair) written out."""
+    return text.encode("utf-8", "backslashreplace").decode()

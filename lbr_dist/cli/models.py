@@ -59,7 +59,9 @@ def export(
 
 
 def encode(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint, export or sentence-transformers model.")],
+    model: Annotated[
+        str, typer.Argument(help="Run, checkpoint, export, other sentence-transformers model, hf:PATH?pooling=mean.")
+    ],
     source: Annotated[Path, typer.Argument(help="File of texts: JSONL, CSV, Parquet, text ..., as lbr prepare reads.")],
     out: Annotated[Path, typer.Argument(help="Parquet file to make: id and embedding.")],
     side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
@@ -85,7 +87,9 @@ def encode(
 
 
 def search(
-    model: Annotated[str, typer.Argument(help="Run, checkpoint, export, sentence-transformers model, or bm25.")],
+    model: Annotated[
+        str, typer.Argument(help="Run, checkpoint, export, sentence-transformers model, hf:PATH?pooling=mean, bm25.")
+    ],
     corpus: Annotated[str, typer.Argument(help="Prepared set, or a file of texts.")],
     queries: Annotated[list[str], typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,

@@ -1,4 +1,4 @@
-"""`lbr train`, `plan`, `audit` and `recipes`: runs and what they are made from."""
+"""`lbr train`, `plan`, `audit`, `recipes` and `settings`: runs and what they are made from."""
 
 from __future__ import annotations
 

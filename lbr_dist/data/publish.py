@@ -18,9 +18,8 @@ from typing import Any
 
 from lbr_dist.data.shard_writer import SPLITS
 from lbr_dist.data.shards import open_set
-from lbr_dist.data.sources.parts import printable
 from lbr_dist.disk import is_mount, sync, take_lock
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 
 RESUME = "resume"
 """Folder of the workspace that outlives a killed run."""

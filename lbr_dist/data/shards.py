@@ -111,6 +111,8 @@ class PreparedSet:
         columns = ["offset", "size", "question_tokens", "answer_tokens", "text_tokens", "answer_hash"]
         try:
             table = read_table(path, columns)
+        except PermissionError:
+            raise
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: damaged index ({error}): prepare the set again") from error
         metadata = table.schema.metadata or {}

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.data.sources.parts import printable
 from lbr_dist.disk import usable_folder
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 
 log = logging.getLogger("lbr")

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.sources.parts import printable
 from lbr_dist.disk import room, usable_folder
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 from lbr_dist.evaluation.table import (
     COLOURS,
     Metric,

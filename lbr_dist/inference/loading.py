@@ -1,7 +1,6 @@
 """From what a user types to a model: a run, a checkpoint, an export, any sentence-transformers model, hf:... or bm25.
 
-This is on the top floor because it knows both checkpoints (training) and encoders (evaluation), which do not know each
-other.
+This is above training because it knows both checkpoints and encoders, which do not know each other.
 """
 
 from __future__ import annotations

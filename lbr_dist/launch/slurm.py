@@ -62,7 +62,7 @@ class Attempt:
         """
         start = slurm_start(environ)
         if start is None:
-            raise UserError("SLURM_JOB_ID is not set, or no number: this is for the scripts in slurm/, started by sbatch")
+            raise UserError("SLURM_JOB_ID is not set, or no number: this is for the scripts in slurm/, by sbatch")
         limit = environ.get("LBR_MAX_RESTARTS") or str(MAX_RESTARTS)
         if not limit.isdigit():
             raise UserError(f"LBR_MAX_RESTARTS={limit}: expected a number of restarts")

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.environment import Environment, detect, hosts, job_port
+from lbr_dist.environment import detect, hosts, job_port
 from lbr_dist.errors import UserError
 from lbr_dist.launch.ports import free_ports
 from lbr_dist.launch.slurm import Attempt
@@ -54,7 +54,7 @@ def check(shared: Sequence[Path], *, quick: bool = False, environ: Mapping[str, 
         return True
     if wanted:
         free_ports(1, Attempt.from_environment(environ).start, wanted)
-    server = _Server(names, here, _port(environ, wanted))
+    server = _Server(names, _port(environ, wanted))
     return server.run([folder.absolute() for folder in shared], quick)
 
 
@@ -66,7 +66,7 @@ def _port(environ: Mapping[str, str], wanted: str | None) -> int:
 class _Server:
     """The first node: tells all nodes, itself included, what to do, and judges the answers."""
 
-    def __init__(self, names: list[str], here: Environment, port: int) -> None:
+    def __init__(self, names: list[str], port: int) -> None:
         self._names, self._port = names, port
         self._nodes = [Node(name) for name in names]
         self._wires: dict[int, Wire] = {}

@@ -23,8 +23,7 @@ from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, is_ours, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128, open_set
-from lbr_dist.data.sources.parts import printable
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 from lbr_dist.inference.blocks import BLOCK_TEXTS
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose, commit, is_committed

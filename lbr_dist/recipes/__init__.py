@@ -67,7 +67,7 @@ def parse_recipe(raw: Any, origin: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(raw, origin, dict(e)) for e in error.errors())) from None
+        raise UserError("; ".join(_explain(origin, dict(e)) for e in error.errors())) from None
 
 
 def _check_mapping(raw: Any, origin: str) -> None:
@@ -125,7 +125,7 @@ def _list_index(node: list[Any], part: str, key: str) -> int:
     return int(part)
 
 
-def _explain(raw: dict[str, Any], origin: str, error: dict[str, Any]) -> str:
+def _explain(origin: str, error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(error["loc"][:-1])

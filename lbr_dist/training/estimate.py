@@ -1,15 +1,14 @@
 """`lbr plan`: what a recipe will need and take on N ranks, before anything is started.
 
 Steps and tokens are not estimated: the plan knows them. Memory is counted (memory_model.py); time is operations over an
-assumed share of the peak, next to what the network must carry. The shares and bandwidths are assumptions and are
-printed, so that a reader can put their own in.
+assumed share of the peak, next to what the network must carry. Shares and bandwidths are assumptions (`MACHINES` in
+memory_model.py).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan.base import MicroPlan, StepPlan
@@ -57,7 +56,7 @@ def estimate(recipe: Recipe, *, world: int = 1, gpu: str = "h100") -> Estimate:
     counter = FlopCounter.of(settings, recipe)
     flops = sum(counter.of_samples(m.samples) for step in steps for m in step.micro_batches(0, 1)) / len(steps)
     micros = sum(map(len, batches)) / len(batches)
-    carried = communication(shape, recipe, stage=regime.stage, world=world, micros=micros, zero=zero)
+    carried = communication(shape, recipe, stage=regime.stage, world=world, micros=micros)
     link = machine.outside if world > machine.per_node else machine.inside
     recomputed = (4 / 3 if recipe.model.activation_checkpointing else 1) * (4 / 3 if _cached(batches) else 1)
     compute_s = flops * recomputed / (world * machine.peak_flops * machine.share)
@@ -70,9 +69,7 @@ def estimate(recipe: Recipe, *, world: int = 1, gpu: str = "h100") -> Estimate:
     return Estimate(lines, need, step_s)
 
 
-def communication(
-    shape: Shape, recipe: Recipe, *, stage: int, world: int, micros: float, zero: dict[str, Any]
-) -> float:
+def communication(shape: Shape, recipe: Recipe, *, stage: int, world: int, micros: float) -> float:
     """Bytes that one rank sends (and receives) in one step.
 
     Stage 3 gathers the weights for every forward and backward pass, once more for a pass without gradient, and reduces

@@ -69,14 +69,11 @@ class Meter:
         self._saving += seconds
         self._step_began += seconds  # the stall is not part of the next step's data wait
 
-    def gather(
-        self, part: Tensor | None, plan: StepPlan, batches: Sequence[LocalBatch], *, stop: bool, unsaved: bool
-    ) -> Reached:
+    def gather(self, part: Tensor | None, batches: Sequence[LocalBatch], *, stop: bool, unsaved: bool) -> Reached:
         """Compare notes. Collective.
 
         Args:
             part: this rank's share of the loss; None: there is no loss.
-            plan: of the step.
             batches: of this rank.
             stop: this rank was asked to stop.
             unsaved: this rank knows that the last checkpoint could not be written.

@@ -125,7 +125,7 @@ def check_settings(before: Recipe, recipe: Recipe, start: str) -> None:
             )
         return
     changed = differences(
-        before.model_copy(update={"bottleneck": before.bottleneck}),
+        before,
         before.model_copy(update={"bottleneck": recipe.bottleneck}),
     )
     if changed and _how_many(before) != _how_many(recipe):

@@ -196,12 +196,12 @@ class _Loop:
         cause = ""
         try:
             part, figures = s.objective(plan, [batch.to(s.device) for batch in batches])
-            reached = self._meter.gather(part, plan, batches, **self._news())
+            reached = self._meter.gather(part, batches, **self._news())
             norm, applied = apply_gradients(s.engine)
         except DegenerateEmbeddingError as error:
             cause = f" ({error})"
             s.engine.zero_grad()
-            reached = self._meter.gather(None, plan, batches, **self._news())
+            reached = self._meter.gather(None, batches, **self._news())
             norm, applied = math.nan, False
         s.done, s.samples, self._applied = plan.step + 1, s.samples + plan.samples, applied
         if not (applied and math.isfinite(reached.loss)):

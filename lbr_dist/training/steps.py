@@ -43,7 +43,7 @@ class Objective(Protocol):
 class Generative:
     """Stage 1: the mean over the target tokens of the global batch."""
 
-    def __init__(self, engine: DeepSpeedEngine, recipe: Recipe, world: int, reduce: Reduce) -> None:
+    def __init__(self, engine: DeepSpeedEngine, world: int, reduce: Reduce) -> None:
         self._engine, self._world, self._reduce = engine, world, reduce
 
     def __call__(self, plan: StepPlan, batches: Sequence[LocalBatch]) -> tuple[Tensor, dict[str, float]]:
@@ -151,5 +151,5 @@ def make_objective(engine: DeepSpeedEngine, recipe: Recipe, world: int, total_st
     each = engine.zero_optimization_stage() == 3 and torch.cuda.is_available()
     reduce: Reduce = "each" if each else "auto"  # reduced once, a whole gradient would lie on every GPU
     if recipe.stage == "generative":
-        return Generative(engine, recipe, world, reduce)
+        return Generative(engine, world, reduce)
     return (Joint if recipe.stage == "joint" else Contrastive)(engine, recipe, world, reduce, total_steps)

@@ -1,6 +1,6 @@
 """Where each ZeRO stage of DeepSpeed keeps its share of weights and moments.
 
-The only file that touches DeepSpeed's private attributes, for the version that pyproject.toml pins. DeepSpeed's own
+The only file that reads DeepSpeed's private attributes, for the version that pyproject.toml pins. DeepSpeed's own
 ways to the same data do not do: its checkpoints refuse another world size, its universal format has silent bugs on
 load, and `safe_get_full_*` gathers whole parameters. A changed DeepSpeed is found at construction (`EngineShapeError`),
 before anything is written or overwritten.

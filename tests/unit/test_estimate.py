@@ -111,8 +111,8 @@ def test_more_ranks_need_less_and_send_no_more_than_the_whole() -> None:
     recipe, machine = make(), MACHINES["h100"]
     needs = [memory(SEVEN, recipe, machine, world=n, zero=ZERO3, micro=4096).total for n in (1, 2, 8, 64, 1024)]
     assert needs == sorted(needs, reverse=True)
-    assert communication(SEVEN, recipe, stage=3, world=1, micros=1, zero=ZERO3) == 0
-    sent = communication(SEVEN, recipe, stage=3, world=1024, micros=1, zero=ZERO3)
+    assert communication(SEVEN, recipe, stage=3, world=1, micros=1) == 0
+    sent = communication(SEVEN, recipe, stage=3, world=1024, micros=1)
     assert sent == pytest.approx(3 * 2 * SEVEN.total, rel=0.01)
 
 

@@ -10,9 +10,9 @@ from lbr_dist.data.preparation.collect import NO_ENTITY, BadRows
 from lbr_dist.data.preparation.first_pass import FirstPass
 from lbr_dist.data.preparation.split import CL, EVAL, GL, TEXT
 from lbr_dist.data.sources.field_names import listed
-from lbr_dist.data.sources.parts import MOST_LISTED, Part, printable
+from lbr_dist.data.sources.parts import MOST_LISTED, Part
 from lbr_dist.data.sources.readers import rows
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 
 
 def check_outside(name: str, found: BadRows) -> None:

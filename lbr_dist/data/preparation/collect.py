@@ -17,9 +17,8 @@ import xxhash
 from lbr_dist.data.preparation.minhash import MIN_WORDS, SketchBlock, Sketches, word_counts, word_hashes
 from lbr_dist.data.record import Record, normalise
 from lbr_dist.data.sources.fields import FIRST_OPTION
-from lbr_dist.data.sources.parts import printable
 from lbr_dist.data.sources.row_values import REASONS
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path

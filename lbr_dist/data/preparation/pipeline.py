@@ -35,8 +35,8 @@ from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.record import batches
 from lbr_dist.data.shard_writer import write_manifest
-from lbr_dist.data.sources.parts import Part, printable
-from lbr_dist.errors import UserError
+from lbr_dist.data.sources.parts import Part
+from lbr_dist.errors import UserError, printable
 
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization

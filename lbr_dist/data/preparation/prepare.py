@@ -25,9 +25,9 @@ from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.sources.entity import Entity
 from lbr_dist.data.sources.field_names import check_fields
-from lbr_dist.data.sources.parts import Part, Source, expand, printable
+from lbr_dist.data.sources.parts import Part, Source, expand
 from lbr_dist.disk import mark
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization

@@ -22,7 +22,7 @@ from lbr_dist.data.sources.compressed import open_file
 from lbr_dist.data.sources.field_names import KINDS
 from lbr_dist.data.sources.formats import ENDING, FORMATS, UNITS, format_of, is_source
 from lbr_dist.data.sources.patterns import SPECIAL, matches
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 
 MOST_LISTED = 10
 """Endings of files in a message."""
@@ -258,11 +258,6 @@ def _is_set(folder: Path) -> bool:
         return "splits" in json.loads((folder / "manifest.json").read_bytes())
     except (OSError, ValueError, TypeError):
         return False
-
-
-def printable(text: str) -> str:
-    """The text with what no UTF-8 file can hold (a file name's wrong bytes, half of a surrogate pair) written out."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_dataset(folder: Path) -> bool:
