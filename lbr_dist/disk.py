@@ -38,6 +38,19 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A file beside `file` to write into, with the same ending, which becomes it at the end, and is on disk by then; if
+    anything fails `file` stays as it was. Not for files that several processes write."""
+    temporary = file.with_name(f".tmp-{file.name}")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def mark(path: Path) -> tuple[int, int] | None:
     """Size in bytes and time of the last change in ns: other ones say that a file changed; None where there is none."""
     try:

@@ -1,7 +1,7 @@
 """Which rank this process is, whoever started it: torchrun, Ray, `lbr train --nproc`, srun, or nobody.
 
 All of them describe the same six numbers in environment variables of their own. They are read here, once and without
-torch, so that a wrong launch is refused before anything slow is imported.
+torch, so that a wrong launch is refused before anything slow is imported. So is what tells that another rank is gone.
 """
 
 from __future__ import annotations
@@ -54,13 +54,20 @@ def detect(environ: Mapping[str, str] | None = None) -> Environment:
     environ = os.environ if environ is None else environ
     if "RANK" in environ or "WORLD_SIZE" in environ:
         found = _from_env(environ)
-    elif int(environ.get("SLURM_STEP_ID", _BATCH_STEP)) < _BATCH_STEP:
+    elif environ.get("SLURM_STEP_ID") and _number(environ, "SLURM_STEP_ID") < _BATCH_STEP:
         found = _from_slurm(environ)
     else:
         return Environment(0, 1, 0, 1, None, "single process")
     if not 0 <= found.rank < found.world:
         raise UserError(f"{found.source}: rank {found.rank} is outside of 0..{found.world - 1}: check the launcher")
     return found
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error of a collective call means that another rank is gone, or never came."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def _from_env(environ: Mapping[str, str]) -> Environment:

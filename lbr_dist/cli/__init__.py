@@ -6,6 +6,7 @@ One file holds the commands of one concern. Every command imports its part of th
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -49,13 +50,34 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
     try:
-        app()
+        try:
+            app()
+        except BaseException as left:
+            _flush("\n" if isinstance(left, OSError) and left.filename is None else "")  # it may be of a print
+            raise
     except (UserError, PermissionError) as error:
         sys.exit(told(error))
 
 
+def _flush(more: str) -> None:
+    """Write what was printed, and `more`; Python itself would do so too late to say that it could not.
+
+    Raises:
+        UserError: nothing takes it.
+    """
+    try:
+        print(end=more, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail once more at the end
+        if error.errno != errno.EPIPE:
+            raise UserError(f"standard output: {error.strerror}: send it elsewhere") from None
+
+
 def quiet() -> None:
     """Keep other libraries from talking; to be called before they are imported."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, Path(os.devnull).open("w", errors="backslashreplace"))  # noqa: SIM115
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # their bars; ours look for the terminal themselves
     if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from lbr_dist.cli.options import dtype_option, positive
+from lbr_dist.cli.options import dtype_option, place, positive
 from lbr_dist.errors import UserError
 
 app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_help=True)
 
 
 @app.command("list")
-def list_checkpoints(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def list_checkpoints(run: Annotated[Path, typer.Argument(callback=place, help="Run folder.")]) -> None:
     """The checkpoints of a run, newest first."""
     from lbr_dist.training.checkpoint_format import checkpoints_folder
     from lbr_dist.training.checkpoint_format import list_checkpoints as found
@@ -26,7 +26,9 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(help="Run folder.")]) -
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="Checkpoint, or run folder: all of its checkpoints.")]) -> None:
+def verify(
+    path: Annotated[Path, typer.Argument(callback=place, help="Checkpoint, or run folder: all of its checkpoints.")],
+) -> None:
     """Read every byte and compare it with the checksums; exit code 1 if anything is wrong."""
     from lbr_dist.training.checkpoint_format import checkpoints_folder
     from lbr_dist.training.checkpoint_format import list_checkpoints as found
@@ -48,8 +50,8 @@ def verify(path: Annotated[Path, typer.Argument(help="Checkpoint, or run folder:
 
 @app.command()
 def consolidate(
-    path: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    path: Annotated[Path, typer.Argument(callback=place, help="Run (its newest verified checkpoint) or checkpoint.")],
+    out: Annotated[Path, typer.Argument(callback=place, help="Folder to make.")],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     max_shard_gib: Annotated[float, typer.Option(callback=positive, help="Largest file, in GiB.")] = 4,
 ) -> None:

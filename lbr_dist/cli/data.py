@@ -7,17 +7,21 @@ from typing import Annotated
 
 import typer
 
-from lbr_dist.cli.options import finite, positive
+from lbr_dist.cli.options import finite, place, positive
 from lbr_dist.errors import UserError
 
 
 def prepare(
     sources: Annotated[
         list[str],
-        typer.Argument(help="Files, folders, globs, addresses or data sets; KIND=PATH gives one a kind of its own."),
+        typer.Argument(
+            callback=place, help="Files, folders, globs, addresses or data sets; KIND=PATH gives one a kind of its own."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    tokenizer: Annotated[str, typer.Option(help="Model folder or name whose tokenizer the token counts are for.")],
+    out: Annotated[Path, typer.Option(callback=place, help="Folder to make.")],
+    tokenizer: Annotated[
+        str, typer.Option(callback=place, help="Model folder or name whose tokenizer the token counts are for.")
+    ],
     kind: Annotated[
         str | None,
         typer.Option(help="question-answer, query-document, multiple-choice or corpus; default: recognised by fields."),
@@ -35,7 +39,8 @@ def prepare(
     decontaminate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Evaluation set from elsewhere; connected training rows are dropped. Of its own kind, not of --kind."
+            callback=place,
+            help="Evaluation set from elsewhere; connected training rows are dropped. Of its own kind, not of --kind.",
         ),
     ] = None,
     paragraphs: Annotated[
@@ -58,7 +63,7 @@ def prepare(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the order and of the choice of sides.")] = 0,
     shard_records: Annotated[int, typer.Option(min=1, help="Most records in a shard.")] = 8192,
     shard_mib: Annotated[float, typer.Option(callback=positive, help="Largest shard, in MiB.")] = 256,
-    overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input, or a damaged one.")] = False,
 ) -> None:
     """Turn raw files into isolated GL / CL / eval shards."""
     from lbr_dist.data.preparation.prepare import prepare as run
@@ -83,11 +88,12 @@ def mine(
     model: Annotated[
         str,
         typer.Argument(
-            help="Run, checkpoint, export, sentence-transformers model, hf:PATH, bm25, or a mined JSONL file."
+            callback=place,
+            help="Run, checkpoint, export, sentence-transformers model, hf:PATH, bm25, or a mined JSONL file.",
         ),
     ],
-    data: Annotated[str, typer.Argument(help="Prepared set; its cl side gets negatives.")],
-    out: Annotated[Path, typer.Option(help="Folder of the set to make.")],
+    data: Annotated[str, typer.Argument(callback=place, help="Prepared set; its cl side gets negatives.")],
+    out: Annotated[Path, typer.Option(callback=place, help="Folder of the set to make.")],
     negatives: Annotated[int, typer.Option("--negatives", "-n", min=1, help="Negatives per query.")] = 8,
     skip: Annotated[int, typer.Option(min=0, help="First ranks that are passed over.")] = 0,
     depth: Annotated[int, typer.Option(min=1, help="Last rank that is looked at.")] = 100,
@@ -103,7 +109,7 @@ def mine(
     ] = None,
     index: Annotated[str, typer.Option(help="exact, ivf, or auto: by the size of the set.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a set made from other input, or a damaged one.")] = False,
 ) -> None:
     """Mine hard negatives with a model; continues where a killed run stopped."""
     from lbr_dist.mining.mine import mine as run
@@ -116,8 +122,12 @@ def mine(
 
 
 def surprisal(
-    data: Annotated[str, typer.Argument(help="Prepared set; the texts of its gl and cl sides are measured.")],
-    model: Annotated[str, typer.Option(help="Folder of a causal language model with the set's tokenizer.")],
+    data: Annotated[
+        str, typer.Argument(callback=place, help="Prepared set; the texts of its gl and cl sides are measured.")
+    ],
+    model: Annotated[
+        str, typer.Option(callback=place, help="Folder of a causal language model with the set's tokenizer.")
+    ],
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:
     """Measure the information in a set's texts, for bottleneck.surprisal; continues where a killed run stopped."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lbr_dist.cli.options import dtype_option
+from lbr_dist.cli.options import dtype_option, place
 from lbr_dist.errors import UserError
 
 
@@ -15,13 +15,20 @@ def evaluate(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Runs, checkpoints, exports, sentence-transformers models, hf:PATH?pooling=mean, bm25; MODEL?dim=N."
+            callback=place,
+            help="Runs, checkpoints, exports, sentence-transformers models, hf:PATH?pooling=mean, bm25; MODEL?dim=N.",
         ),
     ],
-    data: Annotated[str, typer.Option(help="Prepared set (its eval side is used), or FOLDER[@SPLIT] as BEIR has it.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for results; default: eval in the first run.")] = None,
+    data: Annotated[
+        str,
+        typer.Option(callback=place, help="Prepared set (its eval side is used), or FOLDER[@SPLIT] as BEIR has it."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(callback=place, help="Folder for results; default: eval in the first run.")
+    ] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="Further mteb task, or FOLDER[@SPLIT] as BEIR has it. Repeatable.")
+        list[str] | None,
+        typer.Option(callback=place, help="Further mteb task, or FOLDER[@SPLIT] as BEIR has it. Repeatable."),
     ] = None,
     distractors: Annotated[int, typer.Option(min=0, help="Passages from the training sides added to the corpus.")] = 0,
     generate: Annotated[int, typer.Option(min=0, help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
@@ -43,14 +50,16 @@ def evaluate(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run (its newest verified checkpoint) or checkpoint.")],
-    out: Annotated[Path, typer.Argument(help="Model folder to make.")],
+    run: Annotated[Path, typer.Argument(callback=place, help="Run (its newest verified checkpoint) or checkpoint.")],
+    out: Annotated[Path, typer.Argument(callback=place, help="Model folder to make.")],
     tokens: Annotated[
         int | None,
         typer.Option(min=0, help="Bottleneck tokens that every text gets, for a run where their number varies."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    scores: Annotated[Path | None, typer.Option(help="eval.json for the model card; default: the run's own.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(callback=place, help="eval.json for the model card; default: the run's own.")
+    ] = None,
 ) -> None:
     """Write a model folder for sentence-transformers and plain transformers."""
     from lbr_dist.export.export import export as write
@@ -60,10 +69,15 @@ def export(
 
 def encode(
     model: Annotated[
-        str, typer.Argument(help="Run, checkpoint, export, other sentence-transformers model, hf:PATH?pooling=mean.")
+        str,
+        typer.Argument(
+            callback=place, help="Run, checkpoint, export, other sentence-transformers model, hf:PATH?pooling=mean."
+        ),
     ],
-    source: Annotated[Path, typer.Argument(help="File of texts: JSONL, CSV, Parquet, text ..., as lbr prepare reads.")],
-    out: Annotated[Path, typer.Argument(help="Parquet file to make: id and embedding.")],
+    source: Annotated[
+        Path, typer.Argument(callback=place, help="File of texts: JSONL, CSV, Parquet, text ..., as lbr prepare reads.")
+    ],
+    out: Annotated[Path, typer.Argument(callback=place, help="Parquet file to make: id and embedding.")],
     side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
     field: Annotated[
         str | None, typer.Option(help="Field that holds the text, or title,text for several; default: by side.")
@@ -88,9 +102,12 @@ def encode(
 
 def search(
     model: Annotated[
-        str, typer.Argument(help="Run, checkpoint, export, sentence-transformers model, hf:PATH?pooling=mean, bm25.")
+        str,
+        typer.Argument(
+            callback=place, help="Run, checkpoint, export, sentence-transformers model, hf:PATH?pooling=mean, bm25."
+        ),
     ],
-    corpus: Annotated[str, typer.Argument(help="Prepared set, or a file of texts.")],
+    corpus: Annotated[str, typer.Argument(callback=place, help="Prepared set, or a file of texts.")],
     queries: Annotated[list[str], typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,
     field: Annotated[
@@ -106,8 +123,10 @@ def search(
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(help="Run folders and evaluations (eval.json or its folder).")],
-    out: Annotated[Path, typer.Option(help="Folder for report.md and report.png.")] = Path("report"),
+    runs: Annotated[
+        list[str], typer.Argument(callback=place, help="Run folders and evaluations (eval.json or its folder).")
+    ],
+    out: Annotated[Path, typer.Option(callback=place, help="Folder for report.md and report.png.")] = Path("report"),
 ) -> None:
     """Compare runs: a Markdown table and a plot."""
     from lbr_dist.evaluation.report import report as write

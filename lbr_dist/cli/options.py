@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from typing import Any
 
 import typer
@@ -15,6 +17,19 @@ def dtype_option(text: str) -> Any:
     if text not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {text}: expected float32 or bfloat16")
     return text
+
+
+def place(value: Any) -> Any:
+    """A path or several, with ~ expanded where no shell does it: behind `--out=`, `KIND=` and `hf:`.
+
+    Every argument and option that may be a path has this callback.
+    """
+    if value is None:
+        return None
+    if isinstance(value, list | tuple):
+        return [place(item) for item in value]
+    prefix, path = re.fullmatch(r"([a-z-]+=|hf:)?(.*)", str(value), re.DOTALL).groups("")  # type: ignore[union-attr]
+    return type(value)(prefix + os.path.expanduser(path))  # noqa: PTH111 (a Path would change addresses)
 
 
 def finite(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lbr_dist.cli.options import place
 from lbr_dist.errors import EXIT_USER_ERROR
 
 app = typer.Typer(help="Jobs under Slurm.", no_args_is_help=True)
@@ -20,7 +21,8 @@ def _root() -> None:
 @app.command()
 def check(
     shared: Annotated[
-        list[Path] | None, typer.Option(help="Folder that all nodes must see; default: this one. Repeatable.")
+        list[Path] | None,
+        typer.Option(callback=place, help="Folder that all nodes must see; default: this one. Repeatable."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Without GPUs and bandwidth: a second instead of half a minute.")] = False,
 ) -> None:

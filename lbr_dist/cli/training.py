@@ -10,20 +10,25 @@ from typing import Annotated
 
 import typer
 
+from lbr_dist.cli.options import place
 from lbr_dist.errors import UserError
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (`lbr recipes`).")],
+    recipe: Annotated[
+        str, typer.Argument(callback=place, help="YAML file, or the name of a shipped recipe (`lbr recipes`).")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-4.")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Start this many ranks on this machine.")] = None,
-    resume: Annotated[str, typer.Option(help="auto, never, or the path of a checkpoint.")] = "auto",
+    resume: Annotated[str, typer.Option(callback=place, help="auto, never, or the path of a checkpoint.")] = "auto",
     allow_change: Annotated[
         list[str] | None, typer.Option(help="Recipe field that may differ from the run that is resumed. Repeatable.")
     ] = None,
     then: Annotated[
         str | None,
-        typer.Option(help="Recipe of the stage 2 that is to follow: checked before this run begins, and not run."),
+        typer.Option(
+            callback=place, help="Recipe of the stage 2 that is to follow: checked before this run begins, and not run."
+        ),
     ] = None,
 ) -> None:
     """Train stage 1, stage 2, or both in every step (joint), from a recipe."""
@@ -54,7 +59,9 @@ def train(
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe (`lbr recipes`).")],
+    recipe: Annotated[
+        str, typer.Argument(callback=place, help="YAML file, or the name of a shipped recipe (`lbr recipes`).")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, as optim.lr=1e-4.")] = None,
     world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or cpu.")] = "h100",
@@ -66,7 +73,7 @@ def plan(
     print("\n".join(estimate(load_recipe(recipe, overrides), world=world_size, gpu=gpu).lines))
 
 
-def audit(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
+def audit(run: Annotated[Path, typer.Argument(callback=place, help="Run folder.")]) -> None:
     """Prove from a run's logs that every sample was used exactly once per epoch, in plan order."""
     from lbr_dist.training.audit import audit as check
 
@@ -80,7 +87,7 @@ def audit(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Recipe to copy.")] = None,
-    out: Annotated[Path | None, typer.Argument(help="Where to; default: NAME.yaml here.")] = None,
+    out: Annotated[Path | None, typer.Argument(callback=place, help="Where to; default: NAME.yaml here.")] = None,
 ) -> None:
     """List the recipes that ship, or copy one to start from."""
     from lbr_dist.recipes import FOLDER, shipped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lbr_dist.config.base import BelowOne, Place, Positive, PositiveFloat, Section
 
@@ -22,6 +22,15 @@ class Lora(Section):
     """Names of the linear layers that get an adapter."""
     train_modules: list[str] = Field(default_factory=list)
     """Modules trained whole beside the adapters, for example `embed_tokens`."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        listed = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        if value != "all-linear" and not listed:
+            example = value if isinstance(value, str) else "q_proj, v_proj"
+            raise ValueError(f"expected all-linear, or a list of names: write [{example}]")
+        return value
 
 
 class Model(Section):

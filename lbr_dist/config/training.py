@@ -22,7 +22,7 @@ class Optim(Section):
     """Optimizer and schedule."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """adamw: decoupled weight decay; sgd: plain, for exactness tests."""
+    """adamw: decoupled weight decay; sgd: no momentum; `weight_decay` applies."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     z_lr: PositiveFloat | None = None

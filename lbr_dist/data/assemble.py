@@ -216,7 +216,7 @@ class Assembler:
                     raise UserError(
                         f"{shard}: row {planned.ref.row} of {self._names[planned.ref.set]} has a text of {len(ids)} "
                         f"tokens, of {text.tokens} by the index: the index is of another tokenizer, or the shard was "
-                        "changed; prepare the set again"
+                        "changed; prepare the set again with --overwrite"
                     )
         return encoded
 

@@ -16,17 +16,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lbr_dist.data.manifest import manifest_of
 from lbr_dist.data.shard_writer import SPLITS
-from lbr_dist.data.shards import open_set
+from lbr_dist.data.shards import open_set, verify
 from lbr_dist.disk import is_mount, sync, take_lock
 from lbr_dist.errors import UserError, printable
 
 RESUME = "resume"
 """Folder of the workspace that outlives a killed run."""
-KEYS = {"format", "splits", "fingerprint"}
-"""What is in the manifest of every prepared set."""
-NAMES = {"manifest.json", "report.json", "report.md", "mined.jsonl", *SPLITS}
-"""What `lbr prepare` and `lbr mine` write into one."""
+NAMES = {"manifest.json", "report.json", "report.md", "mined.jsonl", "surprisal", *SPLITS}
+"""What `lbr prepare`, `lbr mine` and `lbr surprisal` write into a set's folder,"""
+ENDINGS = {".tar", ".parquet"}
+"""and into that of a side."""
+MOST_NAMED = 3
+"""Names of others' files in a message."""
 
 
 class TakenError(UserError):
@@ -65,24 +68,34 @@ def finished(
 
     Args:
         origin: what the set is to be made from, as its manifest will say.
-        overwrite: whether another set may be replaced.
+        overwrite: whether another set, or a damaged one, may be replaced; every byte is then checked.
         difference: says what differs from the `input` of another set's manifest.
 
     Raises:
-        TakenError: there is another set, or a damaged one, and `overwrite` is off.
+        TakenError: there is another set, or a damaged one, and `overwrite` is off, or something else lies in its
+            folder.
     """
     if not (out / "manifest.json").is_file() or _is_foreign(out):
         return None
     try:
-        made_from = open_set(out).manifest["input"]
+        opened = open_set(out)
+        made_from = opened.manifest["input"]
         if made_from == json.loads(json.dumps(origin)):
+            if overwrite:
+                verify(opened)
             return json.loads((out / "report.json").read_text(encoding="utf-8"))
         problem = f"holds a set made from other input ({difference(made_from)})"
     except (UserError, OSError, ValueError) as error:
         problem = f"holds a damaged set ({error})"
-    if overwrite:
-        return None
-    raise TakenError(f"--out {out}: {problem}: choose another folder, or replace it with --overwrite")
+    if not overwrite:
+        raise TakenError(f"--out {out}: {problem}: choose another folder, or replace it with --overwrite")
+    if others := _others(out):
+        more = f" and {len(others) - MOST_NAMED} more" * (len(others) > MOST_NAMED)
+        raise TakenError(
+            f"--out {out}: {problem}, and what is no part of it: {', '.join(others[:MOST_NAMED])}{more}: --overwrite "
+            "would remove that too: move it away, or choose another folder"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -161,7 +174,7 @@ def publish(folder: Path, out: Path) -> None:
     old = _old(out)
     try:
         if out.exists():
-            if not out.is_dir() or _is_foreign(out):
+            if not out.is_dir() or _is_foreign(out) or _others(out):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             out.rename(old)
         folder.rename(out)
@@ -181,15 +194,19 @@ def _is_foreign(folder: Path) -> bool:
     if not (folder / "manifest.json").is_file():
         return bool(names)
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        json.loads((folder / "manifest.json").read_bytes())
     except (ValueError, RecursionError):
         return not names <= NAMES
-    return not is_ours(manifest)
+    return manifest_of(folder) is None
 
 
-def is_ours(manifest: Any) -> bool:
-    """Whether this, out of a `manifest.json`, is the manifest of a prepared set."""
-    return isinstance(manifest, dict) and manifest.keys() >= KEYS
+def _others(folder: Path) -> list[str]:
+    """What lies in a set's folder and is no part of a set, for messages."""
+    found = [entry.name for entry in folder.iterdir() if entry.name not in NAMES]
+    for side in SPLITS:
+        if (folder / side).is_dir():
+            found += [f"{side}/{entry.name}" for entry in (folder / side).iterdir() if entry.suffix not in ENDINGS]
+    return [printable(name) for name in sorted(found)]
 
 
 def _restore(out: Path) -> None:

@@ -18,6 +18,8 @@ from lbr_dist.errors import UserError
 if TYPE_CHECKING:
     from lbr_dist.data.shards import PreparedSet
 
+REMEDY = "copy the set again, or prepare it with --overwrite"
+"""What helps where a file of a set is damaged: without --overwrite nothing but its size is looked at."""
 OPEN_FILES = 64
 """Shards that one reader keeps open."""
 STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO)
@@ -68,7 +70,7 @@ class ShardReader:
             self.cache.discard(self._shards[number].xxh128)
             data, problem = self._record(row, number)
         if problem:
-            raise UserError(f"{self._address(number)}: record {row} {problem}: copy or prepare the set again")
+            raise UserError(f"{self._address(number)}: record {row} {problem}: {REMEDY}")
         return data
 
     def _record(self, row: int, number: int) -> tuple[dict[str, Any], str]:

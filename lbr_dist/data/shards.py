@@ -18,7 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from lbr_dist.data import remote
-from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shard_reader import REMEDY, ShardReader
 from lbr_dist.data.shard_writer import (
     FORMAT,
     SPLITS,
@@ -33,6 +33,7 @@ from lbr_dist.disk import cache_folder, usable_folder
 from lbr_dist.errors import UserError
 
 __all__ = [
+    "REMEDY",
     "PreparedSet",
     "ShardReader",
     "ShardWriter",
@@ -114,14 +115,14 @@ class PreparedSet:
         except PermissionError:
             raise
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path}: damaged index ({error}): prepare the set again") from error
+            raise UserError(f"{path}: damaged index ({error}): {REMEDY}") from error
         metadata = table.schema.metadata or {}
         if metadata.get(b"tar_xxh128", b"").decode() != shard.xxh128 or table.num_rows != shard.records:
-            raise UserError(f"{path}: this index is not that of {shard.name}: prepare the set again")
+            raise UserError(f"{path}: this index is not that of {shard.name}: {REMEDY}")
         if metadata.get(b"tokenizer", b"").decode() != self.manifest["tokenizer"]["fingerprint"]:
-            raise UserError(f"{path}: this index was made with another tokenizer than its set: prepare the set again")
+            raise UserError(f"{path}: this index was made with another tokenizer than its set: {REMEDY}")
         if file_xxh128(path) != shard.index_xxh128:
-            raise UserError(f"{path}: damaged index (its checksum differs from the manifest's): prepare the set again")
+            raise UserError(f"{path}: damaged index (its checksum differs from the manifest's): {REMEDY}")
         return table
 
 
@@ -145,9 +146,9 @@ def open_set(path_or_url: str | Path) -> PreparedSet:
         for name, size, _ in _files(opened):
             path = Path(opened.address(name))
             if not path.is_file():
-                raise UserError(f"{path}: missing from the prepared set: prepare the set again")
+                raise UserError(f"{path}: missing from the prepared set: {REMEDY}")
             if path.stat().st_size != size:
-                raise UserError(f"{path}: {path.stat().st_size} bytes instead of {size}: copy or prepare the set again")
+                raise UserError(f"{path}: {path.stat().st_size} bytes instead of {size}: {REMEDY}")
     return opened
 
 
@@ -168,7 +169,7 @@ def verify(opened: PreparedSet, deep: bool = True) -> int:
             with tempfile.TemporaryDirectory() as folder:
                 remote.fetch(opened.address(name), Path(folder) / "file", size=size, xxh128=xxh128)
         elif deep and file_xxh128(Path(opened.address(name))) != xxh128:
-            raise UserError(f"{opened.address(name)}: its checksum changed: copy or prepare the set again")
+            raise UserError(f"{opened.address(name)}: its checksum changed: {REMEDY}")
     return total
 
 
@@ -223,10 +224,10 @@ def _read_manifest(root: str) -> dict[str, Any]:
         version, recorded = manifest["format"], manifest["fingerprint"]
         intact = version > FORMAT or manifest_fingerprint(manifest) == recorded
     except (ValueError, KeyError, TypeError) as error:
-        remedy = "see what the address gives (a login page?)" if remote.is_url(root) else "prepare the set again"
+        remedy = "see what the address gives (a login page?)" if remote.is_url(root) else REMEDY
         raise UserError(f"{root}/manifest.json: not the manifest of a prepared set: {remedy}") from error
     if version > FORMAT:
         raise UserError(f"{root}: prepared by a newer lbr (format {version}, this one reads {FORMAT}): update lbr")
     if not intact or set(manifest["splits"]) != set(SPLITS):
-        raise UserError(f"{root}/manifest.json: it was changed after the set was prepared: prepare the set again")
+        raise UserError(f"{root}/manifest.json: it was changed after the set was prepared: {REMEDY}")
     return manifest

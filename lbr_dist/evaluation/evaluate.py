@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.disk import usable_folder
+from lbr_dist.disk import replacing, usable_folder
 from lbr_dist.errors import UserError, printable
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 
@@ -134,18 +134,15 @@ def write_results(results: dict[str, Any], out: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     _write_json(results, out / "eval.json")
-    (out / "eval.md").write_text(markdown_table(results) + "\n", encoding="utf-8")
-    plot(results, out / "eval.png")
+    with replacing(out / "eval.md") as file:
+        file.write_text(markdown_table(results) + "\n", encoding="utf-8")
+    with replacing(out / "eval.png") as file:
+        plot(results, file)
 
 
 def _write_json(results: dict[str, Any], file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
 
 
 def _keep_unfinished(results: dict[str, Any], file: Path, failed: str) -> None:

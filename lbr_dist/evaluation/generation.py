@@ -20,7 +20,7 @@ from lbr_dist.inference.encoder import PackedEncoder
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 
 NEW_TOKENS = 256
-"""Most tokens of an answer; fewer where no reference is as long."""
+"""Most tokens of an answer; fewer where no reference is as long, or the run learned none as long."""
 
 
 def generation_scores(encoder: PackedEncoder, data: HeldOut, questions: int) -> dict[str, dict[str, float]]:
@@ -45,7 +45,8 @@ def generation_scores(encoder: PackedEncoder, data: HeldOut, questions: int) -> 
 
 
 def answers(encoder: PackedEncoder, questions: Sequence[str], references: Sequence[str], hide_x: bool) -> list[str]:
-    """Greedy answers, no longer than the longest reference; a question is cut to the positions that they leave it."""
+    """Greedy answers, no longer than the longest reference and than the run's `data.max_y_tokens`, beyond which it has
+    not learned to go on; a question is cut to the positions that they leave it."""
     from lbr_dist.model.decoding import generate_answers
 
     tokenization = encoder.tokenization

@@ -6,6 +6,7 @@ of a run folder without its checkpoints. One panel of loss per stage: the two st
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.config import Recipe
-from lbr_dist.disk import room, usable_folder
+from lbr_dist.disk import replacing, room, usable_folder
 from lbr_dist.errors import UserError, printable
 from lbr_dist.evaluation.table import (
     COLOURS,
@@ -26,7 +27,7 @@ from lbr_dist.evaluation.table import (
     read_evaluation,
     titles,
 )
-from lbr_dist.logs import read_rows
+from lbr_dist.logs import no_rows, read_rows
 from lbr_dist.recipes import load_recipe
 
 LOSS = {
@@ -82,8 +83,10 @@ def report(runs: Sequence[str | Path], out: str | Path) -> str:
     parts += [f"## {results['data']['name']}\n\n{markdown_table(results)}" for results in evaluations]
     text = "\n\n".join([*parts, "![loss and retrieval](report.png)"]) + "\n"
     with room(f"--out {out}", "free space, or choose a folder on another disk"), literal_text():
-        (out / "report.md").write_text(text, encoding="utf-8")
-        figure(logs, evaluations, out / "report.png")
+        with replacing(out / "report.md") as file:
+            file.write_text(text, encoding="utf-8")
+        with replacing(out / "report.png") as file:
+            figure(logs, evaluations, file)
     return text
 
 
@@ -183,8 +186,14 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
 
 
 def _read_run(path: Path) -> RunLog:
-    recipe = load_recipe(path / "recipe.yaml")
-    return RunLog(printable(recipe.tracking.name or path.resolve().name), recipe, read_rows(path / "metrics.jsonl"))
+    recipe, file, unreadable = load_recipe(path / "recipe.yaml"), path / "metrics.jsonl", list[int]()
+    rows = read_rows(file, unreadable)
+    problem = "" if rows else no_rows(file)
+    if rows and unreadable:
+        problem = f"{len(unreadable)} of its lines cannot be read, the first is line {unreadable[0]}"
+    if problem:
+        logging.getLogger("lbr").warning("%s: %s: the report lacks these steps", file, problem)
+    return RunLog(printable(recipe.tracking.name or path.resolve().name), recipe, rows)
 
 
 def _figures(model: dict[str, Any]) -> dict[str, Any]:

@@ -9,18 +9,23 @@ of an instruction before it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lbr_dist.disk import new_folder
+from lbr_dist.disk import FULL, new_folder
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.table import read_evaluation
 from lbr_dist.export.tokens import fixed_tokens
+from lbr_dist.inference.model_folder import EXPORT_RECIPE
 from lbr_dist.model.tokenizer import BEGINNINGS, Tokenization
 from lbr_dist.recipes import load_recipe, save_recipe
+from lbr_dist.training.resolved import with_checkpoint
 
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe
@@ -75,16 +80,32 @@ def export(
     out = Path(out)
     evaluation = _evaluation(run, scores)
     _check_tokens(run, tokens)
-    with new_folder(out, f"export to {out}") as folder:
-        _write(run, folder, out, tokens, dtype, evaluation, scores is not None, check)
+    with new_folder(out, f"export to {out}") as folder, _full_disk_by_number():
+        with_checkpoint(
+            run,
+            lambda found: _write(run, found, folder, out, tokens, dtype, evaluation, scores is not None, check),
+        )
     return out
+
+
+@contextlib.contextmanager
+def _full_disk_by_number() -> Iterator[None]:
+    """A full disk, which safetensors and tokenizers tell in the text of errors of their own, as an OSError."""
+    try:
+        yield
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        for number in FULL:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number)) from error
+        raise
 
 
 def _check_tokens(run: str | Path, tokens: int | None) -> None:
     """Refuse a number of bottleneck tokens that does not suit the run before any weight is read."""
-    from lbr_dist.training.checkpoint_format import resolve
-
-    fixed_tokens(load_recipe(resolve(run, kinds={"extra"}) / "recipe.yaml"), tokens)
+    recipe = with_checkpoint(run, lambda checkpoint: load_recipe(checkpoint / "recipe.yaml"), kinds={"extra"})
+    fixed_tokens(recipe, tokens)
 
 
 def _evaluation(run: str | Path, scores: str | Path | None) -> dict[str, Any] | None:
@@ -104,6 +125,7 @@ def _measured(evaluation: dict[str, Any], digest: str) -> bool:
 
 def _write(
     run: str | Path,
+    checkpoint: Path,
     folder: Path,
     out: Path,
     tokens: int | None,
@@ -116,7 +138,7 @@ def _write(
     from lbr_dist.export.folder import write_sentence_transformers
     from lbr_dist.inference.loading import load_run
 
-    loaded = load_run(run, "cpu")
+    loaded = load_run(run, "cpu", checkpoint)
     recipe = loaded.recipe
     if evaluation is not None and not named and not _measured(evaluation, loaded.digest):
         log.warning(
@@ -136,7 +158,7 @@ def _write(
         query_instruction=recipe.contrastive.query_instruction,
         passage_instruction=recipe.contrastive.passage_instruction,
     )
-    save_recipe(recipe, folder / "lbr_recipe.yaml")
+    save_recipe(recipe, folder / EXPORT_RECIPE)
     del loaded.model, backbone
     agreement: float | None = None
     spaced: float | None = None

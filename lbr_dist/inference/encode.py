@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from lbr_dist.data.execute import Executor, current
-from lbr_dist.disk import locked, room, sync
+from lbr_dist.disk import locked, replacing, room, sync
 from lbr_dist.errors import UserError
 from lbr_dist.inference.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
 from lbr_dist.inference.rows import read_texts
@@ -145,7 +145,12 @@ def _check_job(parts: Path, job: dict[str, Any], out: Path) -> None:
         try:
             known = json.loads(description.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            known = {}
+            known = None
+        if not isinstance(known, dict):
+            raise UserError(
+                f"encode: {description} is missing or cannot be read, and nothing else tells what the parts are of: "
+                f"remove {parts} to start {out.name} anew"
+            )
         changed = [name for name in job if known.get(name) != job[name]]
         if changed:
             raise UserError(
@@ -153,9 +158,8 @@ def _check_job(parts: Path, job: dict[str, Any], out: Path) -> None:
                 f"start {out.name} anew, or repeat the earlier command to finish it"
             )
         return
-    temporary = parts / "job.tmp"
-    temporary.write_text(json.dumps(job), encoding="utf-8")
-    temporary.replace(description)
+    with replacing(description) as temporary:
+        temporary.write_text(json.dumps(job), encoding="utf-8")
 
 
 def _remove_unless_begun(parts: Path) -> None:

@@ -18,6 +18,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.data.information import known_bits
 from lbr_dist.data.sources.row_values import unseen
 from lbr_dist.errors import UserError
+from lbr_dist.inference.model_folder import check_padding, unreadable
 from lbr_dist.model.batching import batches
 from lbr_dist.model.tokenizer import Tokenization
 
@@ -195,7 +196,7 @@ class SentenceTransformerEncoder:
         """Load a folder, or by a hub name.
 
         Raises:
-            UserError: it cannot be loaded, or lacks weights.
+            UserError: it cannot be loaded, lacks weights, or its tokenizer cannot pad.
         """
         from sentence_transformers import SentenceTransformer
 
@@ -208,11 +209,8 @@ class SentenceTransformerEncoder:
         except UserError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"model {path}: not a run, an export or a sentence-transformers model ({reason}); "
-                "a plain model folder needs a pooling: hf:PATH?pooling=mean"
-            ) from None
+            raise UserError(unreadable(path, error)) from None
+        check_padding(path, self.model.tokenizer)
         self.name = path.rstrip("/").rsplit("/", 1)[-1]
         self.cut = 0
 

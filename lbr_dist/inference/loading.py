@@ -17,6 +17,7 @@ import xxhash
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
+from lbr_dist.inference.model_folder import damage, damaged_export, is_export
 from lbr_dist.recipes import load_recipe
 
 if TYPE_CHECKING:
@@ -86,12 +87,18 @@ def load_run(path: str | Path, device: str = "cpu", checkpoint: str | Path | Non
     Raises:
         UserError: there is no complete checkpoint, or it does not fit its recipe.
     """
+    from lbr_dist.training.resolved import with_checkpoint
+
+    return with_checkpoint(
+        path if checkpoint is None else checkpoint, lambda found: _load_checkpoint(Path(path), found, device)
+    )
+
+
+def _load_checkpoint(path: Path, checkpoint: Path, device: str) -> Run:
     from lbr_dist.model.bottleneck import LbrModel
     from lbr_dist.model.tokenizer import Tokenization
-    from lbr_dist.training.checkpoint_format import resolve
     from lbr_dist.training.weights import iterate_weights
 
-    checkpoint = resolve(path if checkpoint is None else checkpoint)
     recipe = load_recipe(checkpoint / "recipe.yaml")
     here = recipe
     if device == "cpu":
@@ -99,7 +106,7 @@ def load_run(path: str | Path, device: str = "cpu", checkpoint: str | Path | Non
         here = recipe.model_copy(update={"model": on_cpu})
     folder = str(checkpoint / "model")
     model = LbrModel.restore(here, folder, iterate_weights(checkpoint)).to(device).eval()
-    name, digest = _run_name(Path(path), recipe), model_fingerprint(str(checkpoint))
+    name, digest = _run_name(path, recipe), model_fingerprint(str(checkpoint))
     return Run(name, checkpoint, recipe, model, Tokenization.load(folder), digest)
 
 
@@ -150,8 +157,8 @@ def check_spec(spec: str) -> None:
     """Find out what is wrong with a specification as far as that takes no loading.
 
     Raises:
-        UserError: options that do not exist, a run without a complete checkpoint, or a folder that is not there. A name
-            that may be one of the hub is left to `load_encoder`.
+        UserError: options that do not exist, a run without a complete checkpoint, an export that lacks a file, or a
+            folder that is not there. A name that may be one of the hub is left to `load_encoder`.
     """
     path, _ = split_dim(spec)
     if path == "bm25":
@@ -164,9 +171,11 @@ def check_spec(spec: str) -> None:
         resolve(path, kinds=())
         return
     folder = Path(path)
+    if is_export(folder) and (problem := damage(folder)):
+        raise UserError(damaged_export(spec, problem))
     if problem := _no_model(folder):
         raise UserError(f"model {spec}: not a run, an export or a sentence-transformers model ({problem})")
-    plain = (folder / "config.json").is_file() and not (folder / "modules.json").is_file()
+    plain = (folder / "config.json").is_file() and not (folder / "modules.json").exists()
     if plain and not spec.startswith("hf:"):
         raise UserError(f"model {spec}: a plain model folder has no pooling of its own; say hf:{spec}?pooling=mean")
 
@@ -205,10 +214,11 @@ def model_fingerprint(spec: str) -> str:
     """
     path, dim = split_dim(spec)
     if is_run(path):
-        from lbr_dist.training.checkpoint_format import resolve
+        from lbr_dist.training.resolved import with_checkpoint
 
         mark = b"" if dim is None else str(dim).encode()
-        return xxhash.xxh128_hexdigest((resolve(path) / "manifest.json").read_bytes() + mark)
+        manifest = with_checkpoint(path, lambda checkpoint: (checkpoint / "manifest.json").read_bytes())
+        return xxhash.xxh128_hexdigest(manifest + mark)
     folder = Path(spec.removeprefix("hf:").partition("?")[0])
     parts = [spec, f"version {HF_VERSION}"] if spec.startswith("hf:") else [spec]
     if folder.is_dir():

@@ -32,7 +32,8 @@ def read_texts(source: Path, side: str, field: str | None = None) -> Iterator[tu
     Of a plain text that is the number of its line: lines without text are left out, and counted.
 
     Args:
-        field: field of the text, named as for `lbr prepare --field`: dots lead into objects, commas join several.
+        field: field of the text, as `lbr prepare --field` has it behind the `=`: dots lead into objects, commas join
+            several.
 
     The first row is read at once, so that a missing file or field is known before anything else is done.
 
@@ -111,7 +112,10 @@ def _choose(row: Mapping[str, Any], side: str, field: str | None, source: Path) 
         finder = Finder({"text": name if field is not None else lower.get(name, name)})
         if finder.find(row, "text"):
             return finder
+    remedy = "name one with --field"
+    if field is not None and "=" in field:  # as `lbr prepare` has it
+        remedy = f"give the name alone: --field {field.partition('=')[2]}"
     raise UserError(
-        f"{source}: no field {' or '.join(repr(name) for name in tried)} in its first row, which has "
-        f"{listed(row)}; name one with --field"
+        f"{source}: no field {' or '.join(repr(name) for name in tried)} in its first row, which has {listed(row)}; "
+        f"{remedy}"
     )

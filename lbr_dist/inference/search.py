@@ -107,7 +107,7 @@ def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str]
     """Ids and texts of a corpus, each text once.
 
     Raises:
-        UserError: it is no prepared set and no file of texts, or has none.
+        UserError: it is no prepared set and no file of texts, or has none; or a prepared set, and `field` is given.
     """
     path, remote = Path(corpus), is_url(str(corpus))
     if not remote and not path.exists():
@@ -116,6 +116,8 @@ def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str]
         pairs = list(read_texts(path, "passage", field))
     else:
         opened = open_set(corpus)
+        if field is not None:
+            raise UserError(f"--field {field}: {corpus} is a prepared set, which has no fields to name; leave it out")
         pairs = []
         for split in SPLITS:
             if opened.splits[split].records:

@@ -1,7 +1,8 @@
 """Vectors in an array file with a checksum at its end: what `lbr mine` and `lbr search` keep for the next start.
 
 numpy reads the file as any other .npy. It is forced to disk before it gets its name, so a loss of power leaves it whole
-or not there; one that was damaged otherwise is told by its checksum, and its owner makes it again.
+or not there; one that was damaged otherwise, or has another's place, is told by its checksum, which covers its name
+too, and its owner makes it again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def write_vectors(file: Path, temporary: Path, shape: tuple[int, int], pieces: I
     Raises:
         OSError: it cannot be written; `temporary` may be left.
     """
-    header, digest = io.BytesIO(), xxhash.xxh3_128()
+    header, digest = io.BytesIO(), xxhash.xxh3_128(os.fsencode(file.name))
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
     with temporary.open("wb") as sink:  # written, not mapped: on a full disk a mapped page ends the process
         sink.write(header.getvalue())
@@ -50,7 +51,7 @@ def read_vectors(file: Path, count: int) -> np.ndarray | None:
     """The vectors of a file, memory-mapped float32 [N, D]; None where it is missing, damaged, or N is not `count`."""
     try:
         with file.open("rb") as source:
-            left, digest = os.fstat(source.fileno()).st_size - DIGEST_BYTES, xxhash.xxh3_128()
+            left, digest = os.fstat(source.fileno()).st_size - DIGEST_BYTES, xxhash.xxh3_128(os.fsencode(file.name))
             while left > 0 and (chunk := source.read(min(left, CHUNK_BYTES))):
                 digest.update(chunk)
                 left -= len(chunk)

@@ -60,7 +60,7 @@ def launch(
         save_recipe(recipe, file)
         if then is not None:
             save_recipe(then, file.with_name(THEN))
-        ranks = _Ranks(Path(folder))
+        ranks = _Ranks(Path(folder), Path(recipe.output))
         before = {number: signal.signal(number, ranks.forward) for number in stop_signals()}
         try:
             ranks.start([str(file), resume, *allow_change], nproc)
@@ -85,8 +85,10 @@ def _check_alone(nproc: int) -> None:
 
 
 class _Ranks:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, run_dir: Path) -> None:
         self._folder, self._processes = folder, list[subprocess.Popen[bytes]]()
+        self._stacks = run_dir / "stacks" / "rank-0.txt"  # of the one rank whose stream is not kept
+        self._old_stacks = self._written()
         self._asked, self._signal = 0, FirstSignal(sys.exit)
 
     def start(self, arguments: list[str], nproc: int) -> None:
@@ -139,6 +141,7 @@ class _Ranks:
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and any(process.poll() is None for process in self._processes):
             time.sleep(POLL_S)
+        running = [rank for rank, process in enumerate(self._processes) if process.poll() is None]
         self.kill()
         if self._asked and code == -self._asked:
             print("stopped on request before the run had begun", file=sys.stderr)
@@ -148,11 +151,28 @@ class _Ranks:
                 self._show(first)
             return EXIT_USER_ERROR
         for rank in range(1, len(self._processes)):
-            if rank == first or b"Python stacks:" in self._output(rank).read_bytes():
+            if rank == first or self._reported(rank):
                 self._show(rank)
+        hung = [rank for rank in running if not self._reported(rank)]
+        if hung and self._reported(first):
+            who = f"rank {hung[0]}" if len(hung) == 1 else f"ranks {', '.join(map(str, hung))}"
+            print(f"error: {who} hung (no report); rank {first} waited in vain; all were ended", file=sys.stderr)
+            return 1
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         print(f"error: rank {first} failed ({how}); the other ranks were ended", file=sys.stderr)
         return 1
+
+    def _reported(self, rank: int) -> bool:
+        """Whether a rank has said, when it had waited for too long, where it stood."""
+        if rank:
+            return b"Python stacks:" in self._output(rank).read_bytes()
+        return self._written() != self._old_stacks
+
+    def _written(self) -> int:
+        try:
+            return self._stacks.stat().st_mtime_ns
+        except OSError:
+            return 0
 
     def _show(self, rank: int) -> None:
         if rank:

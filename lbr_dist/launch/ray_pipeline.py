@@ -27,9 +27,13 @@ from lbr_dist.training.signals import stop_signals
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the path; a mistake of the user is one line on stderr and exit code 2."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    made.add_argument("stage1", help="recipe of stage 1")
-    made.add_argument("stage2", help="recipe of stage 2; its model.start_from is stage 1's run")
-    made.add_argument("out", nargs="?", help="exported model; default: model/ in stage 2's run")
+    made.add_argument("stage1", type=os.path.expanduser, help="recipe of stage 1")
+    made.add_argument(
+        "stage2", type=os.path.expanduser, help="recipe of stage 2; its model.start_from is stage 1's run"
+    )
+    made.add_argument(
+        "out", type=os.path.expanduser, nargs="?", help="exported model; default: model/ in stage 2's run"
+    )
     made.add_argument("--tokens", type=int, help="bottleneck tokens of every text of the export, as for `lbr export`")
     made.add_argument("--generate", type=int, default=100, help="questions answered in the evaluation; default: 100")
     add_cluster_options(made)

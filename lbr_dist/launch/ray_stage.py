@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from lbr_dist.config import Recipe
+from lbr_dist.config import Recipe, Section
+from lbr_dist.config.base import is_place
 from lbr_dist.data.remote import is_url
 from lbr_dist.errors import UserError, told
 from lbr_dist.launch.ray_cluster import Bundle, Node
 from lbr_dist.launch.ray_train import MAX_FAILURES, Request, run_stage
 from lbr_dist.launch.slurm_words import FINISHED, leave
-from lbr_dist.recipes import load_recipe
+from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.chain import load_next
 
 UNPACKED = "working_dir_files"
 """Ray unpacks a job's working directory into a folder of this name on each node, and removes it afterwards."""
+MADE = ("output", "cache_dir")
+"""Paths of a recipe that are made where they do not exist."""
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> int:
@@ -42,14 +47,20 @@ def parser(stage: str) -> argparse.ArgumentParser:
         description=f"Train a {stage} recipe on Ray: on the cluster of RAY_ADDRESS, else on this machine. Exit codes: "
         "0 done, 2 a mistake that a restart cannot mend, 75 stopped on request (run again), 1 anything else."
     )
-    made.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+    made.add_argument("recipe", type=os.path.expanduser, help="YAML file, or the name of a shipped recipe")
     made.add_argument("overrides", nargs="*", metavar="key=value", help="as optim.lr=1e-4")
     add_cluster_options(made)
-    made.add_argument("--resume", default="auto", help="auto, never, or the path of a checkpoint")
+    made.add_argument(
+        "--resume", type=os.path.expanduser, default="auto", help="auto, never, or the path of a checkpoint"
+    )
     made.add_argument(
         "--allow-change", action="append", default=[], help="recipe field that may differ from the run that is resumed"
     )
-    made.add_argument("--then", help="recipe of the stage 2 that is to follow: checked before this run begins")
+    made.add_argument(
+        "--then",
+        type=os.path.expanduser,
+        help="recipe of the stage 2 that is to follow: checked before this run begins",
+    )
     return made
 
 
@@ -96,7 +107,7 @@ def check_stage(recipe: Recipe, stage: str, name: str) -> None:
 
 
 def absolute(recipe: Recipe, here: Path) -> Recipe:
-    """A recipe that means the same from any folder: its relative paths that exist, and its output, made absolute.
+    """A recipe that means the same from any folder: what it writes, and its relative paths that exist, made absolute.
 
     Raises:
         UserError: the output is relative to a working directory that Ray has unpacked and will remove.
@@ -106,18 +117,23 @@ def absolute(recipe: Recipe, here: Path) -> Recipe:
     def found(path: str) -> str:
         return str(here / path) if not is_url(path) and (here / path).exists() else path
 
-    raw = recipe.model_dump(mode="json")
-    raw["output"] = str(here / recipe.output)
-    raw["model"]["path"] = found(recipe.model.path)
-    if raw["bottleneck"]["surprisal"] is not None:
-        raw["bottleneck"]["surprisal"]["model"] = found(raw["bottleneck"]["surprisal"]["model"])
-    for data_set in raw["data"]["sets"]:
-        data_set["path"] = found(data_set["path"])
-    if recipe.model.start_from is not None:
-        raw["model"]["start_from"] = found(recipe.model.start_from)
-    if recipe.deepspeed.endswith(".json"):
-        raw["deepspeed"] = found(recipe.deepspeed)
-    return Recipe.model_validate(raw)
+    def moved(value: Any, name: str) -> Any:
+        if name in MADE:
+            return str(here / value)
+        return value if name == "deepspeed" and not value.endswith(".json") else found(value)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placed(item) for item in value]
+        if not isinstance(value, Section):
+            return value
+        fields = type(value).model_fields
+        return {
+            name: moved(inner, name) if is_place(fields[name]) and inner is not None else placed(inner)
+            for name, inner in value
+        }
+
+    return parse_recipe(placed(recipe), f"of {recipe.output}")
 
 
 def check_kept(path: str, here: Path, what: str = "") -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.data.execute import Executor, Here, current
+from lbr_dist.data.manifest import manifest_of
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.publish import check_target, finished, is_ours, publish, resumable, workspace
+from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128, open_set
 from lbr_dist.errors import UserError, printable
 from lbr_dist.inference.blocks import BLOCK_TEXTS
@@ -251,19 +252,15 @@ class _Job:
 
 
 def _refuse_inside_a_set(place: Path, out: str | Path) -> None:
-    """Whoever replaces a prepared set removes all that is in its folder.
+    """A prepared set with something else in its folder is never replaced.
 
     Raises:
         UserError: `place`, where `out` really lies, is in the folder of one.
     """
     for folder in place.parents:
-        try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-        except (OSError, ValueError, RecursionError):
-            continue
-        if is_ours(manifest):
+        if manifest_of(folder) is not None:
             raise UserError(
-                f"--out {out}: lies in the prepared set {folder}, and would go with it: name another folder"
+                f"--out {out}: lies in the prepared set {folder}, which then could not be replaced: name another folder"
             )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record
 from lbr_dist.data.shard_writer import SPLITS, ShardWriter, SplitInfo, write_manifest
-from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128
+from lbr_dist.data.shards import REMEDY, PreparedSet, ShardReader, file_xxh128
 from lbr_dist.data.split_index import SplitIndex
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates
@@ -129,5 +129,5 @@ def _copy(opened: PreparedSet, side: str, target: Path) -> SplitInfo:
             else:
                 shutil.copyfile(opened.address(name), target / name)
                 if file_xxh128(target / name) != xxh128:
-                    raise UserError(f"{opened.address(name)}: its checksum changed: copy or prepare the set again")
+                    raise UserError(f"{opened.address(name)}: its checksum changed: {REMEDY}")
     return opened.splits[side]

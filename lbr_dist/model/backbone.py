@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lbr_dist import config
+from lbr_dist.environment import lost_contact
 from lbr_dist.errors import UserError
 from lbr_dist.model import attention
 from lbr_dist.model.head import LossHead
@@ -48,6 +49,7 @@ def load_backbone(
     Raises:
         UserError: not a model folder, an unsupported family, quantized weights, too few positions, missing, broken or
             contradictory weights, LoRA settings that do not fit the model.
+        RuntimeError: another rank is gone (weights are loaded sharded by collective calls), or memory does not suffice.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
@@ -72,6 +74,8 @@ def load_backbone(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and (lost_contact(error) or _out_of_memory(error)):
+            raise
         raise UserError(
             f"model {model.path}: its weights cannot be loaded ({_line(error)}); download it again"
         ) from None
@@ -254,6 +258,10 @@ def causal_lm(backbone: nn.Module) -> Any:
     """The transformers model itself, adapters (if any) inside its layers."""
     peft = sys.modules.get("peft")  # not imported, which takes half a second, for a model that cannot be of it
     return backbone.get_base_model() if peft and isinstance(backbone, peft.PeftModel) else backbone
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # of a GPU, of the host
 
 
 def _line(error: Exception) -> str:

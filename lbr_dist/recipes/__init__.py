@@ -9,7 +9,9 @@ package; `lbr recipes` lists and copies them.
 from __future__ import annotations
 
 import difflib
+import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,23 @@ from lbr_dist.errors import UserError
 from lbr_dist.recipes.dialect import Dumper, Loader
 
 FOLDER = Path(__file__).parent
+ELSEWHERE = {
+    "batch_size": "batch.global_batch",
+    "train_batch_size": "batch.global_batch",
+    "lr": "optim.lr",
+    "learning_rate": "optim.lr",
+    "max_grad_norm": "optim.clip",
+    "warmup_ratio": "optim.warmup",
+    "num_epochs": "duration.epochs",
+    "num_train_epochs": "duration.epochs",
+    "max_steps": "duration.steps",
+    "model_name": "model.path",
+    "model_name_or_path": "model.path",
+    "output_dir": "output",
+    "lora_rank": "model.lora.r",
+    "rank": "model.lora.r",
+}
+"""What settings are called in other programs, to their name here."""
 
 
 def shipped() -> dict[str, str]:
@@ -42,9 +61,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         UserError: no such file, bad YAML, an unknown key (the nearest valid one is named) or a refused value.
     """
     file = Path(path)
-    if not file.is_file():
+    if not _is_file(file):
         file = FOLDER / f"{path}.yaml"
-        if not file.is_file():
+        if not _is_file(file):
             raise UserError(f"recipe {path}: no such file, and no recipe of that name ships with lbr (`lbr recipes`)")
     try:
         raw = _unshared(yaml.load(file.read_text(encoding="utf-8"), Loader))  # a SafeLoader
@@ -54,6 +73,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for item in overrides or []:
         _override(raw, item)
     return parse_recipe(raw, str(file))
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def override(key: str, text: str) -> str:
@@ -87,6 +115,11 @@ def _override(raw: dict[str, Any], item: str) -> None:
     key, separator, text = item.partition("=")
     if not separator or not key:
         raise UserError(f"override {item!r}: expected key=value, for example optim.lr=1e-4")
+    if not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
+        raise UserError(
+            f"override {item!r}: {key!r} is no name of a setting: write key=value, as optim.lr=1e-4 or "
+            "data.sets.0.weight=2"
+        )
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
@@ -110,17 +143,28 @@ def _not_yaml(origin: str, error: Exception) -> UserError:
 
 
 def _yaml_value(text: str, item: str) -> Any:
-    """The value in an override; `item` is the whole of it."""
+    """The value in an override; `item` is the whole of it.
+
+    Raises:
+        UserError: it is no value of its tag, or there is none: a script's variable that is not set, or a comment.
+    """
+    if not text.strip():
+        raise UserError(f"override {item!r}: has no value; write null to unset it")
     try:
-        return yaml.load(text, Loader)
+        value = yaml.load(text, Loader)
     except (yaml.constructor.ConstructorError, ValueError) as error:
         raise _not_yaml(f"override {item!r}", error) from None
     except yaml.YAMLError:  # a text
         return text
+    if value is None and text.strip().lower() not in ("null", "~"):
+        raise UserError(
+            f"override {item!r}: YAML reads no value in it; put a text in quotes, or write null to unset it"
+        )
+    return value
 
 
 def _list_index(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise UserError(f"override {key}: {part} is not an index into a list of {len(node)}")
     return int(part)
 
@@ -129,15 +173,33 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), valid, n=1, cutoff=0.0)
-        hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(valid)}"
+        near = _meant(where, valid)
+        hint = f"did you mean {near}?" if near else f"valid keys: {', '.join(valid)}"
         return f"recipe {origin}: unknown key {where}; {hint}"
     if error["type"] == "missing":
         return f"recipe {origin}: {where} is missing"
     message = error["msg"].removeprefix("Value error, ")
     if not where:
         return f"recipe {origin}: {message}"
+    if error["type"] == "list_type" and isinstance(error["input"], str):
+        message += f": write [{error['input']}]"
+    if error["type"] == "string_type":
+        message += ": put a text in quotes, on a command line once more within the shell's, as 'key=\"text\"'"
     return f"recipe {origin}: {where}: {message} (got {error['input']!r})"
+
+
+def _meant(key: str, valid: list[str]) -> str | None:
+    """The setting that an unknown key is likely to stand for: by another program's name for it, by a name alike of its
+    section, or by its own name in another section."""
+    from lbr_dist.recipes.settings import settings as every
+
+    whole, last = (re.sub(r"[-.]", "_", name) for name in (key, key.rpartition(".")[2]))
+    if known := ELSEWHERE.get(whole, ELSEWHERE.get(last)):
+        return known
+    if near := difflib.get_close_matches(last, valid, n=1):
+        return near[0]
+    named = [setting.name for setting in every() if setting.name.rpartition(".")[2] == last]
+    return named[0] if len(named) == 1 else None
 
 
 def _valid_keys(loc: tuple[Any, ...]) -> list[str]:

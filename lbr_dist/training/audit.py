@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lbr_dist.errors import UserError
-from lbr_dist.logs import is_torn, iterate_rows
+from lbr_dist.logs import is_torn, iterate_rows, no_rows, open_log
 
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe
@@ -42,11 +42,9 @@ class AuditLog:
     def __init__(
         self, run_dir: Path, rank: int, *, start: int, attempt: int, world: int, plan: str, saves: str = ""
     ) -> None:
-        folder = run_dir / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"rank-{rank}.jsonl"
+        file = run_dir / FOLDER / f"rank-{rank}.jsonl"
         torn = is_torn(file)
-        self._file: TextIO = file.open("a", encoding="utf-8", buffering=1)
+        self._file: TextIO = open_log(file)
         if torn:
             self._file.write("\n")
         self._write({"start": start, "attempt": attempt, "world": world, "plan": plan, "saves": saves})
@@ -123,12 +121,15 @@ def audit(run_dir: str | Path) -> Audit:
     where the run was started).
 
     Raises:
-        UserError: not a run with an audit log, or the plan cannot be made.
+        UserError: not a run with an audit log that can be read, or the plan cannot be made.
     """
     from lbr_dist.training.run_folder import load_run_recipe, started_in
 
     run_dir = Path(run_dir)
-    found, result = _attempts(run_dir), Audit()
+    result = Audit()
+    found = _attempts(run_dir, result.problems)
+    if not found and result.problems:
+        raise UserError(f"{result.problems[0]}: put a whole copy in its place")
     if not found:
         raise UserError(f"{run_dir}: has no audit log (audit/rank-*.jsonl): not a run, or it never started")
     result.attempts = len(found)
@@ -210,16 +211,23 @@ def _check_epoch(source: Source, epoch: int, counts: Counter[int], result: Audit
         result.problems.append(f"epoch {epoch}: {twice} samples of {source.name} more than {most} times")
 
 
-def _attempts(run_dir: Path) -> list[_Attempt]:
+def _attempts(run_dir: Path, problems: list[str]) -> list[_Attempt]:
+    """The starts in the logs, in order, with their steps; `problems` gets the logs that cannot be read."""
     attempts: dict[int, _Attempt] = {}
     for file in _files(run_dir):
-        rank, current = int(file.stem.removeprefix("rank-")), None
+        rank, current, lost = int(file.stem.removeprefix("rank-")), None, 0
         for row in iterate_rows(file):
-            if "start" in row:
+            if {"start", "attempt", "world", "plan"} <= row.keys():
                 made = _Attempt(row["start"], row["world"], row["plan"], row.get("saves", ""))
                 current = attempts.setdefault(row["attempt"], made)
-            elif current is not None:
-                current.ids.setdefault(row["step"], {})[rank] = row["ids"]
+            elif {"step", "ids"} <= row.keys():
+                lost += current is None
+                if current is not None:
+                    current.ids.setdefault(row["step"], {})[rank] = row["ids"]
+        if lost:
+            problems.append(f"{file}: the line of the start before its first {lost} steps cannot be read")
+        elif current is None and (reason := no_rows(file)):
+            problems.append(f"{file}: {reason}")
     return [attempts[number] for number in sorted(attempts)]
 
 

@@ -20,6 +20,7 @@ from lbr_dist.training import checkpoint_format as layout
 from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest, verify
 from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
 from lbr_dist.training.engine_state import WEIGHT, EngineState, Piece
+from lbr_dist.training.resolved import same_on_all
 from lbr_dist.training.weights import (
     SliceReader,
     pack_rank_state,
@@ -123,13 +124,13 @@ class Checkpointer:
             The loop's state, and this rank's own (None if the world size changed).
 
         Raises:
-            UserError: the checkpoint is incomplete, or is of another model or optimizer.
+            UserError: the checkpoint is incomplete, or is of another model or optimizer, or another one on some rank.
         """
         path = Path(path)
         problems = self._team.broadcast(verify(path, deep=False) if self._team.rank == 0 else None)
         if problems:
             raise UserError(f"{path} cannot be resumed from: {'; '.join(problems)}")
-        manifest = layout.read_manifest(path)
+        manifest = same_on_all(self._team, path)
         _require_same_model(path, manifest, self._state)
         _restore(self._state, SliceReader(path, manifest), optimizer=True)
         self._state.set_counters(manifest.engine)
@@ -226,7 +227,7 @@ def start_from(engine: Any, path_or_run: str | Path) -> tuple[Path, list[str], l
         The checkpoint, names that it lacks (left as they are in the engine), and names that only it has.
 
     Raises:
-        UserError: nothing to read there, it is damaged, or a parameter has another shape.
+        UserError: nothing to read there, it is damaged, or another one on some rank, or a parameter has another shape.
     """
     team = GlooTeam()
     found: Any = None
@@ -238,7 +239,7 @@ def start_from(engine: Any, path_or_run: str | Path) -> tuple[Path, list[str], l
     found = team.broadcast(found)
     if isinstance(found, str):
         raise UserError(found)
-    manifest = layout.read_manifest(found)
+    manifest = same_on_all(team, found)
     state = open_engine(engine, team.rank, team.world)
     missing, unexpected, reshaped = _differences(manifest, state)
     if reshaped:

@@ -152,11 +152,20 @@ def read_manifest(checkpoint: Path) -> Manifest:
             raise UserError(f"{file}: checkpoint format {body.get('format')}; this version of lbr reads {FORMAT}")
         return Manifest.model_validate(body)
     except FileNotFoundError:
-        raise UserError(f"{file}: missing, so this is not a complete checkpoint") from None
+        incomplete = f"{file}: missing, so this is not a complete checkpoint"
+        raise UserError(incomplete if checkpoint.is_dir() else gone(checkpoint)) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__})") from None
+
+
+def gone(checkpoint: Path) -> str:
+    """In words, that a checkpoint which was there is not any more."""
+    return (
+        f"{checkpoint}: was removed meanwhile, as a run at work does with older checkpoints: run again, or name one "
+        "that is kept (checkpoint.keep_every)"
+    )
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -319,7 +328,10 @@ def resolve(path_or_run: str | Path, kinds: Container[Kind] | None = None) -> Pa
         return path
     if not checkpoints_folder(path).is_dir():
         raise UserError(f"{path}: neither a checkpoint (no {MANIFEST}) nor a run folder (no checkpoints/)")
+    first = newest(path)
     found, reasons = find_resumable(path, kinds)
+    if first is not None and not first[0].is_dir():  # a run that is at work removed it while it was read
+        found, reasons = find_resumable(path, kinds)
     if found is None:
         detail = "; ".join(reasons) or "it has none"
         raise UserError(f"{path}: no checkpoint can be used: {detail}")

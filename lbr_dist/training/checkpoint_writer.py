@@ -1,21 +1,22 @@
 """Writes checkpoints behind the training loop: one thread per rank, one commit for all.
 
 Every rank writes its files into one temporary folder and reports sizes, checksums and slices (or its error) to rank 0,
-which checks that the slices tile every parameter, writes the manifest, renames the folder, replaces `latest` and only
-then removes old checkpoints. The ranks meet through a process group of their own (gloo, used by these threads alone),
-not through marker files: an error or a dead rank reaches all of them at once, where markers on a network file system
-arrive when its caches expire and a dead rank is a time-out to be guessed.
+which checks that the slices tile every parameter and that it sees the files, writes the manifest, renames the folder,
+replaces `latest` and only then removes old checkpoints. The ranks meet through a process group of their own (gloo, used
+by these threads alone), not through marker files: an error or a dead rank reaches all of them at once, where markers on
+a network file system arrive when its caches expire and a dead rank is a time-out to be guessed.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
+import socket
 import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,8 @@ from lbr_dist.errors import UserError
 from lbr_dist.training import checkpoint_files as files
 from lbr_dist.training import checkpoint_format as layout
 from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
+from lbr_dist.training.rotation import remove_stale, rotate
+from lbr_dist.training.run_folder import in_time
 from lbr_dist.training.tensor_file import NAMES, TensorSpec, write_tensors
 
 log = logging.getLogger("lbr")
@@ -103,6 +106,9 @@ class TensorFile:
 class _Problem:
     text: str
     mendable: bool
+
+
+_SHARED = "the run folder must be on storage that all nodes share, and mounted"
 
 
 class StorageError(RuntimeError):
@@ -203,7 +209,8 @@ class CheckpointWriter:
     def _commit(self, snapshot: Snapshot) -> None:
         name = layout.step_name(snapshot.step)
         temporary = self.folder / f"{files.TEMPORARY}{name}-{self.attempt}"
-        mine, problem = self._write_files(temporary, snapshot)
+        problem = self.team.broadcast(self._make(temporary) if self.team.rank == 0 else None)
+        mine, problem = self._write_files(temporary, snapshot) if problem is None else ({}, problem)
         reports = self.team.gather((mine, problem))
         problem = next((problem for _, problem in reports if problem), None)
         if self.team.rank == 0 and problem is None:
@@ -217,10 +224,20 @@ class CheckpointWriter:
         self.committed, self.entries = self.folder / name, mine
         self.marks = {file: mark(self.committed / file) for file in mine}
 
+    def _make(self, folder: Path) -> _Problem | None:
+        """Rank 0: the folder that all write into. Its parents too: a run folder may have been moved away."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return _explain(error, 0, folder)
+        return None
+
     def _write_files(self, folder: Path, snapshot: Snapshot) -> tuple[dict[str, FileEntry], _Problem | None]:
         entries: dict[str, FileEntry] = {}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not in_time(folder.is_dir):  # where storage is gone, making it would fill a disk of this machine
+                rank = f"rank {self.team.rank} on {socket.gethostname()}"
+                return {}, _Problem(f"{rank} does not see {folder}, which rank 0 made: {_SHARED}", mendable=False)
             for file in snapshot.tensor_files:
                 name = layout.rank_file(file.kind, self.team.rank, self.team.world)
                 entries[name] = _write_tensor_file(folder / name, file)
@@ -251,6 +268,8 @@ class CheckpointWriter:
         missing = layout.gaps(manifest)
         if missing:
             return _Problem(f"the ranks' slices do not add up: {missing[0]}", mendable=True)
+        if problem := _absent(temporary, parts):
+            return problem
         try:
             files.write_bytes(temporary / layout.MANIFEST, layout.encode_manifest(manifest))
             for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
@@ -267,7 +286,7 @@ class CheckpointWriter:
         except OSError as error:
             return _explain(error, 0, temporary)
         try:
-            self._rotate()
+            rotate(self.folder.parent, self.keep_last, self.keep_every, self._trusted)
         except (OSError, UserError) as error:  # this one is committed all the same
             log.warning("checkpoints before %s could not be removed: %s", final.name, error)
         return None
@@ -276,19 +295,6 @@ class CheckpointWriter:
         latest, line = self.folder / layout.LATEST, f"{name}\n".encode()
         if not latest.is_file() or latest.read_bytes() != line:
             files.replace_bytes(latest, line)
-
-    def _rotate(self) -> None:
-        kept, reached = 0, math.inf
-        for path, manifest in layout.list_checkpoints(self.folder.parent):  # newest first
-            if manifest is None:
-                continue
-            if kept < self.keep_last:
-                kept += manifest.step < reached and self._trusted(manifest)  # else the run went back before it
-                reached = min(reached, manifest.step)
-            elif self.keep_every is None or manifest.step % self.keep_every:
-                discarded = path.with_name(f"{layout.DISCARDED}{path.name}")
-                path.rename(discarded)  # one rename, so that a checkpoint never looks half there
-                shutil.rmtree(discarded, ignore_errors=True)
 
     def _trusted(self, manifest: Manifest) -> bool:
         """Whether the run could go back to it: what was passed over takes no place from one that was not."""
@@ -302,18 +308,19 @@ def _write_tensor_file(path: Path, file: TensorFile) -> FileEntry:
     return FileEntry(kind=file.kind, bytes=written.bytes, xxh128=written.xxh128, slices=file.slices)
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove what a dead writer left. A checkpoint that it was about to replace gets its name back."""
-    for path in folder.glob(f"{layout.REPLACED}*"):
-        original = folder / path.name.removeprefix(layout.REPLACED)
-        if not original.exists():
-            path.rename(original)
-    for prefix in (layout.REPLACED, layout.DISCARDED, files.TEMPORARY):
-        for path in folder.glob(f"{prefix}*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+def _absent(folder: Path, parts: list[dict[str, FileEntry]]) -> _Problem | None:
+    """The first file that a rank has written, and rank 0 does not see."""
+    for rank, entries in enumerate(parts):
+        for name, entry in entries.items():
+            if not in_time(partial(_seen, folder / name, entry.bytes)):
+                where = f"rank 0 on {socket.gethostname()} does not see {folder / name}"
+                return _Problem(f"{where}, which rank {rank} wrote: {_SHARED}", mendable=False)
+    return None
+
+
+def _seen(file: Path, size: int) -> bool:
+    found = mark(file)
+    return found is not None and found[0] == size
 
 
 def _explain(error: OSError, rank: int, folder: Path) -> _Problem:

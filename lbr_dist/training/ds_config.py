@@ -54,7 +54,7 @@ def load_regime(recipe: Recipe, *, world: int, cuda: bool) -> Regime:
     if file.suffix != ".json":
         file = FOLDER / f"{name}.json"
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        given = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except FileNotFoundError:
         known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.json")))
         raise UserError(f"deepspeed: {name}: no such file, nor one of {known}") from None
@@ -103,7 +103,7 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     config.setdefault("steps_per_print", 2**62)
     zero = config.setdefault("zero_optimization", {})
-    if zero.setdefault("stage", 0) not in range(4):
+    if isinstance(zero.setdefault("stage", 0), bool) or zero["stage"] not in range(4):
         raise UserError(f"{origin}: zero_optimization.stage is {json.dumps(zero['stage'])}: expected 0, 1, 2 or 3")
     _check_offload(zero, origin)
     if zero["stage"] == 0 and bf16:
@@ -164,11 +164,16 @@ def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "managed_gradient_accumulation": (True, accumulation),
         "gradient_clipping": (optim.clip, f"optim.clip = {optim.clip}"),
         "gradient_predivide_factor": (1, "gradients that are summed; DeepSpeed knows a factor in stages 0 and 1 alone"),
+        "prescale_gradients": (
+            False,
+            "gradients averaged after they are summed; DeepSpeed knows no other way from stage 1 on",
+        ),
         "gradient_allreduce_op": ("mean", "losses that are scaled for a gradient that is averaged over ranks"),
         "communication_data_type": (
             {"float32": "fp32", "bfloat16": "bf16"}[recipe.model.dtype],
             f"model.dtype = {recipe.model.dtype}",
         ),
+        "hybrid_engine.enabled": (False, "training alone, without an engine that generates"),
         "tensor_parallel.autotp_size": (0, "one model per rank, or ZeRO"),
         "bf16.enabled": (recipe.model.dtype == "bfloat16", f"model.dtype = {recipe.model.dtype}"),
         "fp16.enabled": (False, f"model.dtype = {recipe.model.dtype}"),
@@ -194,6 +199,16 @@ def decided(recipe: Recipe) -> dict[str, tuple[Any, str]]:
         "zero_optimization.zenflow": (None, f"optim.name = {optim.name}, one update of every weight in each step"),
         "zero_optimization.elastic_checkpoint": (False, "checkpoints of its own, which reshard anyway"),
     }
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each of whose keys is given once: of two, the last would win unseen."""
+    found = dict[str, Any]()
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is given twice: remove one")
+        found[key] = value
+    return found
 
 
 def _look_up(given: dict[str, Any], path: str) -> Any:

@@ -84,11 +84,6 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def lost_contact(error: RuntimeError) -> bool:
-    """Whether an error of a collective call means that another rank is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
 def make_engine(recipe: Recipe, regime: Regime) -> DeepSpeedEngine:
     """Build the recipe's model, sharded where the stage is 3, and wrap it. Collective.
 

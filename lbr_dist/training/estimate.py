@@ -120,8 +120,8 @@ def _lines(
     return [
         f"model      {shape.total / 1e6:,.1f}M parameters, {trained_elements(shape, recipe) / 1e6:,.1f}M trained",
         f"memory     {need.total / GIB:.2f} GiB per rank{of} ({machine.name}, {regime}): {parts}",
-        f"data       {epoch.samples:,} samples, {epoch.input_tokens:,} tokens an epoch{packing}",
-        f"steps      {steps:,} ({epoch.steps:,} an epoch) of {recipe.batch.global_batch} "
+        f"data       {epoch.samples:,} samples, {epoch.input_tokens:,} tokens in the first epoch{packing}",
+        f"steps      {steps:,} ({epoch.steps:,} in the first epoch) of {recipe.batch.global_batch} "
         f"{'bins' if recipe.stage == 'generative' else 'pairs'}; {several} micro-batches per rank",
         f"step       {step_s:.3g} s on {world} x {machine.name}: compute {compute_s:.3g} s at {machine.share:.0%} "
         f"of its peak, {carried / GIB:.3g} GiB sent per rank",

@@ -80,17 +80,19 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
     Raises:
         UserError: it is missing, or its model's configuration or tokenizer is another, or see `check_settings`.
     """
-    from lbr_dist.training.checkpoint_format import resolve
+    from lbr_dist.training.resolved import with_checkpoint
+
+    def check(start: Path) -> None:
+        before = load_run_recipe(start)
+        if not covered("model.path", allow_change) and (other := changed_model(start / "model", recipe)):
+            raise UserError(
+                f"model {recipe.model.path}: is not that of {start} ({other}): set model.path as there, or allow it "
+                "with --allow-change model.path"
+            )
+        check_settings(before, recipe, str(start))
 
     assert recipe.model.start_from is not None
-    start = resolve(Path(recipe.model.start_from), kinds={"extra"})  # on every rank; one of them reads it all later
-    before = load_run_recipe(start)
-    if not covered("model.path", allow_change) and (other := changed_model(start / "model", recipe)):
-        raise UserError(
-            f"model {recipe.model.path}: is not that of {start} ({other}): set model.path as there, or allow it with "
-            "--allow-change model.path"
-        )
-    check_settings(before, recipe, str(start))
+    with_checkpoint(recipe.model.start_from, check, kinds={"extra"})  # on every rank; one of them reads it all later
 
 
 def check_settings(before: Recipe, recipe: Recipe, start: str) -> None:

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan import Plan, open_data
-from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shard_reader import REMEDY, ShardReader
 from lbr_dist.data.shards import file_xxh128
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
+from lbr_dist.model.hub import cached_first
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime, name_accelerator
 from lbr_dist.training.origin import NOT_THE_MODEL, check_resumed_model, check_start
@@ -93,8 +94,10 @@ def check(
     check_loader_processes(recipe)
     tokenization = _check_model(recipe)
     check_resumed_model(recipe, resume, allow_change)
-    if recipe.model.start_from is not None and not ahead and not resumes(recipe, resume):
-        check_start(recipe, allow_change)
+    if not resumes(recipe, resume):
+        _check_end(recipe, tokenization)
+        if recipe.model.start_from is not None and not ahead:
+            check_start(recipe, allow_change)
     plan, readers = open_data(recipe, tokenization)
     return Job(recipe, environment, regime, tokenization, plan, readers, tuple(allow_change), then)
 
@@ -142,6 +145,25 @@ def _check_model(recipe: Recipe) -> Tokenization:
             f"{settings.vocab_size}: the folder mixes two models"
         )
     return tokenization
+
+
+def _check_end(recipe: Recipe, tokenization: Tokenization) -> None:
+    """Check that answers get the end that the model knows.
+
+    Raises:
+        UserError: the tokenizer names none.
+    """
+    from transformers import PretrainedConfig
+
+    if "generative" not in recipe.tasks or tokenization.eos_id is not None:
+        return
+    path = recipe.model.path
+    named = cached_first(PretrainedConfig.get_config_dict, path)[0].get("eos_token_id")  # a family may have a default
+    if named is not None:
+        raise UserError(
+            f"model {path}: its config.json has eos_token_id {named}, but its tokenizer names no end-of-sequence "
+            "token: tokenizer_config.json is missing there, or has no eos_token; copy the model's own"
+        )
 
 
 def check_loader_processes(recipe: Recipe) -> None:
@@ -254,24 +276,28 @@ def disagreement(found: Sequence[Mapping[str, str]]) -> str:
 
 
 def deep_check(job: Job) -> None:
-    """Compare every byte of the shards that the run reads with its checksum; each rank takes its share of the files.
+    """Compare every byte of the shards that the run reads with its checksum; each rank takes its share of the shards.
 
     Remote shards are compared when they are fetched.
 
     Raises:
         UserError: names a damaged file.
     """
-    files = [
-        (Path(reader.opened.address(name)), expected)
+    shards = [
+        (reader.opened, shard)
         for reader in job.readers
         if not reader.opened.is_remote
         for shard in reader.opened.splits[reader.split].shards
+    ]
+    files = [
+        (Path(opened.address(name)), expected)
+        for opened, shard in shards[job.environment.rank :: job.environment.world]
         for name, expected in ((shard.name, shard.xxh128), (shard.index, shard.index_xxh128))
     ]
-    for path, expected in files[job.environment.rank :: job.environment.world]:
+    for path, expected in files:
         try:
             found = file_xxh128(path)
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): copy or prepare the set again") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from None
         if found != expected:
-            raise UserError(f"{path}: its checksum changed: copy or prepare the set again")
+            raise UserError(f"{path}: its checksum changed: {REMEDY}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.disk import DENIED, FULL
-from lbr_dist.environment import Environment, detect
+from lbr_dist.environment import Environment, detect, lost_contact
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.training import tracking
 from lbr_dist.training.run_lock import RunLock
@@ -59,7 +59,7 @@ class Outcome:
 
 
 class ContactLostError(RuntimeError):
-    """Another rank ended: a consequence, not a cause."""
+    """Another rank ended, or never came: a consequence, not a cause."""
 
 
 def train(
@@ -86,14 +86,13 @@ def train(
 
     Raises:
         UserError: something cannot work, or a loss is not finite; the message names it.
-        ContactLostError: another rank ended.
+        ContactLostError: another rank ended, or never came.
     """
     began = time.monotonic()
     environment = environment or detect()
     run_dir = Path(recipe.output)
     signals = StopRequest(run_dir if environment.rank == 0 else None)
     from lbr_dist.training import preflight
-    from lbr_dist.training.engine import lost_contact
 
     with _storage_named(run_dir):
         job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change, then=then)
@@ -109,19 +108,32 @@ def train(
     with _storage_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir) as lock:
         from lbr_dist.training.session import start
 
-        session = start(job, resume, lock, claimed, on_row)
-        log.info("ready after %s", tracking.duration(time.monotonic() - began))
+        session = None
         try:
+            session = start(job, resume, lock, claimed, on_row)
+            log.info("ready after %s", tracking.duration(time.monotonic() - began))
             return _Loop(session, stop, watchdog).run()
         except RuntimeError as error:
             if environment.world > 1 and lost_contact(error):
-                raise ContactLostError(
-                    f"rank {environment.rank} lost contact with the other ranks ({str(error).splitlines()[0][:200]}): "
-                    "one of them ended or hangs; its own log has the cause"
-                ) from error
+                raise _contact_lost(environment, error) from error
             raise
         finally:
-            session.close()
+            if session is not None:
+                session.close()
+
+
+def _contact_lost(environment: Environment, error: RuntimeError) -> ContactLostError:
+    import torch.distributed as dist
+
+    rank, reason = f"rank {environment.rank}", str(error).splitlines()[0][:200]
+    if not dist.is_initialized():
+        remedy = "set another MASTER_PORT" if "EADDRINUSE" in str(error) else "see the others' logs"
+        return ContactLostError(
+            f"{rank}: the {environment.world} ranks did not meet at {environment.meeting} ({reason}): {remedy}"
+        )
+    return ContactLostError(
+        f"{rank} lost contact with the other ranks ({reason}): one of them ended or hangs; its own log has the cause"
+    )
 
 
 @contextmanager

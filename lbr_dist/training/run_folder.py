@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
     if kept.is_symlink() and not kept.exists():
         raise UserError(f"{kept}: is a link to {kept.readlink()}, which is not there: mount it, or make the link anew")
     if not has_run(folder):
+        if copy := _copy(folder):
+            raise UserError(f"output {folder}: its {RECIPE} is missing: copy it back from {copy}")
         if folder.is_dir() and any(path.name not in STARTED for path in folder.iterdir()):
             raise UserError(f"output {folder}: is not empty and holds no run of lbr; choose another output")
         return []
@@ -176,20 +179,47 @@ def claim(recipe: Recipe) -> None:
 
 
 def check_shared(folder: Path, rank: int) -> None:
-    """Check, on every rank, that the folder which rank 0 has claimed is seen here too.
+    """Check that every rank sees the folder which rank 0 has claimed: the run may have been copied, with its recipe, to
+    a disk of a machine, so rank 0 makes a file for the others to find. Collective.
 
     Raises:
-        UserError: it is another folder of the same name, on a disk of this machine.
+        UserError: a rank has another folder of the same name, or none.
     """
-    deadline = time.monotonic() + SEEN_AFTER_S
-    while not has_run(folder):
-        if time.monotonic() > deadline:
+    from lbr_dist.training.collective import on_all_ranks, on_rank_zero
+
+    sign = folder / on_rank_zero(lambda: _make_sign(folder))
+
+    def look() -> None:
+        if not in_time(sign.exists):
             raise UserError(
                 f"output {folder}: rank {rank} on {socket.gethostname()} does not see the run that rank 0 started "
                 "there: name a folder on storage that all machines share, mounted at the same path, or leave that "
                 "machine out"
             )
+
+    try:
+        on_all_ranks(look)
+    finally:
+        if rank == 0:
+            sign.unlink(missing_ok=True)
+
+
+def _make_sign(folder: Path) -> str:
+    for left in folder.glob(".seen-*"):  # by a start that was killed
+        left.unlink(missing_ok=True)
+    name = f".seen-{secrets.token_hex(8)}"  # new, so that no cache knows that it was not there
+    (folder / name).touch()
+    return name
+
+
+def in_time(seen: Callable[[], bool]) -> bool:
+    """Whether something that another machine has written is seen here, at the latest when caches have expired."""
+    deadline = time.monotonic() + SEEN_AFTER_S
+    while not seen():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.2)
+    return True
 
 
 def load_run_recipe(folder: Path) -> Recipe:
@@ -198,16 +228,20 @@ def load_run_recipe(folder: Path) -> Recipe:
     Raises:
         UserError: there is none, or it is not one.
     """
-    file = folder / RECIPE
+    file, copy = folder / RECIPE, _copy(folder)
+    there = f" (the run's checkpoints hold a copy: {copy})" if copy else ""
     if not file.is_file():
-        raise UserError(f"{folder}: not a run nor a checkpoint of lbr (it has no {RECIPE})")
+        kind = f"its {RECIPE} is missing" if copy else f"not a run nor a checkpoint of lbr (it has no {RECIPE})"
+        raise UserError(f"{folder}: {kind}{there}")
     try:
         return load_recipe(file)
     except UserError as error:
-        copies = sorted(folder.glob(f"checkpoints/step-*/{RECIPE}"))
-        raise UserError(
-            f"{error}" + (f" (the run's checkpoints hold a copy: {copies[-1]})" if copies else "")
-        ) from None
+        raise UserError(f"{error}{there}") from None
+
+
+def _copy(folder: Path) -> Path | None:
+    """The recipe that the last of a run's checkpoints carries."""
+    return max(folder.glob(f"checkpoints/step-*/{RECIPE}"), default=None)
 
 
 def started_in(folder: Path, recipe: Recipe) -> Path:

@@ -8,6 +8,7 @@ not the minutes of a load.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lbr_dist.config import Recipe
+from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.attention import choose_backend
 from lbr_dist.model.backbone import DTYPES
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lbr")
 
+TOLD_S = 60.0
+"""Seconds of waiting for the other ranks after which the log says so."""
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -99,7 +103,7 @@ def start(
             the run after this one could not start.
     """
     recipe, environment = job.recipe, job.environment
-    device = start_distributed(environment, recipe.step_timeout + 600)
+    device = _meet(environment, recipe.step_timeout + 600)
     choose_backend(recipe.model.attention, device, DTYPES[recipe.model.dtype])  # refused before the load
     on_rank_zero(lock.take)
     on_rank_zero(on_claim)
@@ -162,6 +166,21 @@ def start(
             saves=checkpointer.attempt,
         ),
     )
+
+
+def _meet(environment: Environment, timeout_s: float) -> torch.device:
+    """`start_distributed`, which waits in silence for a rank that does not come."""
+    told = threading.Timer(
+        TOLD_S,
+        log.info,
+        ("waiting for the other ranks to come to %s, for %g s in all", environment.meeting, timeout_s),
+    )
+    told.daemon = True
+    told.start()
+    try:
+        return start_distributed(environment, timeout_s)
+    finally:
+        told.cancel()
 
 
 def _check_agreement(job: Job) -> None:

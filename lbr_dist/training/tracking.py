@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lbr_dist.config import Recipe
-from lbr_dist.disk import DENIED, FULL
+from lbr_dist.disk import DENIED, FULL, replacing
 from lbr_dist.errors import UserError
-from lbr_dist.logs import read_rows
+from lbr_dist.logs import open_log, read_rows
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 5.0
@@ -33,6 +33,7 @@ NO_PLACE = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EEXIST,
+    errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
 }
@@ -61,7 +62,7 @@ class Tracker:
         self._recipe, self._total, self._start, self._on_row = recipe, total_steps, done, on_row
         self._began = time.monotonic()
         keep_rows(run_dir / METRICS, done)
-        self._file: TextIO = (run_dir / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._file: TextIO = open_log(run_dir / METRICS)
         self._wandb = _start_wandb(recipe, run_dir, wandb_id)
         self.wandb_id: str | None = self._wandb.id if self._wandb else None
         self._line = _Terminal(total_steps) if sys.stderr.isatty() else _Plain()
@@ -163,9 +164,8 @@ def keep_rows(file: Path, done: int) -> None:
     """Drop the rows of steps after `done`, which a resumed run takes back, and a last row torn by a kill."""
     if file.is_file():
         rows = [row for row in read_rows(file) if row.get("step", done + 1) <= done]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
 from lbr_dist.training.checkpoint_files import replace_bytes, write_bytes
-from lbr_dist.training.checkpoint_format import Kind, Manifest, Parameter, read_manifest, resolve
+from lbr_dist.training.checkpoint_format import Kind, Manifest, Parameter, gone, read_manifest, resolve
+from lbr_dist.training.resolved import with_checkpoint
 from lbr_dist.training.tensor_file import DTYPES, NAMES, TensorFileReader, TensorSpec, write_tensors
 
 OPEN_FILES = 128
@@ -72,6 +74,8 @@ class SliceReader:
             self._open.move_to_end(file)
             self._open[file].read_into(out, tensor, start)
         except (OSError, ValueError, KeyError) as error:
+            if not self.checkpoint.is_dir():
+                raise UserError(gone(self.checkpoint)) from None
             raise UserError(f"{path}: cannot be read ({error}); `lbr checkpoint verify` tells more") from None
 
 
@@ -136,11 +140,14 @@ def consolidate(
         raise UserError(f"--max-shard-gib {max_shard_gib}: expected a finite number above 0")
     out = Path(out)
     with new_folder(out, f"consolidate to {out}") as folder:
-        names = _consolidate(resolve(path_or_run), folder, dtype, int(max_shard_gib * 2**30))
+        limit = int(max_shard_gib * 2**30)
+        names = with_checkpoint(path_or_run, lambda checkpoint: _consolidate(checkpoint, folder, dtype, limit))
     return [out / name for name in names]
 
 
 def _consolidate(checkpoint: Path, out: Path, dtype: Literal["float32", "bfloat16"], limit: int) -> list[str]:
+    for left in out.iterdir():  # by a try before this one
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     manifest = read_manifest(checkpoint)
     reader, target = SliceReader(checkpoint, manifest), getattr(torch, dtype)
     shards = _plan_shards(manifest.parameters, NAMES[target], limit)

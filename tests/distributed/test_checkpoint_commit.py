@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,10 @@ import torch
 from ranks import run_ranks
 
 from lbr_dist.errors import UserError
+from lbr_dist.training import run_folder
 from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, find_resumable, verify
-from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
+from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, StorageError, TensorFile
+from lbr_dist.training.resolved import same_on_all
 from lbr_dist.training.weights import iterate_weights
 
 
@@ -109,3 +114,60 @@ def test_a_killed_rank_leaves_nothing_to_resume_from(run):
     assert len(reasons) == 1
     assert "step-000004" in reasons[0]
     assert "never committed" in reasons[0]
+
+
+def part(rank: int, world: int, folder: str) -> list[str]:
+    """Rank 1 gets a copy of the run folder, as of its first checkpoint, and then no storage; what each was told."""
+    run_folder.SEEN_AFTER_S = 0.5
+    team, shared = GlooTeam(), Path(folder) / "shared"
+    first = CheckpointWriter(shared, team, keep_last=1, keep_every=None)
+    told = []
+
+    def tell(what: Callable[[], object]) -> None:
+        try:
+            what()
+            told.append("well")
+        except (UserError, StorageError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+
+    def save(writer: CheckpointWriter, step: int) -> None:
+        writer.submit(share(step, rank))
+        writer.wait()
+
+    save(first, 1)
+    own = shared
+    if rank == 1:
+        own = Path(shutil.copytree(shared, Path(folder) / "copy"))
+    team.gather(None)
+    tell(lambda: run_folder.check_shared(shared, rank))
+    tell(lambda: run_folder.check_shared(own, rank))
+    tell(lambda: same_on_all(team, own / "checkpoints/step-000001"))  # another place, and the same checkpoint
+    save(first, 1)  # once more, by the same ranks
+    tell(lambda: same_on_all(team, shared / "checkpoints/step-000001"))
+    tell(lambda: same_on_all(team, own / "checkpoints/step-000001"))
+    tell(lambda: same_on_all(team, own / ("checkpoints/step-000001" if rank == 0 else "nothing")))
+    if rank == 1:
+        first.folder = Path(folder) / "bare" / "checkpoints"
+    tell(lambda: save(first, 2))
+    return told
+
+
+def test_a_rank_with_a_run_folder_of_its_own_is_named(tmp_path):
+    """Each wrote its half to a disk of its own, the run went on, and no checkpoint was whole; or one of them loaded
+    the weights of another run."""
+    ranks = tmp_path / "ranks"
+    ranks.mkdir()
+    for told in run_ranks(part, 2, ranks, str(tmp_path)):
+        assert told[:1] + told[2:4] == ["well"] * 3
+        assert f"UserError: output {tmp_path}/copy: rank 1 on " in told[1]
+        assert "does not see the run that rank 0 started there" in told[1]
+        for which, line in zip(("another", "no whole"), told[4:6], strict=True):
+            assert line.startswith(
+                f"UserError: rank 1 on {socket.gethostname()} sees {which} checkpoint at {tmp_path}/"
+            )
+            assert line.endswith(": the run folder must be on storage that all nodes share")
+        assert "StorageError: checkpoint step-000002 was not written: rank 1 on " in told[6]
+        assert "which rank 0 made: the run folder must be on storage that all nodes share, and mounted" in told[6]
+    assert not (tmp_path / "bare").exists()
+    assert sorted(path.name for path in (tmp_path / "shared").glob("*")) == ["checkpoints"]
+    assert verify(tmp_path / "shared/checkpoints/step-000001") == []

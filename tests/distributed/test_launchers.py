@@ -1,8 +1,12 @@
-"""Two processes under torchrun, then two that only have the usual variables: one run, and one wandb run."""
+"""Two processes under torchrun, then two that only have the usual variables: one run, and one wandb run.
+
+And a rank that does not come.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +15,13 @@ from pathlib import Path
 import pytest
 from training_runs import make_set, recipe
 
+from lbr_dist.environment import Environment
 from lbr_dist.launch.ports import free_port
 from lbr_dist.recipes import parse_recipe, save_recipe
+from lbr_dist.training import session
 from lbr_dist.training.audit import audit
+from lbr_dist.training.engine import start_distributed
+from lbr_dist.training.run import ContactLostError, train
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -67,3 +75,21 @@ def test_torchrun_then_env_variables(tmp_path: Path, tiny_model_dir: Callable[..
     names = [path.name.rsplit("-", 1)[1] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert len(names) == 2
     assert len(set(names)) == 1, "the resumed run is another wandb run"
+
+
+def test_a_rank_that_does_not_come(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "TOLD_S", 0.2)
+    monkeypatch.setattr(session, "start_distributed", lambda here, _: start_distributed(here, 1.5))
+    model = tiny_model_dir("llama")
+    raw = recipe(tmp_path / "run", model, make_set(tmp_path / "data", model))
+    master = "127.0.0.1", free_port()
+    here = Environment(0, 2, 0, 1, master, "test")
+    said = rf"^rank 0: the 2 ranks did not meet at {here.meeting} \(.*1/2 clients joined.*\): see the others' logs$"
+    with pytest.raises(ContactLostError, match=said):
+        train(parse_recipe(raw, "test"), environment=here)
+    with socket.create_server(("", master[1])), pytest.raises(ContactLostError, match=r"set another MASTER_PORT$"):
+        train(parse_recipe(raw, "test"), environment=here)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"waiting for the other ranks to come to {here.meeting}, for 2400 s in all" in log

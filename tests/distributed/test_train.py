@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -108,6 +109,22 @@ def test_ranks_that_are_set_up_differently(place: tuple[Path, Path, Path]) -> No
     assert "(config.json: rope_parameters.rope_theta is 77.0 and not 10000.0)" in rope["error"]
     assert "(data.sets is " in content["error"]
     assert fine["code"] == 0
+
+
+def dies_while_it_loads(rank: int, world: int, raw: dict[str, Any]) -> list[dict[str, Any]]:
+    if rank == 1:
+        LbrModel.build = lambda *_, **options: os._exit(1)  # type: ignore[method-assign]
+    return train_all(rank, world, [raw])
+
+
+def test_a_rank_that_dies_while_the_model_loads_is_no_fault_of_the_model(place: tuple[Path, Path, Path]) -> None:
+    """Under ZeRO-3 ranks talk there; exit code 2 would keep Slurm from requeuing the job."""
+    folder, *inputs = place
+    (here := folder / "ranks-dies").mkdir()
+    with pytest.raises(
+        RuntimeError, match=r"error-0: (.|\n)*\n\S*ContactLostError: rank 0 lost contact with the other"
+    ):
+        run_ranks(dies_while_it_loads, 2, here, recipe(folder / "dies", *inputs, deepspeed="cpu"), timeout=300)
 
 
 def after_step(step: int, change: Callable[[], object], row: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -177,6 +178,49 @@ def test_relative_paths_are_those_of_where_the_run_was_started(
     found = audit("../run")
     assert (found.steps, found.problems) == (3, [])
     assert Path.cwd() == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        ("start", "the line of the start before its first 4 steps cannot be read"),
+        ("key", "the line of the start before its first 4 steps cannot be read"),
+        ("zeros", "no line of it can be read"),
+        ("link", "is a link to nothing (/nowhere/rank.jsonl)"),
+        ("folder", "is a folder"),
+    ],
+)
+def test_a_log_that_cannot_be_read_is_named(planned: tuple[Path, Plan, list[str]], harm: str, reason: str) -> None:
+    attempt(planned, 1, range(0, 4), 2)
+    logs = [planned[0] / "audit" / f"rank-{rank}.jsonl" for rank in (1, 0)]
+    for file in logs:
+        content = file.read_bytes()
+        file.unlink()
+        if harm == "link":
+            file.symlink_to("/nowhere/rank.jsonl")
+        elif harm == "folder":
+            file.mkdir()
+        else:
+            changed = {"start": b"[" + content[1:], "key": content.replace(b"attempt", b"attempu")}
+            file.write_bytes(changed.get(harm, bytes(len(content))))
+        if file == logs[0]:
+            assert f"{file}: {reason}" in audit(planned[0]).problems
+    with pytest.raises(UserError, match=re.escape(f"{logs[1]}: {reason}: put a whole copy in its place")):
+        audit(planned[0])
+
+
+@pytest.mark.parametrize("harm", ["link", "folder", "no folder"])
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path, harm: str) -> None:
+    file = tmp_path / "audit" / "rank-0.jsonl"
+    if harm == "no folder":
+        file = tmp_path / "audit"
+    file.parent.mkdir(exist_ok=True)
+    if harm == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/nowhere/rank.jsonl")
+    with pytest.raises(UserError, match=f"^{file}: a log has to be written there .*: remove what is in its place"):
+        AuditLog(tmp_path, 0, start=0, attempt=1, world=1, plan="p")
 
 
 def test_no_log_is_an_error(tmp_path: Path) -> None:

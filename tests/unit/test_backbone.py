@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import random_samples
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from lbr_dist.errors import UserError
 from lbr_dist.model.bottleneck import LbrModel, initial_vectors
@@ -105,6 +106,24 @@ def test_cut_off_weights(tiny_model_dir, tmp_path, tied):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     refused(folder, "weights cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:17"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+    ],
+)
+def test_what_the_files_are_not_to_blame_for(folder, monkeypatch, error):
+    def fail(*_, **options):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(RuntimeError) as raised:
+        LbrModel.build(recipe(folder))
+    assert raised.value is error
 
 
 def test_a_missing_weight(folder):

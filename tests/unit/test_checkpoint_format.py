@@ -35,8 +35,10 @@ from lbr_dist.training.checkpoint_format import (
     resolve,
     verify,
 )
-from lbr_dist.training.checkpoint_writer import Alone, CheckpointWriter, Snapshot, TensorFile, remove_stale
-from lbr_dist.training.weights import consolidate, iterate_weights, pack_rank_state, read_rank_state
+from lbr_dist.training.checkpoint_writer import Alone, CheckpointWriter, Snapshot, TensorFile
+from lbr_dist.training.resolved import with_checkpoint
+from lbr_dist.training.rotation import remove_stale
+from lbr_dist.training.weights import SliceReader, consolidate, iterate_weights, pack_rank_state, read_rank_state
 
 ELEMENTS = 50_000
 
@@ -232,6 +234,57 @@ def test_a_checkpoint_that_is_being_written_is_no_warning(tmp_path, caplog, monk
     (tmp_path / "checkpoints" / ".tmp-step-000002-abc").mkdir()
     assert resolve(tmp_path).name == "step-000001"
     assert not caplog.records
+
+
+def test_a_checkpoint_that_the_run_removes_while_it_is_read(tmp_path, monkeypatch):
+    """`lbr export`, `consolidate` and `model.start_from` may be given a run that trains: they take the next one."""
+    folder = tmp_path / "checkpoints"
+
+    def use(checkpoint: Path) -> int:
+        if checkpoint.name in removed:
+            shutil.rmtree(checkpoint)
+        return read_manifest(checkpoint).step
+
+    save(writer(tmp_path), 4, 5, 6)
+    removed = ["step-000006"]
+    assert with_checkpoint(tmp_path, use) == 5
+    removed = ["step-000005", "step-000004"]
+    with pytest.raises(UserError, match=r"step-000004: was removed meanwhile.*: run again, or name one that is kept"):
+        with_checkpoint(tmp_path, use)
+    save(writer(tmp_path), 4, 5)
+    with pytest.raises(UserError, match=r"step-000005: was removed meanwhile"):
+        with_checkpoint(folder / "step-000005", use)
+    with pytest.raises(ZeroDivisionError):
+        with_checkpoint(tmp_path, lambda _: 1 // 0)
+
+    reader = SliceReader(folder / "step-000004", read_manifest(folder / "step-000004"))
+    shutil.rmtree(folder / "step-000004")
+    with pytest.raises(UserError, match=r"step-000004: was removed meanwhile"):
+        reader.weight(reader.manifest.parameters[0])
+
+    def rotate(path: Path, **options) -> list[str]:
+        if path.name == "step-000007":
+            save(writer(tmp_path), 8)
+            shutil.rmtree(path)
+        return verify(path, **options)
+
+    save(writer(tmp_path), 6, 7)
+    monkeypatch.setattr("lbr_dist.training.checkpoint_format.verify", rotate)
+    assert resolve(tmp_path).name == "step-000008"
+
+
+def test_consolidate_begins_again_where_the_run_removed_the_checkpoint(tmp_path, monkeypatch):
+    save(writer(tmp_path), 1, 2)
+    weight = SliceReader.weight
+
+    def rotate(reader, parameter):
+        if reader.checkpoint.name == "step-000002":
+            shutil.rmtree(reader.checkpoint)
+        return weight(reader, parameter)
+
+    monkeypatch.setattr(SliceReader, "weight", rotate)
+    (shard,) = consolidate(tmp_path, tmp_path / "out")
+    assert load_file(shard)["a.w"].unique() == 1
 
 
 def test_slices_that_do_not_add_up_are_not_committed(tmp_path):

@@ -6,12 +6,17 @@ import errno
 import logging
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from lbr_dist import config
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, list_checkpoints
+from lbr_dist.training import checkpoint, checkpoint_writer, run_folder
+from lbr_dist.training.checkpoint_files import write_bytes
+from lbr_dist.training.checkpoint_format import FileEntry, OptimizerEntry, Parameter, list_checkpoints
 from lbr_dist.training.checkpoint_writer import Alone, CheckpointWriter, Snapshot, StorageError, TensorFile
 
 
@@ -97,11 +102,59 @@ def test_a_checkpoint_is_committed_though_an_old_one_stays(
 ) -> None:
     made = writer(tmp_path)
 
-    def refuse() -> None:
+    def refuse(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(made, "_rotate", refuse)
+    monkeypatch.setattr(checkpoint_writer, "rotate", refuse)
     with caplog.at_level(logging.WARNING, logger="lbr"):
         save(made, 1)
     assert made.committed == tmp_path / "checkpoints" / "step-000001"
     assert "checkpoints before step-000001 could not be removed" in caplog.text
+
+
+class Believing(Alone):
+    """Rank 0 of two; what the other one says that it wrote is there or not."""
+
+    world = 2
+
+    def __init__(self, folder: Path, there: int) -> None:
+        self.folder, self.there = folder, there
+
+    def gather(self, value: Any) -> list[Any]:
+        name, (temporary,) = "rank-00001-of-00002.safetensors", self.folder.glob("checkpoints/.tmp-*")
+        if self.there:
+            write_bytes(temporary / name, b"x" * self.there)
+        return [value, ({name: FileEntry(kind="rank", bytes=8, xxh128="")}, None)]
+
+
+def test_a_file_that_rank_0_does_not_see_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank's storage went away, and it wrote to the disk below; the good checkpoints were rotated away."""
+    monkeypatch.setattr(run_folder, "SEEN_AFTER_S", 0.1)
+    save(writer(tmp_path), 1)
+    told = r"rank 0 on .* does not see .*rank-00001-of-00002.safetensors, which rank 1 wrote: the run folder must be on"
+    for there in (0, 7):
+        with pytest.raises(StorageError, match=told):
+            save(CheckpointWriter(tmp_path, Believing(tmp_path, there), keep_last=1, keep_every=None), 2)
+        assert [path.name for path in (tmp_path / "checkpoints").glob("[!l]*")] == ["step-000001"]
+    save(CheckpointWriter(tmp_path, Believing(tmp_path, 8), keep_last=1, keep_every=None), 2)
+    assert names(tmp_path) == ["step-000002"]
+
+
+class Apart(Alone):
+    """Rank 0 of two; the other one sees a checkpoint of another run."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, ("node-b", ("another", 1))]
+
+
+def test_ranks_that_see_different_checkpoints_load_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They went on with weights of two runs."""
+    save(writer(tmp_path), 1)
+    monkeypatch.setattr(checkpoint, "GlooTeam", Apart)
+    monkeypatch.setattr(checkpoint, "open_engine", lambda *_: SimpleNamespace(parameters=list))
+    newest = tmp_path / "checkpoints" / "step-000001"
+    told = rf"^rank 1 on node-b sees another checkpoint at {newest}: the run folder must be on storage that all nodes"
+    with pytest.raises(UserError, match=told):
+        checkpoint.Checkpointer(tmp_path, None, config.Checkpoint(), extra_files={}).load(newest)
+    with pytest.raises(UserError, match=told):
+        checkpoint.start_from(None, tmp_path)

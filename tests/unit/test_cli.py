@@ -3,16 +3,20 @@
 import errno
 import io
 import os
+import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import typer
 
-from lbr_dist.cli import main
+from lbr_dist.cli import app, main
+from lbr_dist.cli.options import place
 from lbr_dist.recipes.settings import settings
 
 HEAVY = ("torch", "transformers", "deepspeed", "ray", "mteb", "datasets", "webdataset", "sentence_transformers")
@@ -155,6 +159,85 @@ def test_numbers_out_of_range_name_their_option(
         assert done.returncode == 2, option
         assert f"Invalid value for '{option.partition('=')[0]}'" in done.stderr.replace(" / '-n'", "'"), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+NO_PATHS = {
+    "prepare": {"kind", "field", "gl", "cl", "eval_", "entity", "domain", "name"},
+    "mine": {"index", "device"},
+    "surprisal": {"device"},
+    "train": {"overrides", "allow_change"},
+    "plan": {"overrides", "gpu"},
+    "eval": {"device"},
+    "export": {"dtype"},
+    "encode": {"side", "field", "device"},
+    "search": {"queries", "field", "device"},
+    "recipes": {"name"},
+    "settings": {"prefix"},
+    "consolidate": {"dtype"},
+}
+"""Texts that are no paths, of each command."""
+
+
+def commands(of: typer.Typer) -> Iterator[tuple[str, Callable[..., None]]]:
+    """Every command with its name."""
+    for command in of.registered_commands:
+        assert command.callback is not None
+        yield command.name or command.callback.__name__, command.callback
+    for group in of.registered_groups:
+        yield from commands(group.typer_instance)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell expands it behind `--out=`; a folder of that name was made here."""
+    monkeypatch.setenv("HOME", "/home/me")
+    seen = 0
+    for command, function in commands(app):
+        for name, hint in get_type_hints(function, include_extras=True).items():
+            kind, *options = get_args(hint)[:2] or [hint]
+            if not re.search(r"\b(str|Path)\b", str(kind)):
+                continue
+            if name not in NO_PATHS.get(command, ()):
+                assert options, (command, name)
+                assert options[0].callback is place, f"{command} {name}: give it callback=place, or name it in NO_PATHS"
+                seen += 1
+    assert seen > 30
+    for text in ("{}/a", "corpus={}/a", "hf:{}/a?pooling=mean"):
+        assert place(text.format("~")) == text.format("/home/me")
+    assert place([Path("~/a"), Path("b")]) == [Path("/home/me/a"), Path("b")]
+    assert [place(text) for text in ("a~/b", "FIELD~x", "hub:a", None)] == ["a~/b", "FIELD~x", "hub:a", None]
+
+
+def test_a_tilde_that_no_shell_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lbr: Callable[..., Done]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("home", "~"):
+        (tmp_path / folder).mkdir()
+    assert lbr("recipes", "stage1", "~/a.yaml").returncode == 0
+    assert lbr("plan", "~/a.yaml", "output=~/b", "model.path=~/nowhere").returncode == 2
+    assert (tmp_path / "home" / "a.yaml").is_file()
+    assert f"{tmp_path}/home/t.jsonl" in lbr("eval", "bm25", "--data=~/t.jsonl").stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&- <&-"])
+def test_a_closed_stream_ends_no_command(closed: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m lbr_dist recipes {closed}"], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.stdout == b"") == (closed != "2>&-")
+
+
+@pytest.mark.parametrize("python", ["", "-u"])
+@pytest.mark.parametrize("command", ["settings", "--version"])
+def test_output_that_nothing_takes_is_one_line(command: str, python: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    words = [sys.executable, *python.split(), "-m", "lbr_dist", command]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, env=environ, check=False)
+    line = b"error: standard output: No space left on device: send it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_what_a_terminal_cannot_show_ends_no_command(

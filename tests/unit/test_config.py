@@ -41,6 +41,19 @@ def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
         ({"optim": {"lrr": 1}}, ["optim.lrr", "did you mean lr?"]),
         ({"model": {"path": "b", "lora": {"rr": 1}}}, ["model.lora.rr", "did you mean r?"]),
         ({"dat": {}}, ["unknown key dat", "did you mean data?"]),
+        ({"optim": {"learning_rate": 1}}, ["unknown key optim.learning_rate; did you mean optim.lr?"]),
+        ({"learning-rate": 1}, ["unknown key learning-rate; did you mean optim.lr?"]),
+        ({"batch": {"size": 1, "global_batch": 1}}, ["unknown key batch.size; did you mean batch.global_batch?"]),
+        ({"weight_decay": 1}, ["did you mean optim.weight_decay?"]),
+        ({"duration": {"epochs": 1, "x": 1}}, ["unknown key duration.x; valid keys: epochs, steps"]),
+        ({"model": {"path": "b", "lora": {"target_modules": "q"}}}, ["all-linear, or a list of names: write [q] ("]),
+        ({"model": {"path": "b", "lora": {"train_modules": "q"}}}, ["should be a valid list: write [q] ("]),
+        ({"contrastive": {"query_instruction": {"Q": None}}}, ["query_instruction", "put a text in quotes"]),
+        ({"output": ""}, ["output", "is empty: name a path"]),
+        ({"output": "$SCRATCH/r1"}, ["output: $SCRATCH is not expanded here: write the path itself"]),
+        ({"output": "/a/${USER}/r1"}, ["output: ${USER} is not expanded"]),
+        ({"output": "a/" + "é" * 128}, ["output", "name of more than 255 bytes"]),
+        ({"output": "a\0b"}, ["output", "zero byte"]),
         ({"bottleneck": {"tokens": 1, "ratio": 500}}, ["bottleneck.tokens", "bottleneck.ratio"]),
         ({"duration": {"epochs": 1, "steps": 1}}, ["duration.epochs", "duration.steps"]),
         ({"duration": {}}, ["duration.epochs", "duration.steps"]),
@@ -99,8 +112,27 @@ def test_bad_files_and_overrides(tmp_path: Path) -> None:
         load_recipe(good, ["optim.lr"])
     with pytest.raises(UserError, match="is a value, not a section"):
         load_recipe(good, ["stage.x.y=1"])
-    with pytest.raises(UserError, match="not an index"):
-        load_recipe(good, ["data.sets.3.weight=1"])
+    for index in ("3", "²"):
+        with pytest.raises(UserError, match=f"{index} is not an index"):
+            load_recipe(good, [f"data.sets.{index}.weight=1"])
+    for foreign in ("optim.lr+", "+optim.lr", "data.sets[0].weight"):
+        with pytest.raises(UserError, match="is no name of a setting: write key=value, as optim"):
+            load_recipe(good, [f"{foreign}=1"])
+    with pytest.raises(UserError, match="no such file"):
+        load_recipe("a" * 300)
+
+
+def test_an_override_without_a_value_unsets_nothing(tmp_path: Path) -> None:
+    """A script's variable that is not set undid the recipe's own value."""
+    file = write(tmp_path, {**MINIMAL, "model": {"path": "base", "start_from": "run"}})
+    for blank in ("", " ", "\n"):
+        with pytest.raises(UserError, match=r"^override 'model.start_from=.*': has no value; write null to unset it$"):
+            load_recipe(file, [f"model.start_from={blank}"])
+    for nothing in ("#b", "---", "!!null ''"):
+        with pytest.raises(UserError, match="YAML reads no value in it; put a text in quotes, or write null"):
+            load_recipe(file, [f"tracking.name={nothing}"])
+    for null in ("null", "~"):
+        assert load_recipe(file, [f"model.start_from={null}"]).model.start_from is None
 
 
 def test_an_override_changes_one_of_the_places_that_an_alias_names(tmp_path: Path) -> None:
@@ -120,6 +152,11 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = [recipe.output, recipe.model.path, recipe.model.start_from, recipe.data.sets[0].path, recipe.data.cache_dir]
     assert found == ["/home/me/a", "/home/me/m", "/home/me/r", "/home/me/set", "/home/me/cache"]
     assert recipe.deepspeed == "/home/me/ds.json"
+
+
+@pytest.mark.parametrize("path", ["pipe:cat $DATA/{}", "costs$5", "https://host/" + "a" * 300])
+def test_what_only_looks_like_a_variable_or_a_long_name_is_taken(path: str) -> None:
+    assert parse_recipe({**MINIMAL, "data": {"sets": [{"path": path}]}}, "r.yaml").data.sets[0].path == path
 
 
 @pytest.mark.parametrize(("x", "z"), [(0, 1), (1, 1), (500, 1), (501, 2), (1000, 2), (10_000, 8)])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lbr_dist import disk as module
-from lbr_dist.disk import cache_folder, locked, new_folder, room, usable_folder
+from lbr_dist.disk import cache_folder, locked, new_folder, replacing, room, usable_folder
 from lbr_dist.errors import UserError
 
 
@@ -104,6 +104,21 @@ def test_a_full_disk_is_an_error_of_the_user_and_a_fault_of_the_machine_is_not()
         raise OSError(errno.ENOSPC, "written otherwise")
     with pytest.raises(OSError, match="fault"), room("x", "free some"):
         raise OSError(errno.EIO, "fault")
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
+    out = tmp_path / "plot.png"
+    for content in ("first", "second"):
+        with replacing(out) as file:
+            assert file.suffix == ".png"
+            file.write_text(content)
+        assert out.read_text() == content
+    with pytest.raises(TypeError), replacing(out) as file:
+        file.open("w").writelines(["thi", None])  # type: ignore[list-item]
+    with pytest.raises(FileNotFoundError), replacing(out):
+        pass
+    assert out.read_text() == "second"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_folder_that_will_be_written_is_tried_first(tmp_path: Path) -> None:

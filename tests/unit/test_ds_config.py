@@ -66,6 +66,8 @@ def test_auto_chooses_by_machine() -> None:
         ({"optimizer": {"type": "SGD"}}, ["optimizer.type", "optim.name = adamw"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optimizer.params.lr is 0.1", "optim.lr = 0.0001"]),
         ({"gradient_allreduce_op": "sum"}, ['gradient_allreduce_op is "sum"', "averaged over ranks"]),
+        ({"prescale_gradients": True}, ["prescale_gradients is true", "averaged after they are summed"]),
+        ({"hybrid_engine": {"enabled": True}}, ["hybrid_engine.enabled is true", "training alone"]),
         ({"communication_data_type": "fp16"}, ['communication_data_type is "fp16"', "model.dtype = float32"]),
         ({"zero_optimization": {"zenflow": {}}}, ["zero_optimization.zenflow is {}", "optim.name = adamw"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler.type", "optim.schedule = cosine"]),
@@ -121,6 +123,7 @@ def test_agreement_and_auto_pass() -> None:
     [
         ({"stage": 4}, ["zero_optimization.stage is 4", "0, 1, 2 or 3"]),
         ({"stage": "two"}, ['stage is "two"']),
+        ({"stage": True}, ["stage is true", "0, 1, 2 or 3"]),
         ({"stage": 3, "offload_optimizer": "cpu"}, ['offload_optimizer is "cpu"', '{"device": "cpu"}']),
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, ["offload_optimizer: DeepSpeed ignores it in stage 0"]),
         (
@@ -182,3 +185,8 @@ def test_files_that_are_not_there_or_broken(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(UserError, match=r"broken\.json: not a readable JSON"):
         load_regime(make(deepspeed=str(tmp_path / "broken.json")), world=1, cuda=False)
+    (tmp_path / "twice.json").write_text('{"zero_optimization": {"stage": 3, "stage": 0}}')
+    with pytest.raises(UserError, match=r"twice\.json: not a readable JSON file: stage is given twice: remove one"):
+        load_regime(make(deepspeed=str(tmp_path / "twice.json")), world=1, cuda=False)
+    (tmp_path / "windows.json").write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8-sig")
+    assert load_regime(make(deepspeed=str(tmp_path / "windows.json")), world=1, cuda=False).stage == 2

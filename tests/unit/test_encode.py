@@ -184,6 +184,19 @@ def test_a_full_disk_loses_no_finished_part(tmp_path, run, monkeypatch, number):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
 
 
+@pytest.mark.parametrize("content", [None, "", "[]", '{"version": 6, "mod'])
+def test_parts_of_an_unknown_job_are_not_told_as_those_of_another(tmp_path, run, content):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
+    parts = tmp_path / "out.parquet.parts"
+    parts.mkdir()
+    (parts / "00000001.parquet").touch()
+    if content is not None:
+        (parts / "job.json").write_text(content)
+    with pytest.raises(UserError, match=f"job.json is missing or cannot be read, .*: remove {parts} to start out.parq"):
+        encode_file(run, source, tmp_path / "out.parquet", progress=False)
+    assert (parts / "00000001.parquet").exists()
+
+
 def test_a_second_command_for_one_output_is_refused(tmp_path, run):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(40)])
     out = tmp_path / "out.parquet"
@@ -330,6 +343,7 @@ def test_killed_and_resumed(tmp_path, run):
         ('{"text": "a", "id": [1]}\n', {}, "line 1: id is a list, not a text or a whole number"),
         ('{"body": "a"}\n', {}, "no field 'answer' or .* which has body; name one with --field"),
         ('{"body": "a"}\n', {"field": "txet"}, "no field 'txet' in its first row, which has body"),
+        ('{"body": "a"}\n', {"field": "text=body"}, "which has body; give the name alone: --field body$"),
     ],
 )
 def test_bad_input_is_named(tmp_path, content, options, message):

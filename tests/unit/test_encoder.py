@@ -1,3 +1,7 @@
+import json
+import re
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +10,7 @@ from runs import make_run
 from lbr_dist.errors import UserError
 from lbr_dist.inference import encoder as module
 from lbr_dist.inference.loading import is_run, load_encoder, load_run, model_fingerprint, pinned
+from lbr_dist.inference.model_folder import EXPORT_FILES
 from lbr_dist.model.batching import batches
 
 WORDS = [
@@ -42,6 +47,13 @@ def run(tmp_path_factory, tiny_model_dir):
         tiny_model_dir("qwen3", tied=False),
         contrastive={"query_instruction": "Find the answer:\n", "passage_instruction": ""},
     )
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    from lbr_dist.export.export import export
+
+    return export(run, tmp_path_factory.mktemp("exports") / "export", check=False)
 
 
 def one_by_one(loaded, text, side):
@@ -234,8 +246,6 @@ def test_a_pinned_run_stays_the_same_model(tmp_path, tiny_model_dir):
 
 def test_a_plain_model_is_loaded_whole_or_not_at_all(tmp_path, tiny_model_dir):
     """transformers makes missing weights up at random, and says so in a warning at most."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_model_dir("llama"), tmp_path / "model")
@@ -266,6 +276,58 @@ def test_so_is_one_of_sentence_transformers(tmp_path, tiny_model_dir):
     with pytest.raises(UserError, match=f"model {folder}: 1 weights are missing, the first is .*{name[-20:]}"):
         load_encoder(str(folder), "cpu")
     assert PreTrainedModel.from_pretrained.__func__ is load
+
+
+@pytest.mark.parametrize("name", EXPORT_FILES)
+@pytest.mark.parametrize("harm", ["gone", "cut", "folder"])
+def test_a_damaged_export_is_named_by_its_file_and_never_read_as_another_model(tmp_path, exported, name, harm):
+    """Without its modules it would be a plain model, whose mean is another vector."""
+    folder = tmp_path / "export"
+    shutil.copytree(exported, folder)
+    file = folder / name
+    content = file.read_bytes()
+    file.unlink()
+    if harm == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif harm == "folder":
+        file.mkdir()
+    reason = {"gone": "No such file", "cut": "not valid JSON", "folder": "Is a directory"}[harm]
+    for spec in (str(folder), f"hf:{folder}?pooling=mean"):
+        with pytest.raises(
+            UserError, match=rf"damaged or incomplete export \({name}: {reason}.*\): copy it again"
+        ) as told:
+            load_encoder(spec, "cpu")
+        assert "say hf:" not in str(told.value)
+
+
+def test_what_a_library_says_of_a_model_of_modules_has_no_advice_on_plain_ones(tmp_path, exported):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    (folder / "model.safetensors").write_bytes(b"{}")
+    with pytest.raises(UserError, match=r"damaged or incomplete export \(.*\): copy it again or export again$"):
+        load_encoder(str(folder), "cpu")
+    (folder / "lbr_recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"model: cannot be loaded \(.*\)$"):
+        load_encoder(str(folder), "cpu")
+    (folder / "1_Pooling" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"model: 1_Pooling/config.json: not valid JSON: .*: copy or download it"):
+        load_encoder(str(folder), "cpu")
+
+
+def test_a_tokenizer_that_cannot_pad_is_named(tmp_path, exported):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"incomplete export \(its tokenizer has no padding token\): copy it"):
+        load_encoder(str(folder), "cpu")
+    (folder / "lbr_recipe.yaml").unlink()
+    remedy = re.escape('name one in its tokenizer_config.json: "pad_token": "<|endoftext|>"')
+    with pytest.raises(UserError, match=f"its tokenizer has no padding token; {remedy}"):
+        load_encoder(str(folder), "cpu")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<|endoftext|>"}))
+    assert load_encoder(str(folder), "cpu").encode(["a", "a longer text"]).shape == (2, 32)
 
 
 @pytest.mark.parametrize("count", [0, 1, 32])

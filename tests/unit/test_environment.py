@@ -57,10 +57,10 @@ def test_srun_takes_a_given_meeting_point() -> None:
     assert detect({**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}).master == ("10.0.0.1", 1234)
 
 
-@pytest.mark.parametrize("step", [None, str(2**32 - 5), str(2**32 - 2)])
+@pytest.mark.parametrize("step", [None, "", str(2**32 - 5), str(2**32 - 2)])
 def test_a_batch_script_is_no_step(step: str | None) -> None:
     environ = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"}
-    assert detect(environ | ({"SLURM_STEP_ID": step} if step else {})).source == "single process"
+    assert detect(environ | ({} if step is None else {"SLURM_STEP_ID": step})).source == "single process"
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
@@ -73,6 +73,8 @@ def test_incomplete_variables_are_named(missing: str) -> None:
 def test_nonsense_is_named() -> None:
     with pytest.raises(UserError, match="WORLD_SIZE='many' is not a number"):
         detect({**TORCHRUN, "WORLD_SIZE": "many"})
+    with pytest.raises(UserError, match="SLURM_STEP_ID='batch' is not a number"):
+        detect({**SRUN, "SLURM_STEP_ID": "batch"})
     with pytest.raises(UserError, match=r"rank 8 is outside of 0\.\.7"):
         detect({**TORCHRUN, "RANK": "8"})
 

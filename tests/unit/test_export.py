@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -411,6 +412,20 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, tiny_mo
     empty.mkdir()
     assert export(run, empty, check=False) == empty
     assert (empty / "modules.json").is_file()
+
+
+@pytest.mark.parametrize("size", [1_000, 20_000])
+def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_model_dir, size):
+    """Of tokenizer and weights, whose libraries have errors of their own; a file that may not grow is as good."""
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"export to .*out: File too large; nothing was left behind; free space"):
+            export(run, tmp_path / "out", check=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
 def test_the_check_finds_a_tokenizer_that_joins_instruction_and_text(tmp_path):

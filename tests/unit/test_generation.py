@@ -51,7 +51,9 @@ def test_answers_through_the_bottleneck_and_with_the_question_in_sight(tmp_path,
 
 def test_questions_leave_the_answers_positions(tmp_path, tiny_model_dir, data, monkeypatch):
     """A contrastive run's longest text may take all of the model's, which has 512."""
-    encoder = load_run(make_run(tmp_path / "r", tiny_model_dir("llama"), data={"max_x_tokens": 510})).encoder()
+    encoder = load_run(
+        make_run(tmp_path / "r", tiny_model_dir("llama"), data={"max_x_tokens": 510, "max_y_tokens": 40})
+    ).encoder()
     asked = []
     monkeypatch.setattr(
         "lbr_dist.model.decoding.generate_answers",
@@ -59,6 +61,7 @@ def test_questions_leave_the_answers_positions(tmp_path, tiny_model_dir, data, m
     )
     answers(encoder, [*data.queries, "blood " * 600], ["a drug " * 30], hide_x=True)
     ((*short, long), most) = asked[0]
+    assert most == 40  # the reference has more tokens; the run has learned none as long
     assert len(long.x) + long.z + most == 512
     assert short == encoder.samples(data.queries, None)
 

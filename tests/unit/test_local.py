@@ -36,7 +36,7 @@ def test_ranks_of_another_launcher_do_not_start_runs_of_their_own(
 
 
 def test_ranks_do_not_look_for_the_store_of_an_outer_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, ranks = list[dict[str, Any]](), local._Ranks(tmp_path)
+    seen, ranks = list[dict[str, Any]](), local._Ranks(tmp_path, tmp_path / "run")
     monkeypatch.setattr(subprocess, "Popen", lambda command, **given: seen.append(given["env"]))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     ranks.start([], 2)
@@ -65,6 +65,26 @@ def test_a_second_request_ends_ranks_that_hear_nothing(recipe: Recipe, monkeypat
     with pytest.raises(SystemExit, match=str(128 + signal.SIGINT)):
         local.launch(recipe, 1)
     assert ranks[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+@pytest.mark.parametrize("reports", [False, True])
+def test_a_rank_that_says_nothing_is_blamed_and_not_the_one_that_waited_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hung: int, reports: bool
+) -> None:
+    """Where the failed one reports nothing either, it is the culprit, and others wait for it."""
+    monkeypatch.setattr(local, "GRACE_S", 0.1)
+    ranks, run = local._Ranks(tmp_path, tmp_path / "run"), tmp_path / "run" / "stacks"
+    (tmp_path / "rank-1.txt").write_text("Python stacks:\n" if reports and hung == 0 else "")
+    if reports and hung == 1:
+        run.mkdir(parents=True)
+        (run / "rank-0.txt").write_text("Python stacks:\n")
+    code = {hung: "import time; time.sleep(600)", 1 - hung: "import sys; sys.exit(1)"}
+    ranks._processes = [subprocess.Popen([sys.executable, "-c", code[rank]]) for rank in range(2)]
+    assert ranks.wait() == 1
+    waited = f"rank {hung} hung (no report); rank {1 - hung} waited in vain"
+    failed = f"rank {1 - hung} failed (exit code 1)"
+    assert (waited if reports else failed) in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("a_terminal")

@@ -193,6 +193,20 @@ def test_twice_the_same_and_a_second_run_does_nothing(data: Path, tmp_path: Path
     assert not run(data, tmp_path / "a/out", depth=50, overwrite=True).unchanged
 
 
+def test_overwrite_finds_a_changed_byte(data: Path, tmp_path: Path, words: Words) -> None:
+    run(data, tmp_path / "out")
+    before, shard = files(tmp_path / "out"), tmp_path / "out/cl/000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    assert run(data, tmp_path / "out").unchanged  # by the sizes
+    assert not run(data, tmp_path / "out", overwrite=True).unchanged
+    assert files(tmp_path / "out") == before
+    (tmp_path / "out/runs").mkdir()
+    assert run(data, tmp_path / "out", overwrite=True).unchanged
+    with pytest.raises(UserError, match="no part of it: runs: --overwrite would remove that too"):
+        run(data, tmp_path / "out", depth=50, overwrite=True)
+
+
 def test_exact_ivf_and_words(data: Path, tmp_path: Path, words: Words) -> None:
     exact, ivf = run(data, tmp_path / "a/out"), run(data, tmp_path / "b/out", index="ivf")
     assert (exact.data["mined"]["search"], ivf.data["mined"]["search"]) == ("exact", "ivf")
@@ -290,7 +304,9 @@ def test_a_damaged_shard_of_another_side_is_not_copied(data: Path, tmp_path: Pat
     shard = data / side / "000000.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
-    with pytest.raises(UserError, match=f"{side}/000000.tar: its checksum changed: copy or prepare the set again"):
+    with pytest.raises(
+        UserError, match=f"{side}/000000.tar: its checksum changed: copy the set again, or prepare it with --overwrite"
+    ):
         run(data, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     words.calls.clear()

@@ -45,6 +45,10 @@ def test_is_deterministic_and_whole() -> None:
     assert set(first) == set(range(bins))
 
 
+def test_a_bin_may_be_larger_than_memory() -> None:
+    assert [items.tolist() for items in best_fit(np.array([3, 1, 2]), 2**53 - 1)] == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("lengths", [[0], [11], [-1, 3]])
 def test_refuses_lengths_that_no_bin_holds(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match=r"1\.\.10"):

@@ -379,10 +379,30 @@ def test_micro_tokens_joins_whole_bins() -> None:
 
 
 def test_many_epochs_are_planned_once() -> None:
-    plan = make_plan(make_recipe("generative"), [make_index(30)])
+    plan = make_plan(make_recipe("generative"), [make_index(70)])
     assert isinstance(plan, GenerativePlan)
     steps = plan.total_steps(Duration(epochs=70))
     assert (plan.total_steps(Duration(epochs=70)), plan._table.cache_info().misses) == (steps, 70)
+
+
+@pytest.mark.parametrize("stage", ["generative", "contrastive"])
+@pytest.mark.parametrize("target", ["sft", "prefix"])
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, 1.0], [0.3, 0.5]])
+@pytest.mark.parametrize("rows", [30, 40])
+def test_steps_of_an_epoch_that_is_like_another_are_those_counted(
+    stage: str, target: str, weights: list[float], rows: int
+) -> None:
+    plan = make_plan(make_recipe(stage, 3, 2), [make_index(rows), make_index(31, 1)], weights, target)
+    count = plan._count_steps if isinstance(plan, GenerativePlan) else plan._groups.steps  # type: ignore[attr-defined]
+    counted = [count(epoch) for epoch in range(25)]
+    assert [plan.steps_per_epoch(epoch) for epoch in range(25)] == counted
+
+
+@pytest.mark.parametrize("stage", ["generative", "contrastive"])
+def test_a_million_epochs_are_counted_in_seconds(stage: str) -> None:
+    plan, start = make_plan(make_recipe(stage), [make_index(30)]), time.perf_counter()
+    assert plan.total_steps(Duration(epochs=1_000_000)) == 1_000_000 * plan.steps_per_epoch(0)
+    assert time.perf_counter() - start < 10  # packed or shared out one by one they take half a minute and more
 
 
 def test_steps_epochs_and_duration() -> None:

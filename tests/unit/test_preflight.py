@@ -15,14 +15,16 @@ from runs import make_run, write_manifest
 from training_runs import make_set, recipe
 
 from lbr_dist.data.plan.base import FOLLOWS
+from lbr_dist.data.shards import file_xxh128
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
+from lbr_dist.training import preflight
 from lbr_dist.training.checkpoint_format import encode_manifest, read_manifest
 from lbr_dist.training.ds_config import Regime
 from lbr_dist.training.origin import check_resumed_model
 from lbr_dist.training.position import _check_plan, choose, loop_state
-from lbr_dist.training.preflight import Job, check, disagreement, same_everywhere
+from lbr_dist.training.preflight import Job, check, deep_check, disagreement, same_everywhere
 from lbr_dist.training.run_folder import check_same, claim, covered, flat
 
 ENVIRONMENT = Environment(0, 2, 0, 2, None, "test")
@@ -139,6 +141,38 @@ def test_a_folder_that_another_start_took_since_is_refused(raw: dict[str, Any], 
     (tmp_path / "run" / "audit" / "rank-1.jsonl").write_text('{"start":0}\n{"step":0,"epoch":0,"ids":[]}\n')
     with pytest.raises(UserError, match=r"holds another run \(optim\.lr was 1\.0 and is 0\.003"):
         choose(late, "auto")
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_told(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], raw: dict[str, Any]
+) -> None:
+    """As where a folder was copied without its tokenizer_config.json."""
+    model = shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    (model / "tokenizer_config.json").unlink()
+    of_stage_2 = recipe(tmp_path / "two", model, tmp_path / "set", "contrastive")
+    assert check(parse_recipe(of_stage_2, "test"), ENVIRONMENT).plan.notes == []
+    learns = parse_recipe({**raw, "model": {"path": str(model)}}, "test")
+    with pytest.raises(
+        UserError, match=r"model .*: its config\.json has eos_token_id 0, .* tokenizer_config\.json is missing"
+    ):
+        check(learns, ENVIRONMENT)
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "eos_token_id": None}))
+    (note,) = check(learns, ENVIRONMENT).plan.notes
+    assert "its tokenizer names no end-of-sequence token, so answers end without one" in note
+
+
+def test_ranks_share_out_the_bytes_that_are_compared(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = make_set(tmp_path / "set", tiny_model_dir(), gl=4 * 32), list[Path]()
+    monkeypatch.setattr(preflight, "file_xxh128", lambda path: read.append(path) or file_xxh128(path))
+    job, sizes = check(parse_recipe(recipe(tmp_path / "run", tiny_model_dir(), data), "test"), ENVIRONMENT), []
+    for rank in range(2):
+        deep_check(dataclasses.replace(job, environment=Environment(rank, 2, rank, 2, None, "test")))
+        sizes.append(sum(path.stat().st_size for path in read) - sum(sizes))
+    assert len(set(read)) == len(read) == 2 * 4
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)
 
 
 def test_a_model_folder_that_lies_about_is_not_resumed_from(

@@ -90,12 +90,19 @@ def test_same_input_same_bytes_and_second_run_does_nothing(sources: list[str], t
 def test_other_input_is_refused_or_replaced(sources: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(sources, out)
-    with pytest.raises(UserError, match=r"made from other input \(seed was 0, is 5\): choose another .*--overwrite"):
+    with pytest.raises(UserError, match=r"made from other input \(--seed was 0, is 5\): choose another .*--overwrite"):
         run(sources, out, seed=5)
     with Path(sources[0]).open("a") as file:
         file.write(json.dumps({"question": "one", "answer": "more"}) + "\n")
     with pytest.raises(UserError, match=r"made from other input \(sources\)"):
         run(sources, out)
+    changed = r"\(sources; --cl was 0.25, is 0.1; --entity was not given, is id; --max-chars was 100000, is 99999\)"
+    with pytest.raises(UserError, match=changed):
+        run(sources, out, sizes={"cl": 0.1}, entity="id", max_chars=99_999)
+    with pytest.raises(
+        UserError, match=r"\(sources; --gl was rest, is 0; --cl was 0.25, is rest; --paragraphs was off, is on\)"
+    ):
+        run(sources, out, sizes={"cl": "rest"}, paragraphs=True)
     assert not run(sources, out, seed=5, overwrite=True).unchanged
     assert open_set(out).manifest["seed"] == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.txt.gz", "out", "qa.jsonl"]
@@ -110,6 +117,20 @@ def test_damaged_output_is_not_taken_for_finished(sources: list[str], tmp_path: 
         run(sources, out)
     assert not run(sources, out, overwrite=True).unchanged
     assert verify(open_set(out))
+
+
+def test_overwrite_finds_a_changed_byte(sources: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(sources, out)
+    assert run(sources, out, overwrite=True).unchanged
+    shard = out / "gl/000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    with pytest.raises(UserError, match="prepare it with --overwrite"):
+        verify(open_set(out))
+    assert run(sources, out).unchanged  # by the sizes
+    assert not run(sources, out, overwrite=True).unchanged
+    assert shard.read_bytes() == whole
 
 
 def test_folders_that_are_not_ours_are_left_alone(sources: list[str], tmp_path: Path) -> None:
@@ -467,6 +488,26 @@ def test_entity_fields_are_found_as_others_are(tmp_path: Path, entity: str) -> N
     assert report.data["components"]["without_entity"] == 0
 
 
+def test_a_side_that_is_short_of_what_was_asked_for_is_told(tmp_path: Path) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "chapter": max(0, i - 150)} for i in range(200)]
+    source = [str(write(tmp_path / "a.jsonl", rows))]
+    report = run(source, tmp_path / "out", entity="chapter", sizes={"cl": 60, "eval": 20})
+    told = (
+        "note: cl has 29 of the 60 records asked for: the largest group of records that belong together has 151 of 200"
+    )
+    assert told in report.lines
+    assert list(report.data["short_sides"]) == ["cl"]
+    assert run(source, tmp_path / "more", entity="chapter", sizes={"cl": 29, "eval": 20}).data["short_sides"] == {}
+
+
+def test_a_side_that_cannot_be_filled_after_decontamination(tmp_path: Path) -> None:
+    rows = [{"question": f"q {i}", "answer": f"a {i}", "chapter": max(0, i - 150)} for i in range(200)]
+    source, outside = write(tmp_path / "a.jsonl", rows), write(tmp_path / "outside.jsonl", rows[:1])
+    told = r"the sources have 49: .*; dropped before that: 151 connected_to_external_evaluation"
+    with pytest.raises(UserError, match=told):
+        run([str(source)], tmp_path / "out", entity="chapter", sizes={"eval": 60}, decontaminate=[str(outside)])
+
+
 def test_entity_values_that_are_blank_group_nothing(tmp_path: Path) -> None:
     rows = [{"question": f"q {i}", "answer": f"a {i}", "group": ["", " ", None, "x"][i % 4]} for i in range(200)]
     report = run([str(write(tmp_path / "qa.jsonl", rows))], tmp_path / "out", entity="group")
@@ -610,6 +651,7 @@ def test_kinds_in_one_set_and_plain_corpus_alone(tmp_path: Path) -> None:
         ({"entity": "id~("}, "--entity"),
         ({"kind": "poem"}, "--kind poem"),
         ({"sizes": {"gl": "0.9", "eval": "0.2"}}, "add up to more than 1"),
+        ({"paragraphs": True, "sources": ["qa.jsonl"]}, "--paragraphs: has no effect, for no source is plain text"),
         ({"sizes": {"gl": "100000"}}, "the sizes ask for 100089 question-answer records"),
         ({"shard_records": 0}, "--shard-records 0: must be a number of more than 0"),
         ({"shard_mib": float("nan")}, "--shard-mib nan: must be a number of more than 0"),
@@ -617,7 +659,7 @@ def test_kinds_in_one_set_and_plain_corpus_alone(tmp_path: Path) -> None:
 )
 def test_wrong_settings(sources: list[str], tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        run(sources, tmp_path / "out", **settings)
+        run([str(tmp_path / name) for name in settings.pop("sources", sources)], tmp_path / "out", **settings)
     assert not list(tmp_path.glob("*out*"))
 
 

@@ -124,11 +124,38 @@ def test_a_folder_with_the_manifest_of_another_program_is_kept(
 
 def test_a_set_whose_manifest_is_damaged_is_replaced(source: list[str], tmp_path: Path) -> None:
     run(source, tmp_path / "out")
+    (tmp_path / "out/surprisal").mkdir()  # as `lbr surprisal` does
     os.truncate(tmp_path / "out/manifest.json", 99)
     with pytest.raises(UserError, match=r"holds a damaged set .* or replace it with --overwrite"):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", overwrite=True)
     assert verify(open_set(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("theirs", ["NOTES.md", "runs/s1/latest", "cl/mined/manifest.json"])
+def test_a_set_is_not_replaced_with_what_else_lies_in_its_folder(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, theirs: str
+) -> None:
+    def write_theirs() -> None:
+        (tmp_path / "out" / theirs).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / theirs).touch()
+
+    def late(folder: Path, out: Path) -> None:
+        write_theirs()
+        real(folder, out)
+
+    run(source, tmp_path / "out")
+    write_theirs()
+    assert run(source, tmp_path / "out", overwrite=True).unchanged
+    named = "/".join(theirs.split("/")[: 1 + theirs.startswith("cl/")])
+    with pytest.raises(UserError, match=rf"no part of it: {named}: --overwrite would remove that too: move it away"):
+        run(source, tmp_path / "out", seed=1, overwrite=True)
+    (tmp_path / "out" / named).rename(tmp_path / "away")
+    real: Any = publish.publish
+    monkeypatch.setattr("lbr_dist.data.preparation.prepare.publish", late)
+    with pytest.raises(UserError, match="something else was written there meanwhile"):
+        run(source, tmp_path / "out", seed=1, overwrite=True)
+    assert (tmp_path / "out" / theirs).exists()
 
 
 @pytest.mark.parametrize("theirs", ["out", "out/thesis.tex"])

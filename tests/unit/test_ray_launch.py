@@ -103,6 +103,30 @@ class TestRecipe:
         assert [data_set.path for data_set in recipe.data.sets] == [str(tmp_path / "data/a"), "https://host/b"]
         assert recipe.model.path == "org/model"
 
+    def test_every_path_of_a_recipe_is_one_of_them(self, tmp_path: Path) -> None:
+        names = ["cpu", "model", "run", "small", "set", "ds.json"]
+        for name in names:
+            (tmp_path / name).mkdir()
+        raw = {
+            **RAW,
+            "model": {"path": "model", "start_from": "run"},
+            "data": {"sets": [{"path": "set"}], "cache_dir": "cache"},
+            "bottleneck": {"surprisal": {"model": "small", "bits": 1}},
+        }
+        recipe = ray_stage.absolute(parse_recipe({**raw, "deepspeed": "ds.json"}, "test"), tmp_path)
+        surprisal, data = recipe.bottleneck.surprisal, recipe.data
+        assert surprisal is not None
+        found = [recipe.model.path, recipe.model.start_from, surprisal.model, data.sets[0].path, recipe.deepspeed]
+        assert found == [str(tmp_path / name) for name in names[1:]]
+        assert data.cache_dir == str(tmp_path / "cache"), "which is made where it is not there"
+        named = ray_stage.absolute(parse_recipe({**raw, "deepspeed": "cpu"}, "test"), tmp_path)
+        assert named.deepspeed == "cpu", "a name in ds_configs/, whatever there is here"
+
+    def test_a_tilde_behind_an_option_is_the_home_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/me")
+        given = options("--resume=~/run", "--then=~/two.yaml")
+        assert (given.resume, given.then) == ("/home/me/run", "/home/me/two.yaml")
+
     def test_an_output_in_rays_copy_of_the_working_directory_is_refused(self) -> None:
         copy = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1")
         with pytest.raises(UserError, match="absolute path on storage that all nodes share"):
@@ -190,7 +214,7 @@ class TestPipeline:
 
     def test_a_set_without_questions_to_evaluate_on_is_told_first(self, files: Path) -> None:
         (files / "data" / "a").mkdir(parents=True)
-        none = {"splits": {"eval": {"records": 0, "texts": 0}}}
+        none = {"format": 1, "fingerprint": "", "splits": {"eval": {"records": 0, "texts": 0}}}
         (files / "data" / "a" / "manifest.json").write_text(json.dumps(none))
         with pytest.raises(UserError, match=r"data/a: the first of data\.sets is what the run is evaluated on"):
             ray_pipeline.parts(str(files / "one.yaml"), str(files / "two.yaml"), files)

@@ -499,6 +499,19 @@ def test_options_of_nothing_are_none(options: object) -> None:
         texts({"text": "t", "answer": "a"})
 
 
+def test_fields_of_nothing_do_not_make_questions_of_texts() -> None:
+    texts, blank = Converter(None, {}, max_chars=100), {"question": None, "answer": "", "text": "t"}
+    assert texts(blank).text == texts({"text": "t"}).text == "t"
+    asked = Converter(None, {}, max_chars=100)
+    for row in ({**QA, "text": "context"}, {**blank, "question": "q", "answer": "a"}):
+        assert asked(row).question == "q"
+    with pytest.raises(RowError, match=r"question is null, and the row has a text \(text\): give .* of kind corpus"):
+        asked(blank)
+    for row in ({**blank, "text": ""}, {**blank, "answer": "a"}):
+        with pytest.raises(RowError, match=r"^question is null$"):
+            asked(row)
+
+
 @pytest.mark.parametrize("row", [{"text": "a clause", "answer": "Yes"}, {"Title": "t", "Body": "q?", "Answers": ["a"]}])
 def test_an_answer_without_a_question_is_not_left_out(row: dict) -> None:
     with pytest.raises(RowError, match=r"an answer \([aA]nswers?\) and no question .*--field question=text"):

@@ -1,4 +1,5 @@
 import json
+import resource
 import warnings
 
 import numpy as np
@@ -315,10 +316,57 @@ def test_the_numbers_outlive_a_picture_that_fails(tmp_path, results, monkeypatch
     assert json.loads((tmp_path / "e" / "eval.json").read_text()) == results
 
 
+@pytest.mark.parametrize("size", [100, 3_000])
+def test_a_full_disk_leaves_the_earlier_tables_and_pictures(tmp_path, results, size):
+    """A file that may not grow is as good; with 3,000 bytes only the pictures fail."""
+    out, before = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_results(results, out)
+    report([out], out)
+    there = {file: file.read_bytes() for file in out.iterdir()}
+    results["models"] = results["models"][:1]
+    (tmp_path / "b.json").write_text(json.dumps(results))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"--out {out}: File too large; free space"):
+            report([tmp_path / "b.json"], out)
+        with pytest.raises(OSError, match="File too large"):
+            write_results(results, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert set(out.iterdir()) == set(there)
+    assert {file.name for file in there if file.read_bytes() == there[file]} >= {"eval.png", "report.png"}
+    assert size > 100 or all(file.read_bytes() == content for file, content in there.items())
+
+
 def test_a_line_of_a_log_without_a_step_is_passed_over(tmp_path):
     folder = make_log(tmp_path / "a", "a", "generative", 3, 1.0)
     (folder / "metrics.jsonl").write_text('{"loss": 3.0}\n{"step": 7, "loss": 2.0}\n')
     assert "| a | generative | 7 |" in report([folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("none", ""),
+        ("lines", "metrics.jsonl: 2 of its lines cannot be read, the first is line 2: the report lacks these steps"),
+        ("zeros", "metrics.jsonl: no line of it can be read"),
+        ("link", "metrics.jsonl: is a link to nothing"),
+    ],
+)
+def test_steps_that_a_report_lacks_are_told(tmp_path, caplog, harm, told):
+    """A last line that a kill has cut is none of them."""
+    file = make_log(tmp_path / "a", "a", "generative", 6, 1.0) / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.unlink()
+    if harm == "link":
+        file.symlink_to("/nowhere/metrics.jsonl")
+    else:
+        harmed = {2: b"x" + lines[1][1:], 4: b"5\n"} if harm == "lines" else {}
+        content = b"".join(harmed.get(number, line) for number, line in enumerate(lines, 1))
+        file.write_bytes(bytes(len(content)) if harm == "zeros" else content)
+    report([tmp_path / "a"], tmp_path / "out")
+    assert len(caplog.records) == bool(told)
+    assert told in caplog.text
 
 
 def test_smoothing_keeps_level_and_length():

@@ -114,3 +114,8 @@ def test_a_damaged_recipe_is_named_with_its_copy(place: Path, damage: bytes) -> 
         (place / f"run/checkpoints/step-{step:06d}/recipe.yaml").touch()
     with pytest.raises(UserError, match=r"hold a copy: .*run/checkpoints/step-000010/recipe\.yaml\)"):
         check_same(place / "run", recipe())
+    (place / "run/recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"its recipe\.yaml is missing .*hold a copy: .*step-000010/recipe\.yaml\)"):
+        check_same(place / "run", recipe())
+    with pytest.raises(UserError, match=r"^output run: its recipe\.yaml is missing: copy it back from run/.*-000010/"):
+        check_folder(recipe(), resume="auto")

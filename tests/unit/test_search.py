@@ -8,6 +8,8 @@ from runs import make_run
 
 from lbr_dist.cli import main
 from lbr_dist.data import remote
+from lbr_dist.data.record import Record
+from lbr_dist.data.shards import write_set
 from lbr_dist.data.sources.beir import find_beir
 from lbr_dist.errors import UserError
 from lbr_dist.inference import encoder as encoders
@@ -15,6 +17,7 @@ from lbr_dist.inference import search as module
 from lbr_dist.inference.loading import load_encoder
 from lbr_dist.inference.search import Hit, print_hits, search, top_k
 from lbr_dist.launch.ray_stage import absolute
+from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import load_recipe
 
 
@@ -99,6 +102,18 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_no_answer(tmp_path, 
     assert "are not kept (Not a directory)" in caplog.text
 
 
+def test_a_cache_s_file_in_the_place_of_another_is_not_read(tmp_path, run, corpus):
+    """Whole, and of as many texts."""
+    options = {"k": 1, "device": "cpu", "cache_dir": tmp_path / "c", "progress": False}
+    search(run, corpus, ["pain"], **options)
+    (first,) = (tmp_path / "c").iterdir()
+    corpus.write_text("".join(json.dumps({"answer": text}) + "\n" for text in ("x", "heart", "pain")))
+    assert search(run, corpus, ["x"], **options)[0][0].text == "x"
+    (second,) = set((tmp_path / "c").iterdir()) - {first}
+    second.write_bytes(first.read_bytes())
+    assert search(run, corpus, ["x"], **options)[0][0].text == "x"
+
+
 def test_the_cache_is_on_disk_before_it_has_its_name(tmp_path, run, corpus, monkeypatch):
     calls, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_ino) or fsync(file))
@@ -170,6 +185,15 @@ def test_what_is_no_corpus_is_named(tmp_path):
         search("bm25", tmp_path, ["q"])
     with pytest.raises(UserError, match=r"corpus .*none: no such file or prepared set"):
         search("bm25", tmp_path / "none", ["q"])
+
+
+def test_a_prepared_set_has_no_field_to_name(tmp_path, tiny_model_dir):
+    records = [Record(id="r", question="what pumps blood", answer="the heart")]
+    (tmp_path / "set").mkdir()
+    write_set(tmp_path / "set", {"eval": records}, Tokenization.load(str(tiny_model_dir())), name="set")
+    assert search("bm25", tmp_path / "set", ["heart"])[0][0].id == "r"
+    with pytest.raises(UserError, match=r"--field answer: .*set is a prepared set, .*; leave it out"):
+        search("bm25", tmp_path / "set", ["heart"], field="answer")
 
 
 def test_the_address_of_a_remote_set_stays_whole_on_the_command_line(monkeypatch):

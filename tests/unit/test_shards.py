@@ -124,7 +124,9 @@ def test_verify_reads_every_byte(prepared: Path) -> None:
     data[600] ^= 1
     path.write_bytes(data)
     assert verify(open_set(prepared), deep=False)
-    with pytest.raises(UserError, match=r"gl/000001.tar: its checksum changed: copy or prepare the set again"):
+    with pytest.raises(
+        UserError, match=r"gl/000001.tar: its checksum changed: copy the set again, or prepare it with --overwrite"
+    ):
         verify(open_set(prepared))
 
 

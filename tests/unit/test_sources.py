@@ -520,9 +520,10 @@ def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
         place.mkdir(parents=True)
     for name in ("A.TXT", "deep/b.Txt", ".hidden/c.txt", ".d.txt", "e.json", "f.JSON", "i.json.gz", "g.pdf", "README"):
         (folder / name).write_text(name)
-    (folder / "made/manifest.json").write_text('{"splits": {}}')  # an earlier output
+    (folder / "made/manifest.json").write_text('{"format": 1, "splits": {}, "fingerprint": ""}')  # an earlier output
     (folder / "made/gl/000000.tar").write_bytes(b"")
-    (folder / "deep/manifest.json").write_text("[]")  # none of ours
+    (folder / "deep/manifest.json").write_text('{"splits": []}')  # none of ours
+    (elsewhere / "manifest.json").write_text("[" * 100_000)
     (elsewhere / "h.txt").write_text("h.txt")
     (folder / "linked").symlink_to(elsewhere)
     (elsewhere / "circle").symlink_to(folder)
@@ -530,7 +531,7 @@ def test_what_a_folder_holds_is_read_or_counted(tmp_path: Path) -> None:
     parts = expand(Source(str(folder)), tmp_path, passed_over)
     assert [part.name.removeprefix(f"{folder}/") for part in parts] == ["A.TXT", "deep/b.Txt", "linked/h.txt"]
     assert [row["text"] for part in parts for _, row in rows(part)] == ["A.TXT", "deep/b.Txt", "h.txt"]  # type: ignore[call-overload]
-    assert passed_over == {".json": 4, ".pdf": 1, "README": 1, "prepared set": 1}
+    assert passed_over == {".json": 5, ".pdf": 1, "README": 1, "prepared set": 1}
     (folder / "deep" / "circle").symlink_to(folder / "deep")
     alone: Counter[str] = Counter()
     expand(Source(str(folder / "deep")), tmp_path, alone)

@@ -377,6 +377,7 @@ def test_the_choice_depends_on_the_order_only_through_the_hash() -> None:
         ({"gl": "many"}, "--gl many: give a count"),
         ({"gl": "1.5"}, "--gl 1.5: a share lies between 0 and 1"),
         ({"gl": "0.9", "cl": "0.2"}, r"add up to more than 1 \(gl 0.9, cl 0.2, eval 0.05 \(default\)\): lower"),
+        ({"eval": "1.0"}, r"\(gl rest \(default\), cl 0.25 \(default\), eval 1.0\)"),
         ({"gl": "rest", "cl": "rest"}, "only one of"),
         ({"test": "5"}, "--test: no such side"),
         ({"gl": 0, "cl": "0.0", "eval": "0"}, "--gl, --cl and --eval are all 0: give a side a size"),
@@ -393,6 +394,12 @@ def test_sizes_that_the_records_cannot_meet() -> None:
         assign(np.arange(10), np.ones(10, bool), order, parse_sizes({"gl": "10", "cl": 0, "eval": "2"}))
     with pytest.raises(UserError, match=r"--eval: no component .* fits into 2 records .* the largest has 10"):
         assign(np.zeros(10, int), np.ones(10, bool), order, parse_sizes({"cl": 0, "eval": "2"}))
+    labels = np.array([0] * 7 + [7, 8, 9])
+    with pytest.raises(
+        UserError, match=r"--cl: all .* fit into 4 records \(3 in all\) went to eval .*: ask for less there"
+    ):
+        assign(labels, np.ones(10, bool), order, parse_sizes({"cl": "4", "eval": "3"}))
+    assert (assign(labels, np.ones(10, bool), order, parse_sizes({"cl": "4", "eval": "2"})) == CL).sum() == 1
 
 
 def test_crossings_find_each_kind_of_leak(tmp_path: Path) -> None:

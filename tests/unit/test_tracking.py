@@ -70,9 +70,21 @@ def test_an_output_that_cannot_be_made_is_the_users_and_no_fault(
         monkeypatch.setattr(logging.getLogger("lbr"), name, value)
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for output in ("file/run", "link", "long" * 100):
+    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    for output in ("file/run", "link", "long" * 100, "run"):
         with pytest.raises(UserError, match=rf"output .*/{output}: cannot be written \(.*choose another output"):
             start_log(tmp_path / output, 0)
+
+
+@pytest.mark.parametrize("harm", ["link", "folder"])
+def test_metrics_that_cannot_be_written_are_named(tmp_path: Path, harm: str) -> None:
+    file = tmp_path / "metrics.jsonl"
+    if harm == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to("/nowhere/metrics.jsonl")
+    with pytest.raises(UserError, match=f"^{file}: a log has to be written there"):
+        make_tracker(tmp_path)
 
 
 def test_keep_rows_without_a_file_makes_none(tmp_path: Path) -> None:

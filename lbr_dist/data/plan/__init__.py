@@ -93,7 +93,13 @@ def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Toke
     ]
     bos = len(tokenization.bos)
     if recipe.stage == "generative":
-        return GenerativePlan(recipe, sources, bos=bos, eos=int(tokenization.eos_id is not None))
+        learns = GenerativePlan(recipe, sources, bos=bos, eos=int(tokenization.eos_id is not None))
+        if tokenization.eos_id is None:
+            learns.notes.append(
+                f"model {tokenization.path}: its tokenizer names no end-of-sequence token, so answers end without one, "
+                "and generation runs to its limit"
+            )
+        return learns
     query, passage = tokenization.encode([recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction])
     for name, ids in (("query_instruction", query), ("passage_instruction", passage)):
         if ids and bos + len(ids) >= recipe.data.max_x_tokens:

@@ -9,6 +9,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -216,6 +218,11 @@ class Plan(ABC):
     def fingerprint(self) -> str:
         """Hash of `identity`: two plans with the same one give the same steps."""
         return xxhash.xxh128_hexdigest(repr(sorted(self.identity.items())).encode())
+
+    @cached_property
+    def _period(self) -> int:
+        """Epochs after which each set stands again where a pass begins: from there on their sizes repeat."""
+        return math.lcm(*(Fraction(str(source.weight)).denominator for source in self.sources))
 
     @abstractmethod
     def steps_per_epoch(self, epoch: int) -> int:

@@ -162,11 +162,12 @@ class ContrastivePlan(Plan):
             value = getattr(recipe.contrastive, name)
             if value != default:  # left out otherwise, so that runs begun before these settings existed go on
                 self.identity[f"contrastive.{name}"] = value
+        self._steps = lru_cache(maxsize=None)(self._groups.steps)
         self._ordered = lru_cache(maxsize=2 + min(len(self._groups), CACHED_GROUPS))(self._order)
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch; the last may be partial."""
-        return self._groups.steps(epoch)
+        return self._steps(epoch % self._period)
 
     def summary(self, epoch: int) -> EpochSummary:
         """Totals of an epoch."""

@@ -1,15 +1,15 @@
 """Stage 1 plan: windows of samples packed into bins, `global_batch` bins to a step.
 
 The number of steps of an epoch is known only after all its windows are packed, from lengths alone (about 0.1 s for
-100,000 samples); that pass is made once per epoch and keeps four integers per window. The windows themselves are
-recomputed when a step needs them, so memory does not grow with the data.
+100,000 samples); that pass is made once per epoch (once for all where none can differ) and keeps four integers per
+window. The windows themselves are recomputed when a step needs them, so memory does not grow with the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,7 +143,13 @@ class GenerativePlan(Plan):
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps of an epoch; the last may be partial."""
-        return self._steps(epoch)
+        return self._steps(0 if self._same_steps else epoch)
+
+    @cached_property
+    def _same_steps(self) -> bool:
+        """Whether every epoch packs the same lengths together, in whatever order: all of them need not be packed."""
+        moved = any(source.target == "prefix" for source in self.sources)
+        return self._period == 1 and len(self._bounds(0)) == 2 and not moved
 
     def summary(self, epoch: int) -> EpochSummary:
         """Totals of an epoch."""

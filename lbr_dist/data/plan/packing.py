@@ -31,6 +31,7 @@ def assign_bins(lengths_N: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
         return np.zeros(0, dtype=np.int64), 0
     if lengths_N.min() < 1 or lengths_N.max() > capacity:
         raise ValueError(f"lengths must lie in 1..{capacity}, got {lengths_N.min()}..{lengths_N.max()}")
+    capacity = min(capacity, int(lengths_N.sum()))  # which holds them all as well, and takes no more bits of the mask
     order_N = np.argsort(-lengths_N, kind="stable")
     values, counts = np.unique(lengths_N, return_counts=True)
     space = _Space(capacity)

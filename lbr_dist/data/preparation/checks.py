@@ -75,11 +75,15 @@ def check_left(side: np.ndarray, parts: Sequence[Part], dropped: Mapping[str, in
     """
     if np.isin(side, (GL, CL, EVAL, TEXT)).any():
         return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     raise UserError(
-        f"{named(parts)}: no record is left for gl, cl or eval (dropped: {reasons}): give other sources, another "
-        "--decontaminate or larger sizes"
+        f"{named(parts)}: no record is left for gl, cl or eval (dropped: {counted(dropped)}): give other sources, "
+        "another --decontaminate or larger sizes"
     )
+
+
+def counted(dropped: Mapping[str, int]) -> str:
+    """How many records were dropped for which reason, for a message; empty where none was."""
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
 
 
 def named(parts: Sequence[Part]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lbr_dist.data.execute import Executor, alone
-from lbr_dist.data.preparation.checks import check_entity, check_left, check_named_fields, check_outside, named
+from lbr_dist.data.preparation.checks import check_entity, check_left, check_named_fields, check_outside, counted, named
 from lbr_dist.data.preparation.collect import Numbers, Texts, evaluated_texts
 from lbr_dist.data.preparation.first_pass import DigestRows, FirstPass, first_pass
 from lbr_dist.data.preparation.isolation import Containment, InContainment, crossings
@@ -30,6 +30,7 @@ from lbr_dist.data.preparation.split import (
     assign,
     common_texts,
     components,
+    shortfalls,
 )
 from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.progress import Progress
@@ -79,6 +80,7 @@ class Pipeline:
         self.folder, self.settings, self.tokens = folder, settings, tokens
         self.origin, self.progress, self.executor = origin, progress, executor
         self.dropped: dict[str, int] = {}
+        self.short: dict[str, dict[str, int]] = {}
         self.ungrouped = 0
 
     def run(
@@ -187,7 +189,12 @@ class Pipeline:
         outside[labels[numbers.external]] = True
         self.dropped["connected_to_external_evaluation"] = int((usable & outside[labels]).sum())
         usable &= ~outside[labels]
-        side = assign(labels, usable, numbers.order, self.settings.sizes)
+        try:
+            side = assign(labels, usable, numbers.order, self.settings.sizes)
+        except UserError as error:
+            more = f"; dropped before that: {counted(self.dropped)}" * any(self.dropped.values())
+            raise UserError(f"{error}{more}") from None
+        self.short = shortfalls(side, labels, usable, self.settings.sizes)
         self.dropped["left_out_by_sizes"] = int((usable & (side == UNUSED)).sum())
         side[alive & numbers.is_text & ~numbers.external] = TEXT
         side[numbers.external] = EXTERNAL
@@ -285,6 +292,7 @@ class Pipeline:
                 name: {"records": info["records"], "texts": info["texts"], "shards": len(info["shards"])}
                 for name, info in manifest["splits"].items()
             },
+            "short_sides": self.short,
             "dropped": self.dropped,
             "components": {**components, "similarity": self.settings.similarity, "without_entity": self.ungrouped},
             "isolation": isolation,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from lbr_dist.data.execute import Executor, current
 from lbr_dist.data.preparation.pipeline import Pipeline, Settings
 from lbr_dist.data.preparation.row_blocks import BLOCK_CHARACTERS, BLOCK_ROWS, TOGETHER
-from lbr_dist.data.preparation.split import SIDES, parse_sizes
+from lbr_dist.data.preparation.split import SIDES, parse_sizes, shown_size
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.sources.entity import Entity
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 VERSION = 10
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
+NOT_GIVEN = "not given"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,11 @@ class PrepareReport:
             yield f"passed over in folders: {listed}{hint}"
         if empty := self.data["empty_sources"]:
             yield f"sources without a row: {len(empty)} (first: {empty[0]})"
+        for side, found in self.data.get("short_sides", {}).items():
+            yield (
+                f"{side} has {found['records']} of the {found['asked_for']} records asked for: the largest group of "
+                f"records that belong together has {found['largest_component']} of {found['of']}"
+            )
         if common := self.data["isolation"]["shared_common_texts"]:
             first = f"{printable(common[0]['text'])!r}, in {common[0]['records']} records"
             yield f"short answers too common to link records, so perhaps on two sides: {len(common)} (first: {first})"
@@ -153,6 +159,8 @@ def prepare(
         passed_over = Counter[str]()
         parts = _parts(sources, kind, fields or {}, work, passed_over)
         outside = _parts(decontaminate, None, fields or {}, work, passed_over)
+        if paragraphs and not any(part.format == "text" for part in (*parts, *outside)):
+            raise UserError("--paragraphs: has no effect, for no source is plain text (.txt); leave it out")
         before = _states((*parts, *outside))
         with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
             origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
@@ -218,7 +226,21 @@ def _difference(old: Any, new: dict[str, Any]) -> str:
     if not isinstance(old, dict):
         return "made without lbr prepare"
     parts = [name for name in ("sources", "decontaminate", "tokenizer") if old.get(name) != new[name]]
-    before = old.get("settings", {})
-    after = json.loads(json.dumps(new["settings"])).items()
-    parts += [f"{name} was {before.get(name)}, is {value}" for name, value in after if before.get(name) != value]
+    before, after = _flags(old.get("settings", {})), _flags(new["settings"])
+    parts += [
+        f"--{flag} was {before.get(flag, NOT_GIVEN)}, is {value}"
+        for flag, value in after.items()
+        if before.get(flag, NOT_GIVEN) != value
+    ]
     return "; ".join(parts) or "an older version of lbr"
+
+
+def _flags(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by their flags, as the user gives them."""
+    found = {side: shown_size(size) for side, size in settings.get("sizes", {}).items()}
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            found[name] = "on" if value else "off"
+        elif name != "sizes":
+            found[name.replace("_", "-")] = NOT_GIVEN if value in (None, "") else str(value)
+    return found

@@ -34,6 +34,8 @@ COMMON_RECORDS = 20
 COMMON_SHARE = 0.01
 """and by more than this share of all question-answer records."""
 DEFAULT_SIZES: dict[str, str] = {"gl": "rest", "cl": "0.25", "eval": "0.05"}
+SHORT = 0.9
+"""Share of the records asked for below which a side is said to be short."""
 FLUSH = 1 << 20
 """Candidate pairs that wait to be compared together."""
 
@@ -76,9 +78,16 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
     if sum(value is None for value in parsed.values()) > 1:
         raise UserError("only one of --gl, --cl and --eval can be rest")
     if sum(value for value in parsed.values() if isinstance(value, float)) > 1 + 1e-9:
-        shown = ", ".join(f"{side} {value}{'' if side in sizes else ' (default)'}" for side, value in parsed.items())
+        shown = ", ".join(
+            f"{side} {shown_size(value)}{'' if side in sizes else ' (default)'}" for side, value in parsed.items()
+        )
         raise UserError(f"the shares add up to more than 1 ({shown}): lower one of them")
     return parsed
+
+
+def shown_size(size: float | None) -> str:
+    """A size as the user gives it."""
+    return "rest" if size is None else str(size)
 
 
 def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonText]:
@@ -196,7 +205,8 @@ def assign(
         int8 [records]: `GL`, `CL`, `EVAL`, or `UNUSED` where the sizes leave a record out.
 
     Raises:
-        UserError: the counts exceed the records, or a side stays empty because no component fits into it.
+        UserError: the counts exceed the records, or a side stays empty: no component fits into it, or those that do
+            are on others.
     """
     side = np.full(len(labels), UNUSED, np.int8)
     records = np.flatnonzero(usable)
@@ -218,14 +228,48 @@ def assign(
             place[number] = SIDES.index(name)
             room[name] -= count
     side[records] = place[inverse]
-    for name, size in wanted.items():
-        if size > 0 and not (side == SIDES.index(name)).any():
-            raise UserError(
-                f"--{name}: no component of records that belong together fits into {size} records (of {len(records)} "
-                f"in all, the largest has {int(counts.max())}, the smallest {int(counts.min())}): ask for more, or for "
-                "0; or link fewer, by another --entity or a --similarity up to 1 (equal texts always link)"
-            )
+    _check_filled(wanted, place, counts)
     return side
+
+
+def shortfalls(
+    side: np.ndarray, labels: np.ndarray, usable: np.ndarray, sizes: Mapping[str, int | float | None]
+) -> dict[str, dict[str, int]]:
+    """Sides that have far less than was asked for, with both counts and the size of the largest component; arguments
+    as of `assign`, and what it gave.
+    """
+    total = int(usable.sum())
+    if not total:
+        return {}
+    largest = int(np.unique(labels[usable], return_counts=True)[1].max())
+    found = {name: (int((side == SIDES.index(name)).sum()), asked) for name, asked in _targets(sizes, total).items()}
+    return {
+        name: {"records": records, "asked_for": asked, "largest_component": largest, "of": total}
+        for name, (records, asked) in found.items()
+        if records < SHORT * asked
+    }
+
+
+def _check_filled(wanted: Mapping[str, int], place: np.ndarray, counts: np.ndarray) -> None:
+    """See that every side that is wanted has a component; `place` and `counts` are of each its side and its records.
+
+    Raises:
+        UserError: none fits into a side, or those that do are on others.
+    """
+    for name, size in wanted.items():
+        if size == 0 or (place == SIDES.index(name)).any():
+            continue
+        fits = counts <= size
+        problem, remedy = f"no component of records that belong together fits into {size} records", "more, or for 0"
+        if fits.any():
+            takers = " and ".join(side for number, side in enumerate(SIDES) if (place[fits] == number).any())
+            problem = f"all components that fit into {size} records ({int(counts[fits].sum())} in all) went to {takers}"
+            remedy = "less there, or for 0 here"
+        raise UserError(
+            f"--{name}: {problem} (of {int(counts.sum())} in all, the largest has {int(counts.max())}, the smallest "
+            f"{int(counts.min())}): ask for {remedy}; or link fewer, by another --entity or a --similarity up to 1 "
+            "(equal texts always link)"
+        )
 
 
 def _targets(sizes: Mapping[str, int | float | None], total: int) -> dict[str, int]:

@@ -77,7 +77,7 @@ class Converter:
             question, answer = self._multiple_choice(row)
             more: tuple[str, ...] = ()
         else:
-            question = self._text(self._get(row, "question"), "question")
+            question = self._question(row)
             answer, more = self._answer(row)
             self._refuse_wrong(row)
         negatives = self._texts(self._get(row, "negatives", optional=True), "negatives")
@@ -126,7 +126,7 @@ class Converter:
         if has["question"] and self._holds(row, "options"):
             return "multiple-choice"
         if has["question"] and has["answer"]:
-            return "question-answer"
+            return "corpus" if self._is_text(row) else "question-answer"
         if has["question"] and has["text"]:
             return "query-document"
         if has["text"]:
@@ -202,6 +202,23 @@ class Converter:
         kind = "" if self._told else f"; an earlier row told that these are of kind {self.kind}: see --kind"
         what = "right option (--field answer=NAME)" if role == "right" else role
         raise RowError("missing_field", f"no {what}: looked for {wanted}; the row has {listed(row)}{kind}")
+
+    def _is_text(self, row: Mapping[str, Any]) -> bool:
+        """Whether the row has a text, and nothing in the fields of a question and an answer."""
+        return self._holds(row, "text") and not (self._holds(row, "question") or self._holds(row, "answer"))
+
+    def _question(self, row: Mapping[str, Any]) -> str:
+        try:
+            return self._text(self._get(row, "question"), "question")
+        except RowError as error:
+            if error.reason != "empty" or not self._is_text(row):
+                raise
+            [name, *_] = self._finder.find(row, "text") or ()
+            raise RowError(
+                "empty",
+                f"{error.detail}, and the row has a text ({name}): give such rows a source of their own, of kind "
+                "corpus (corpus=FILE)",
+            ) from None
 
     def _answer(self, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The answer and, where the field holds a list, the further answers."""

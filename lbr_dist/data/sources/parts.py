@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lbr_dist.data import remote
+from lbr_dist.data.manifest import manifest_of
 from lbr_dist.data.shards import file_xxh128
 from lbr_dist.data.sources.beir import find_beir, find_files
 from lbr_dist.data.sources.compressed import open_file
@@ -188,7 +189,7 @@ def _local_parts(source: Source, passed_over: Counter[str] | None, matched: Set[
 
 def _folder_files(folder: Path, passed_over: Counter[str] | None, matched: Set[Path]) -> list[Path]:
     """The source files and saved data sets in a folder."""
-    if _is_set(folder):
+    if manifest_of(folder) is not None:
         raise UserError(f"{folder}: is a prepared set, not a source: give its tars, for example {folder}/eval/*.tar")
     others = Counter[str]()
     files = list(_walk(folder, others, matched))
@@ -217,7 +218,7 @@ def _walk(root: Path, passed_over: Counter[str], matched: Set[Path]) -> Iterator
     for place, folders, names in os.walk(root, onerror=fail, followlinks=True):
         folder = Path(place)
         identity = os.path.realpath(folder)
-        if identity in seen or _is_set(folder):
+        if identity in seen or manifest_of(folder) is not None:
             if identity not in seen:
                 passed_over["prepared set"] += 1
             folders.clear()
@@ -250,14 +251,6 @@ def _walk(root: Path, passed_over: Counter[str], matched: Set[Path]) -> Iterator
             else:
                 passed_over[".json" if form == "json" else file.suffix or name] += 1
     yield from sorted(found)
-
-
-def _is_set(folder: Path) -> bool:
-    """Whether it holds what `lbr prepare` and `lbr mine` make."""
-    try:
-        return "splits" in json.loads((folder / "manifest.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _is_dataset(folder: Path) -> bool:
