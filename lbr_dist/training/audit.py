@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lbr_dist.errors import UserError
 from lbr_dist.logs import is_torn, iterate_rows, no_rows, open_log
+from lbr_dist.training.run_recipe import load_run_recipe, started_in
 
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe
@@ -123,8 +124,6 @@ def audit(run_dir: str | Path) -> Audit:
     Raises:
         UserError: not a run with an audit log that can be read, or the plan cannot be made.
     """
-    from lbr_dist.training.run_folder import load_run_recipe, started_in
-
     run_dir = Path(run_dir)
     result = Audit()
     found = _attempts(run_dir, result.problems)

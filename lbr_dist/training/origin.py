@@ -14,7 +14,7 @@ from typing import Any
 
 from lbr_dist.config import Lora, Recipe
 from lbr_dist.errors import UserError
-from lbr_dist.training.run_folder import covered, differences, load_run_recipe
+from lbr_dist.training.run_recipe import covered, differences, load_run_recipe
 
 NOT_THE_MODEL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 """Entries of a config.json that change nothing about the function that is trained."""

@@ -15,7 +15,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.data.plan.base import FOLLOWS
 from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
-from lbr_dist.training import run_folder
+from lbr_dist.training import run_folder, run_recipe
 from lbr_dist.training.audit import last_attempt
 from lbr_dist.training.checkpoint import Checkpointer
 from lbr_dist.training.checkpoint_format import (
@@ -121,11 +121,11 @@ def _check_plan(job: Job, checkpoint: Path) -> None:
         return
     now = {key: str(value) for key, value in job.plan.identity.items()}
     differing = [key for key in sorted({*now, *state["identity"]}) if now.get(key) != state["identity"].get(key)]
-    before = run_folder.load_run_recipe(checkpoint)
+    before = run_recipe.load_run_recipe(checkpoint)
     fields: list[str] = []
     for key in differing:
         fields += _fields(key, state["identity"].get(key), now.get(key), before, job.recipe)
-    if all(run_folder.covered(field, job.allow_change) for field in fields):
+    if all(run_recipe.covered(field, job.allow_change) for field in fields):
         log.warning("the data order changed (%s), as allowed", ", ".join(differing))
         return
     listed = "; ".join(f"{key} was {state['identity'].get(key)} and is {now.get(key)}" for key in differing)
@@ -142,9 +142,9 @@ def _fields(key: str, old: str | None, new: str | None, before: Recipe, recipe: 
     follows = FOLLOWS.get(key) or FOLLOWS.get(name, (name,))
     changed = [
         field
-        for field in run_folder.differences(before, recipe)
-        if run_folder.covered(field, follows)
-        and not (run_folder.covered(field, run_folder.HARMLESS) or run_folder.SET_PATH.fullmatch(field))
+        for field in run_recipe.differences(before, recipe)
+        if run_recipe.covered(field, follows)
+        and not (run_recipe.covered(field, run_recipe.HARMLESS) or run_recipe.SET_PATH.fullmatch(field))
     ]
     named: list[str] = []
     if name == "data.sets":

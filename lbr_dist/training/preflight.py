@@ -26,7 +26,8 @@ from lbr_dist.model.hub import cached_first
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime, name_accelerator
 from lbr_dist.training.origin import NOT_THE_MODEL, check_resumed_model, check_start
-from lbr_dist.training.run_folder import FOLDERS, SET_PATH, check_folder, covered, flat
+from lbr_dist.training.run_folder import check_folder
+from lbr_dist.training.run_recipe import FOLDERS, SET_PATH, covered, flat
 
 OWN = ("output", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib", "tracking", *FOLDERS)
 """Recipe fields that a rank may have for itself. What lies in the folders is compared by content."""

@@ -34,6 +34,7 @@ from lbr_dist.training.position import choose, go_back
 from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, same_everywhere
 from lbr_dist.training.random_state import restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
+from lbr_dist.training.run_recipe import RECIPE
 from lbr_dist.training.steps import Objective, make_objective
 from lbr_dist.training.tracking import Tracker
 
@@ -111,7 +112,7 @@ def start(
     on_rank_zero(lambda: check_ahead(job, resumes=resumes(recipe, resume)))
     on_all_ranks(lambda: deep_check(job))
     checkpoint = on_rank_zero(lambda: choose(job, resume))
-    on_all_ranks(lambda: run_folder.check_shared(Path(recipe.output), environment.rank))
+    run_folder.check_shared(Path(recipe.output), environment.rank)
     log.info(
         "DeepSpeed %s, stage %d%s", job.regime.name, job.regime.stage, f" ({job.regime.note})" * bool(job.regime.note)
     )
@@ -238,4 +239,4 @@ def _extra_files(recipe: Recipe) -> dict[str, bytes]:
 
         folder = Path(snapshot_download(recipe.model.path, local_files_only=True))
     files = {f"model/{name}": (folder / name).read_bytes() for name in MODEL_FILES if (folder / name).is_file()}
-    return {run_folder.RECIPE: recipe_text(recipe).encode()} | files
+    return {RECIPE: recipe_text(recipe).encode()} | files

@@ -25,7 +25,8 @@ from lbr_dist.training.ds_config import Regime
 from lbr_dist.training.origin import check_resumed_model
 from lbr_dist.training.position import _check_plan, choose, loop_state
 from lbr_dist.training.preflight import Job, check, deep_check, disagreement, same_everywhere
-from lbr_dist.training.run_folder import check_same, claim, covered, flat
+from lbr_dist.training.run_folder import check_same, claim
+from lbr_dist.training.run_recipe import covered, flat
 
 ENVIRONMENT = Environment(0, 2, 0, 2, None, "test")
 
