@@ -61,6 +61,11 @@ class ShardInfo:
     index_bytes: int
     index_xxh128: str
 
+    @property
+    def files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
+        """Name, size and hash of its two files: the tar and the index."""
+        return (self.name, self.bytes, self.xxh128), (self.index, self.index_bytes, self.index_xxh128)
+
 
 @dataclass
 class SplitInfo:

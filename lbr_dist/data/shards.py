@@ -33,7 +33,6 @@ from lbr_dist.disk import cache_folder, usable_folder
 from lbr_dist.errors import UserError
 
 __all__ = [
-    "REMEDY",
     "PreparedSet",
     "ShardReader",
     "ShardWriter",
@@ -168,8 +167,8 @@ def verify(opened: PreparedSet, deep: bool = True) -> int:
         if deep and opened.is_remote:
             with tempfile.TemporaryDirectory() as folder:
                 remote.fetch(opened.address(name), Path(folder) / "file", size=size, xxh128=xxh128)
-        elif deep and file_xxh128(Path(opened.address(name))) != xxh128:
-            raise UserError(f"{opened.address(name)}: its checksum changed: {REMEDY}")
+        elif deep:
+            check_file(Path(opened.address(name)), xxh128)
     return total
 
 
@@ -191,6 +190,20 @@ def check_tokenizer(opened: PreparedSet, tokenization: Any) -> None:
         )
 
 
+def check_file(path: Path, xxh128: str) -> None:
+    """Read a file of a set and compare its checksum.
+
+    Raises:
+        UserError: it is another, or the file cannot be read.
+    """
+    try:
+        found = file_xxh128(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from None
+    if found != xxh128:
+        raise UserError(f"{path}: its checksum changed: {REMEDY}")
+
+
 def file_xxh128(path: Path) -> str:
     """XXH3-128 of a file, in hexadecimal."""
     digest = xxhash.xxh3_128()
@@ -203,8 +216,7 @@ def file_xxh128(path: Path) -> str:
 def _files(opened: PreparedSet) -> Iterator[tuple[str, int, str]]:
     for info in opened.splits.values():
         for shard in info.shards:
-            yield shard.name, shard.bytes, shard.xxh128
-            yield shard.index, shard.index_bytes, shard.index_xxh128
+            yield from shard.files
 
 
 def _read_manifest(root: str) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import numpy as np
 
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record
+from lbr_dist.data.shard_reader import REMEDY, ShardReader
 from lbr_dist.data.shard_writer import SPLITS, ShardWriter, SplitInfo, write_manifest
-from lbr_dist.data.shards import REMEDY, PreparedSet, ShardReader, file_xxh128
+from lbr_dist.data.shards import PreparedSet, file_xxh128
 from lbr_dist.data.split_index import SplitIndex
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates
@@ -120,10 +121,7 @@ def _copy(opened: PreparedSet, side: str, target: Path) -> SplitInfo:
     """
     (target / side).mkdir()
     for shard in opened.splits[side].shards:
-        for name, size, xxh128 in (
-            (shard.name, shard.bytes, shard.xxh128),
-            (shard.index, shard.index_bytes, shard.index_xxh128),
-        ):
+        for name, size, xxh128 in shard.files:
             if opened.is_remote:
                 remote.fetch(opened.address(name), target / name, size=size, xxh128=xxh128)
             else:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan import Plan, open_data
-from lbr_dist.data.shard_reader import REMEDY, ShardReader
-from lbr_dist.data.shards import file_xxh128
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import check_file
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.hub import cached_first
@@ -290,15 +290,6 @@ def deep_check(job: Job) -> None:
         if not reader.opened.is_remote
         for shard in reader.opened.splits[reader.split].shards
     ]
-    files = [
-        (Path(opened.address(name)), expected)
-        for opened, shard in shards[job.environment.rank :: job.environment.world]
-        for name, expected in ((shard.name, shard.xxh128), (shard.index, shard.index_xxh128))
-    ]
-    for path, expected in files:
-        try:
-            found = file_xxh128(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from None
-        if found != expected:
-            raise UserError(f"{path}: its checksum changed: {REMEDY}")
+    for opened, shard in shards[job.environment.rank :: job.environment.world]:
+        for name, _, expected in shard.files:
+            check_file(Path(opened.address(name)), expected)

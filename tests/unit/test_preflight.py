@@ -15,7 +15,7 @@ from runs import make_run, write_manifest
 from training_runs import make_set, recipe
 
 from lbr_dist.data.plan.base import FOLLOWS
-from lbr_dist.data.shards import file_xxh128
+from lbr_dist.data.shards import check_file
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
@@ -167,7 +167,7 @@ def test_ranks_share_out_the_bytes_that_are_compared(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, read = make_set(tmp_path / "set", tiny_model_dir(), gl=4 * 32), list[Path]()
-    monkeypatch.setattr(preflight, "file_xxh128", lambda path: read.append(path) or file_xxh128(path))
+    monkeypatch.setattr(preflight, "check_file", lambda path, xxh128: read.append(path) or check_file(path, xxh128))
     job, sizes = check(parse_recipe(recipe(tmp_path / "run", tiny_model_dir(), data), "test"), ENVIRONMENT), []
     for rank in range(2):
         deep_check(dataclasses.replace(job, environment=Environment(rank, 2, rank, 2, None, "test")))

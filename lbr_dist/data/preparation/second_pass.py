@@ -85,8 +85,7 @@ class WriteShard:
         try:
             known = json.loads(mark.read_bytes())
             written = WrittenShard(task.split, task.number, known["texts"], ShardInfo(**known["info"]))
-            checked = ((written.info.name, written.info.xxh128), (written.info.index, written.info.index_xxh128))
-            whole = all(file_xxh128(self._root / name) == xxh128 for name, xxh128 in checked)
+            whole = all(file_xxh128(self._root / name) == xxh128 for name, _, xxh128 in written.info.files)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return written if whole else None
