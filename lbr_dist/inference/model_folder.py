@@ -47,11 +47,11 @@ def unreadable(path: str, error: Exception) -> str:
     folder, reason = Path(path), " ".join(str(error).split())[:200]
     if is_export(folder):
         return damaged_export(path, reason)
+    no_model = f"model {path}: not a run, an export or a sentence-transformers model"
+    if not folder.exists():
+        return f"{no_model}: there is no such folder, and of the hub none of that name ({reason})"
     if not (folder / "modules.json").exists():
-        return (
-            f"model {path}: not a run, an export or a sentence-transformers model ({reason}); a plain model folder "
-            "needs a pooling: hf:PATH?pooling=mean"
-        )
+        return f"{no_model} ({reason}); a plain model folder needs a pooling: hf:PATH?pooling=mean"
     found = damage(folder)
     return f"model {path}: " + (f"{found}: copy or download it again" if found else f"cannot be loaded ({reason})")
 

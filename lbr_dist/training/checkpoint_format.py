@@ -326,6 +326,8 @@ def resolve(path_or_run: str | Path, kinds: Container[Kind] | None = None) -> Pa
         if problems := verify(path, kinds=WITHOUT_OPTIMIZER if kinds is None else kinds, again=False):
             raise UserError(f"{path}: this checkpoint cannot be used: {'; '.join(problems)}")
         return path
+    if not path.exists():
+        raise UserError(f"{path}: no such folder; give a run or one of its checkpoints")
     if not checkpoints_folder(path).is_dir():
         raise UserError(f"{path}: neither a checkpoint (no {MANIFEST}) nor a run folder (no checkpoints/)")
     first = newest(path)

@@ -268,7 +268,7 @@ def test_what_cannot_be_mined(data: Path, tmp_path: Path) -> None:
             run(data, inside)
     with pytest.raises(UserError, match="not a prepared set"):
         run(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(UserError, match="model nowhere: not a run, an export or a sentence-transformers model"):
+    with pytest.raises(UserError, match=r"model nowhere: not a run, an export .* model: there is no such folder"):
         run(data, tmp_path / "out", model="nowhere")
     write_set(tmp_path / "empty", {"gl": domain(5)}, Bytes(), name="d")
     with pytest.raises(UserError, match="its cl side is empty"):
