@@ -98,7 +98,10 @@ def _from_slurm(environ: Mapping[str, str]) -> Environment:
     world = _number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS")
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
-    address = environ.get("MASTER_ADDR") or hosts(nodes)[0]
+    try:
+        address = environ.get("MASTER_ADDR") or hosts(nodes)[0]
+    except UserError as error:
+        raise UserError(f"srun: {error}: set MASTER_ADDR") from None
     port = _port(environ) if "MASTER_PORT" in environ else job_port(_number(environ, "SLURM_JOB_ID"))
     return Environment(
         _number(environ, "SLURM_PROCID"),
@@ -144,11 +147,11 @@ def hosts(nodes: str) -> list[str]:
     while rest:
         match = re.match(r"((?:[^\[\],]|\[[\d,-]+\])+)(?:,|$)", rest)
         if not match:
-            raise UserError(f"srun: cannot read the node list {nodes!r}: set MASTER_ADDR")
+            raise UserError(f"cannot read the node list {nodes!r}")
         names += _hosts_of(match.group(1))
         rest = rest[match.end() :]
     if not names:
-        raise UserError(f"srun: no host in the node list {nodes!r}: set MASTER_ADDR")
+        raise UserError(f"no host in the node list {nodes!r}")
     return names
 
 

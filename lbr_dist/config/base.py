@@ -13,14 +13,16 @@ LONGEST_NAME = 255
 """Bytes of a file's or folder's name, on any usual file system."""
 
 
-def _place(path: str) -> str:
-    """A path with ~ expanded.
+def _place(path: str, info: ValidationInfo) -> str:
+    """A path with ~ expanded. One that a run has kept is not judged again.
 
     Raises:
         ValueError: it is empty, has a variable, or a name in it is one that no file can have.
     """
+    if (info.context or {}).get("kept"):
+        return os.path.expanduser(path)  # noqa: PTH111
     if not path.strip():
-        raise ValueError("is empty: name a path")
+        raise ValueError("is empty: name a path, or write null where there may be none")
     if path.startswith("pipe:") or "://" in path:  # a command, for a shell, or an address
         return path
     if variable := re.search(r"\$([A-Za-z_]\w*|\{[^}]*\})", path):

@@ -186,7 +186,7 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
 
 
 def _read_run(path: Path) -> RunLog:
-    recipe, file, unreadable = load_recipe(path / "recipe.yaml"), path / "metrics.jsonl", list[int]()
+    recipe, file, unreadable = load_recipe(path / "recipe.yaml", kept=True), path / "metrics.jsonl", list[int]()
     rows = read_rows(file, unreadable)
     problem = "" if rows else no_rows(file)
     if rows and unreadable:

@@ -104,7 +104,9 @@ def _full_disk_by_number() -> Iterator[None]:
 
 def _check_tokens(run: str | Path, tokens: int | None) -> None:
     """Refuse a number of bottleneck tokens that does not suit the run before any weight is read."""
-    recipe = with_checkpoint(run, lambda checkpoint: load_recipe(checkpoint / "recipe.yaml"), kinds={"extra"})
+    recipe = with_checkpoint(
+        run, lambda checkpoint: load_recipe(checkpoint / "recipe.yaml", kept=True), kinds={"extra"}
+    )
     fixed_tokens(recipe, tokens)
 
 

@@ -99,7 +99,7 @@ def _load_checkpoint(path: Path, checkpoint: Path, device: str) -> Run:
     from lbr_dist.model.tokenizer import Tokenization
     from lbr_dist.training.weights import iterate_weights
 
-    recipe = load_recipe(checkpoint / "recipe.yaml")
+    recipe = load_recipe(checkpoint / "recipe.yaml", kept=True)
     here = recipe
     if device == "cpu":
         on_cpu = recipe.model.model_copy(update={"dtype": "float32", "attention": "auto"})

@@ -38,6 +38,7 @@ ELSEWHERE = {
     "output_dir": "output",
     "lora_rank": "model.lora.r",
     "rank": "model.lora.r",
+    "gradient_checkpointing": "model.activation_checkpointing",
 }
 """What settings are called in other programs, to their name here."""
 
@@ -50,12 +51,13 @@ def shipped() -> dict[str, str]:
     }
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | None = None, *, kept: bool = False) -> Recipe:
     """Read, override and validate a recipe.
 
     Args:
         path: YAML file, or the name of a recipe that ships with the package (see `lbr recipes`).
         overrides: `key=value` strings; values are YAML.
+        kept: see `parse_recipe`.
 
     Raises:
         UserError: no such file, bad YAML, an unknown key (the nearest valid one is named) or a refused value.
@@ -72,7 +74,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     _check_mapping(raw, str(file))
     for item in overrides or []:
         _override(raw, item)
-    return parse_recipe(raw, str(file))
+    return parse_recipe(raw, str(file), kept=kept)
 
 
 def _is_file(file: Path) -> bool:
@@ -89,11 +91,16 @@ def override(key: str, text: str) -> str:
     return f"{key}={json.dumps(text, ensure_ascii=False)}"
 
 
-def parse_recipe(raw: Any, origin: str) -> Recipe:
-    """Validate a recipe given as a mapping; `origin` names it in errors."""
+def parse_recipe(raw: Any, origin: str, *, kept: bool = False) -> Recipe:
+    """Validate a recipe given as a mapping.
+
+    Args:
+        origin: names it in errors.
+        kept: it is that of a run or a checkpoint, which may be older than a check of what a path can be.
+    """
     _check_mapping(raw, origin)
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(raw, context={"kept": kept})
     except ValidationError as error:
         raise UserError("; ".join(_explain(origin, dict(e)) for e in error.errors())) from None
 
@@ -149,7 +156,10 @@ def _yaml_value(text: str, item: str) -> Any:
         UserError: it is no value of its tag, or there is none: a script's variable that is not set, or a comment.
     """
     if not text.strip():
-        raise UserError(f"override {item!r}: has no value; write null to unset it")
+        key = item.partition("=")[0]
+        raise UserError(
+            f"override {item!r}: has no value; write '{key}=\"\"' for an empty text, or {key}=null to unset it"
+        )
     try:
         value = yaml.load(text, Loader)
     except (yaml.constructor.ConstructorError, ValueError) as error:
@@ -183,7 +193,7 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
         return f"recipe {origin}: {message}"
     if error["type"] == "list_type" and isinstance(error["input"], str):
         message += f": write [{error['input']}]"
-    if error["type"] == "string_type":
+    if error["type"] == "string_type" and error["input"] is not None:
         message += ": put a text in quotes, on a command line once more within the shell's, as 'key=\"text\"'"
     return f"recipe {origin}: {where}: {message} (got {error['input']!r})"
 
@@ -196,7 +206,7 @@ def _meant(key: str, valid: list[str]) -> str | None:
     whole, last = (re.sub(r"[-.]", "_", name) for name in (key, key.rpartition(".")[2]))
     if known := ELSEWHERE.get(whole, ELSEWHERE.get(last)):
         return known
-    if near := difflib.get_close_matches(last, valid, n=1):
+    if near := [name for name in valid if name.startswith(last)] or difflib.get_close_matches(last, valid, n=1):
         return near[0]
     named = [setting.name for setting in every() if setting.name.rpartition(".")[2] == last]
     return named[0] if len(named) == 1 else None

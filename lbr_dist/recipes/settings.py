@@ -19,7 +19,7 @@ HEAD = """# Settings
 
 Every setting of a recipe, as `lbr settings` prints it. A setting without a default must be given. On the command line
 it is `NAME=VALUE`, with the value in YAML; the items of a list have numbers: `data.sets.0.weight=0.5`. An empty value
-is refused: `NAME=null` unsets.
+is refused: `NAME=null` unsets, and `'NAME=""'` is an empty text.
 
 In a path ~ is the home folder. Variables (`$SCRATCH`) are not expanded in a recipe, and are refused: write the path, or
 give `output=$SCRATCH/run` on the command line, where the shell expands it.

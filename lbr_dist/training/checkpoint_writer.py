@@ -160,7 +160,10 @@ class CheckpointWriter:
             if newest := layout.newest(run_dir):
                 path, manifest = newest
                 self._sequence = manifest.sequence
-                self._name_latest(path.name)  # a writer may have been killed between its rename and this
+                try:
+                    self._name_latest(path.name)  # a writer may have been killed between its rename and this
+                except OSError as error:  # the next save will tell
+                    log.warning("%s: cannot be written (%s)", self.folder / layout.LATEST, error.strerror)
         self.attempt: str = team.broadcast(attempt)
 
     def submit(self, snapshot: Snapshot) -> None:

@@ -87,7 +87,7 @@ def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -
         if found is not None and found != "auto" and not _equal(found, value):
             raise UserError(
                 f"{origin}: {path} is {json.dumps(found)}, but the recipe has {setting}: "
-                f'set it to "auto", or change the recipe'
+                f'set it to "auto" or leave it out, or change the recipe'
             )
     config = _without_auto(given)
     for section in ("optimizer", "scheduler", "train_batch_size"):

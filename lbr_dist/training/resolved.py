@@ -55,8 +55,12 @@ def same_on_all(team: Team, path: Path) -> Manifest:
         raise UserError(first)
     if _commit(seen) != first and in_time(lambda: _commit(_look(path)) == first):
         seen = _look(path)
-    for rank, (host, found) in enumerate(team.gather((socket.gethostname(), _commit(seen)))):
+    reports = team.gather((socket.gethostname(), _commit(seen)))
+    removed = not team.broadcast(path.is_dir())  # as rank 0 sees it
+    for rank, (host, found) in enumerate(reports):
         if found != first:
+            if removed:
+                raise UserError(gone(path))
             which = "no whole" if isinstance(found, str) else "another"
             raise UserError(
                 f"rank {rank} on {host} sees {which} checkpoint at {path}: the run folder must be on storage that all "

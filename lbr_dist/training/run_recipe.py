@@ -56,7 +56,7 @@ def load_run_recipe(folder: Path) -> Recipe:
         kind = f"its {RECIPE} is missing" if copy else f"not a run nor a checkpoint of lbr (it has no {RECIPE})"
         raise UserError(f"{folder}: {kind}{there}")
     try:
-        return load_recipe(file)
+        return load_recipe(file, kept=True)
     except UserError as error:
         raise UserError(f"{error}{there}") from None
 

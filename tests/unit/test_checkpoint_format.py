@@ -345,6 +345,9 @@ def test_a_start_names_the_newest_checkpoint_where_a_writer_died_before_it_could
     latest.write_text("step-000005\n")
     writer(tmp_path)
     assert latest.read_text() == "step-000006\n"
+    latest.unlink()
+    latest.mkdir()
+    writer(tmp_path)  # the next save tells
 
 
 def _save_forever(run: str, step: int, started: Any) -> None:

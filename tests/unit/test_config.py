@@ -126,7 +126,10 @@ def test_an_override_without_a_value_unsets_nothing(tmp_path: Path) -> None:
     """A script's variable that is not set undid the recipe's own value."""
     file = write(tmp_path, {**MINIMAL, "model": {"path": "base", "start_from": "run"}})
     for blank in ("", " ", "\n"):
-        with pytest.raises(UserError, match=r"^override 'model.start_from=.*': has no value; write null to unset it$"):
+        with pytest.raises(
+            UserError,
+            match=r"^override 'model.start_from=.*': has no value; write '.*=\"\"' .*, or .*=null to unset it$",
+        ):
             load_recipe(file, [f"model.start_from={blank}"])
     for nothing in ("#b", "---", "!!null ''"):
         with pytest.raises(UserError, match="YAML reads no value in it; put a text in quotes, or write null"):
@@ -260,3 +263,10 @@ def test_the_reference_page_lists_every_setting():
     for setting in settings():
         assert setting.meaning, setting.name
         assert setting.default is None or json.loads(setting.default) != {}, "a section is listed by its parts"
+
+
+def test_paths_that_a_run_has_kept_are_not_judged_again(tmp_path: Path) -> None:
+    file = write(tmp_path, {**MINIMAL, "output": "$SCRATCH/r1"})
+    with pytest.raises(UserError, match="is not expanded here"):
+        load_recipe(file)
+    assert load_recipe(file, kept=True).output == "$SCRATCH/r1"

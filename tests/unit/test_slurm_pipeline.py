@@ -99,7 +99,9 @@ def test_what_cannot_be_evaluated_or_exported_is_not_trained(
     two.write_text(two.read_text().replace("path: d", f"path: {tmp_path}/set"))
     (tmp_path / "set").mkdir()
     for side, code in ((texts, 2), (held_out, 0)):
-        (tmp_path / "set" / "manifest.json").write_text(json.dumps({"format": 0, "fingerprint": "", "splits": {"eval": side}}))
+        (tmp_path / "set" / "manifest.json").write_text(
+            json.dumps({"format": 0, "fingerprint": "", "splits": {"eval": side}})
+        )
         done = pipeline(**python)
         assert done.returncode == code
         assert (tmp_path / "asked").exists() is not ("no question on its eval side: prepare it" in done.stderr)

@@ -153,4 +153,4 @@ def _by_domain(source: Source, row_N: np.ndarray | None) -> dict[str, np.ndarray
     used_N = np.arange(len(domains)) if row_N is None else row_N
     names, which_N, count_D = np.unique(domains[used_N].astype(str), return_inverse=True, return_counts=True)
     by_domain_N = used_N[np.argsort(which_N, kind="stable")]
-    return {str(name): part for name, part in zip(names, np.split(by_domain_N, np.cumsum(count_D)[:-1]), strict=True)}
+    return {str(name): part for name, part in zip(names, np.split(by_domain_N, np.cumsum(count_D)[:-1]), strict=False)}

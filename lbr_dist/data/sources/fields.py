@@ -156,7 +156,7 @@ class Converter:
                 "wrong_type",
                 f"the row has {role} ({','.join(self._finder.find(row, role) or ())}), and an earlier one told that "
                 f"these are of kind {self.kind}: give those of another kind a file of their own, or name one kind for "
-                "all (--kind)",
+                "all (--kind)" + "; that one had a text and no question" * (self.kind == "corpus"),
             )
 
     def _holds(self, row: Mapping[str, Any], role: str) -> bool:
