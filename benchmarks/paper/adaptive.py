@@ -46,7 +46,7 @@ def calibrate(unit: str, x_N: np.ndarray, bits_N: np.ndarray) -> float:
     low, high = 1e-3, 1e6  # many tokens a text, and one
     for _ in range(60):
         middle = math.sqrt(low * high)
-        one = {"ratio": middle} if unit == "ratio" else {"surprisal": {"model": "", "bits": middle}}
+        one = {"ratio": middle} if unit == "ratio" else {"surprisal": {"model": "any", "bits": middle}}
         bottleneck = Bottleneck.model_validate({"max_tokens": MOST, **one})
         many = bottleneck_lengths(bottleneck, x_N, bits_N).mean() > AVERAGE
         low, high = (middle, high) if many else (low, middle)

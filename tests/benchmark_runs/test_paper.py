@@ -215,7 +215,7 @@ def test_adaptive_bottlenecks_have_the_average_of_the_fixed_one(unit):
     rng = np.random.default_rng(0)
     x_N, bits_N = rng.integers(5, 150, 5000), rng.uniform(20, 900, 5000)
     found = adaptive.calibrate(unit, x_N, bits_N)
-    one = {"ratio": found} if unit == "ratio" else {"surprisal": {"model": "", "bits": found}}
+    one = {"ratio": found} if unit == "ratio" else {"surprisal": {"model": "any", "bits": found}}
     bottleneck = Bottleneck.model_validate({"max_tokens": adaptive.MOST, **one})
     assert bottleneck_lengths(bottleneck, x_N, bits_N).mean() == pytest.approx(adaptive.AVERAGE, abs=0.1)
 
