@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,20 +64,15 @@ def resume_from(attempt: Path, run_dir: Path, rank: int) -> str:
     Raises:
         UserError: this node does not see what the driver's has written.
     """
-    from lbr_dist.training import run_folder
+    from lbr_dist.training.run_folder import in_time
 
-    deadline = time.monotonic() + run_folder.SEEN_AFTER_S
-    while True:
-        try:
-            return (attempt / RESUME).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"output {run_dir}: rank {rank} on {socket.gethostname()} does not see the folder that the driver "
-                    "made there: name a folder on storage that all nodes share, mounted at the same path, or leave "
-                    "that node out"
-                ) from None
-        time.sleep(0.2)
+    file = attempt / RESUME
+    if not in_time(file.is_file):
+        raise UserError(
+            f"output {run_dir}: rank {rank} on {socket.gethostname()} does not see the folder that the driver made "
+            "there: name a folder on storage that all nodes share, mounted at the same path, or leave that node out"
+        )
+    return file.read_text(encoding="utf-8")
 
 
 def go_to(here: str) -> None:

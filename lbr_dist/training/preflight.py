@@ -95,9 +95,12 @@ def check(
     check_loader_processes(recipe)
     tokenization = _check_model(recipe)
     check_resumed_model(recipe, resume, allow_change)
-    if not resumes(recipe, resume):
-        _check_end(recipe, tokenization)
-        if recipe.model.start_from is not None and not ahead:
+    starts = recipe.model.start_from is not None and not ahead
+    endless = "generative" in recipe.tasks and tokenization.eos_id is None
+    if (starts or endless) and not resumes(recipe, resume):
+        if endless:
+            _check_end(recipe.model.path)
+        if starts:
             check_start(recipe, allow_change)
     plan, readers = open_data(recipe, tokenization)
     return Job(recipe, environment, regime, tokenization, plan, readers, tuple(allow_change), then)
@@ -148,17 +151,14 @@ def _check_model(recipe: Recipe) -> Tokenization:
     return tokenization
 
 
-def _check_end(recipe: Recipe, tokenization: Tokenization) -> None:
-    """Check that answers get the end that the model knows.
+def _check_end(path: str) -> None:
+    """Check that a model whose tokenizer names no end-of-sequence token knows none either: answers would lack it.
 
     Raises:
-        UserError: the tokenizer names none.
+        UserError: it does.
     """
     from transformers import PretrainedConfig
 
-    if "generative" not in recipe.tasks or tokenization.eos_id is not None:
-        return
-    path = recipe.model.path
     named = cached_first(PretrainedConfig.get_config_dict, path)[0].get("eos_token_id")  # a family may have a default
     if named is not None:
         raise UserError(
