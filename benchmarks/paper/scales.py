@@ -71,7 +71,7 @@ SCALES = {
         dev=500,
         test=1000,
         generative=("duration.steps=80",),
-        contrastive=("batch.global_batch=64", "duration.steps=20"),
+        contrastive=("batch.global_batch=64", "batch.micro_tokens=4096", "duration.steps=20"),
         joint=("joint.bins=4", "batch.global_batch=64", "duration.steps=20"),
         language_model=None,
         generative_rates=(2e-4,),
