@@ -27,7 +27,7 @@ SHARDS = 8
 def write(folder: Path, count: int, sides: Sequence[str]) -> None:
     """The same records as a prepared set (tars, which webdataset reads too), JSON lines, and MDS shards."""
     from lbr_dist.data.record import Record
-    from lbr_dist.data.shards import write_set
+    from lbr_dist.data.shard_writer import write_set
     from lbr_dist.model.tokenizer import Tokenization
 
     rows = list(make_rows(count))

@@ -62,7 +62,7 @@ def make_inputs(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lbr_dist.data.record import Record
-    from lbr_dist.data.shards import write_set
+    from lbr_dist.data.shard_writer import write_set
     from lbr_dist.model.tokenizer import Tokenization
 
     for name, sizes in SHAPES.items():

@@ -35,7 +35,8 @@ from lbr_dist.data.plan.base import PlannedSample, SampleRef
 from lbr_dist.data.plan.packing import best_fit
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import PackedBatch, Sample, pack
-from lbr_dist.training.flops import FlopCounter, peak_flops
+from lbr_dist.training.flops import FlopCounter
+from lbr_dist.training.machines import peak_flops
 
 VARIANTS = ("base", "checkpointing", "logits", "compile")
 KINDS = {

@@ -38,7 +38,7 @@ from lbr_dist.data.loader import Loader
 from lbr_dist.data.plan import open_data
 from lbr_dist.data.plan.packing import assign_bins
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.shard_writer import write_set
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import PackedBatch, Sample
 from lbr_dist.model.tokenizer import Tokenization

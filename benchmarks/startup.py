@@ -97,7 +97,7 @@ def make_data(folder: Path, shape: str) -> None:
     from benchmarks.common import random_model
     from benchmarks.loader_sides import make_rows, make_tokenizer
     from lbr_dist.data.record import Record
-    from lbr_dist.data.shards import write_set
+    from lbr_dist.data.shard_writer import write_set
     from lbr_dist.model.tokenizer import Tokenization
 
     rows = list(make_rows(2000))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from lbr_dist.config import Recipe
+from lbr_dist.disk import file_xxh128
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import parse_recipe, save_recipe
-from lbr_dist.training.checkpoint_files import checksum
 from lbr_dist.training.checkpoint_format import (
     FORMAT,
     FileEntry,
@@ -68,7 +68,7 @@ def write_checkpoint(checkpoint: Path, recipe: Recipe, model: LbrModel, step: in
     files = {file.name: FileEntry(kind="weights", bytes=written.bytes, xxh128=written.xxh128, slices=slices)}
     for extra in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p != file):
         files[str(extra.relative_to(checkpoint))] = FileEntry(
-            kind="extra", bytes=extra.stat().st_size, xxh128=checksum(extra)
+            kind="extra", bytes=extra.stat().st_size, xxh128=file_xxh128(extra)
         )
     write_manifest(checkpoint, parameters, files, step=step)
 

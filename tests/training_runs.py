@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.shard_writer import write_set
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.logs import read_rows

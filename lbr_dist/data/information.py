@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import xxhash
 
 from lbr_dist.data.shard_writer import ShardInfo
-from lbr_dist.data.shards import PreparedSet, file_xxh128
+from lbr_dist.data.shards import PreparedSet
 from lbr_dist.data.split_index import Ragged, read_table
-from lbr_dist.disk import sync
+from lbr_dist.disk import file_xxh128, sync
 from lbr_dist.errors import UserError
 
 SCHEMA = pa.schema(

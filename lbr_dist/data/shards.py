@@ -15,32 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from lbr_dist.data import remote
-from lbr_dist.data.shard_reader import REMEDY, ShardReader
-from lbr_dist.data.shard_writer import (
-    FORMAT,
-    SPLITS,
-    ShardInfo,
-    ShardWriter,
-    SplitInfo,
-    manifest_fingerprint,
-    write_set,
-)
+from lbr_dist.data.shard_reader import REMEDY
+from lbr_dist.data.shard_writer import FORMAT, SPLITS, ShardInfo, SplitInfo, manifest_fingerprint
 from lbr_dist.data.split_index import SplitIndex, read_table
-from lbr_dist.disk import cache_folder, usable_folder
+from lbr_dist.disk import cache_folder, file_xxh128, usable_folder
 from lbr_dist.errors import UserError
-
-__all__ = [
-    "PreparedSet",
-    "ShardReader",
-    "ShardWriter",
-    "check_tokenizer",
-    "open_set",
-    "verify",
-    "write_set",
-]
 
 
 @dataclass(frozen=True)
@@ -202,15 +183,6 @@ def check_file(path: Path, xxh128: str) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {REMEDY}") from None
     if found != xxh128:
         raise UserError(f"{path}: its checksum changed: {REMEDY}")
-
-
-def file_xxh128(path: Path) -> str:
-    """XXH3-128 of a file, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _files(opened: PreparedSet) -> Iterator[tuple[str, int, str]]:

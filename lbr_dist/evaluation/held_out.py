@@ -17,7 +17,8 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.record import normalise, normalised_hash
-from lbr_dist.data.shards import PreparedSet, ShardReader, open_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import PreparedSet, open_set
 from lbr_dist.data.sources import beir
 from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.data.sources.readers import rows

@@ -15,7 +15,9 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.remote import is_url
-from lbr_dist.data.shards import SPLITS, ShardReader, open_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shard_writer import SPLITS
+from lbr_dist.data.shards import open_set
 from lbr_dist.data.sources.row_values import REASONS, RowError, text
 from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError

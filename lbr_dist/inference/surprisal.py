@@ -12,7 +12,8 @@ import numpy as np
 
 from lbr_dist.data.information import SCHEMA, model_fingerprint, part_path, read_information, read_part, write_part
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import check_tokenizer, open_set
 from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 

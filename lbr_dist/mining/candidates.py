@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lbr_dist.data.record import normalised_hash
-from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import PreparedSet
 from lbr_dist.errors import UserError
 
 SIDE = "cl"

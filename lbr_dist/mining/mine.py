@@ -23,7 +23,9 @@ from lbr_dist.data.execute import Executor, Here, current
 from lbr_dist.data.manifest import manifest_of
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
-from lbr_dist.data.shards import PreparedSet, ShardReader, file_xxh128, open_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import PreparedSet, open_set
+from lbr_dist.disk import file_xxh128
 from lbr_dist.errors import UserError, printable
 from lbr_dist.inference.blocks import BLOCK_TEXTS
 from lbr_dist.mining.candidates import SIDE, Candidates, survey

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 
-from lbr_dist.data.shards import file_xxh128
-from lbr_dist.disk import sync
+from lbr_dist.disk import file_xxh128, sync
 
 if TYPE_CHECKING:
     from lbr_dist.inference.bm25 import BM25

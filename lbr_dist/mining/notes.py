@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import PreparedSet
 from lbr_dist.mining.candidates import SIDE, Candidates
 from lbr_dist.mining.choose import Chosen
 from lbr_dist.mining.report import Counts, Example, Text

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from lbr_dist.data.execute import Executor
 from lbr_dist.data.progress import Progress
-from lbr_dist.data.shards import PreparedSet, ShardReader
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import PreparedSet
 from lbr_dist.inference.blocks import EncodeBlock, TextBlock, part_file, part_vectors, text_blocks
 from lbr_dist.inference.vector_file import read_vectors, write_vectors
 from lbr_dist.mining.candidates import SIDE

@@ -18,8 +18,9 @@ from lbr_dist.data import remote
 from lbr_dist.data.record import Record
 from lbr_dist.data.shard_reader import REMEDY, ShardReader
 from lbr_dist.data.shard_writer import SPLITS, ShardWriter, SplitInfo, write_manifest
-from lbr_dist.data.shards import PreparedSet, file_xxh128
+from lbr_dist.data.shards import PreparedSet
 from lbr_dist.data.split_index import SplitIndex
+from lbr_dist.disk import file_xxh128
 from lbr_dist.errors import UserError
 from lbr_dist.mining.candidates import SIDE, Candidates
 

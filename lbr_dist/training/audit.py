@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lbr_dist.config import Recipe
     from lbr_dist.data.assemble import LocalBatch
     from lbr_dist.data.plan import Plan, Source
-    from lbr_dist.data.shards import ShardReader
+    from lbr_dist.data.shard_reader import ShardReader
 
 FOLDER = "audit"
 

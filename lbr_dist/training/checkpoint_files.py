@@ -69,15 +69,6 @@ def replace_bytes(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
-def checksum(path: Path) -> str:
-    """xxh128 of a file, read in chunks."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def flush(file: BinaryIO) -> None:
     """Force a file that is open to disk."""
     file.flush()

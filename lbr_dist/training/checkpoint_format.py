@@ -30,9 +30,9 @@ from typing import Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lbr_dist.disk import mark
+from lbr_dist.disk import file_xxh128, mark
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_files import TEMPORARY, checksum
+from lbr_dist.training.checkpoint_files import TEMPORARY
 
 log = logging.getLogger("lbr")
 
@@ -219,7 +219,7 @@ def _file_problem(file: Path, entry: FileEntry, deep: bool, again: bool) -> str 
             return f"{file}: {size} bytes, expected {entry.bytes} ({'truncated' if size < entry.bytes else 'too long'})"
         known = (entry.xxh128, mark(file))
         if deep and (again or _sound.get(file.absolute()) != known):
-            if checksum(file) != entry.xxh128:
+            if file_xxh128(file) != entry.xxh128:
                 return f"{file}: damaged (its checksum does not match)"
             _sound[file.absolute()] = known
     except FileNotFoundError:

@@ -1,8 +1,7 @@
 """`lbr plan`: what a recipe will need and take on N ranks, before anything is started.
 
 Steps and tokens are not estimated: the plan knows them. Memory is counted (memory_model.py); time is operations over an
-assumed share of the peak, next to what the network must carry. Shares and bandwidths are assumptions (`MACHINES` in
-memory_model.py).
+assumed share of the peak, next to what the network must carry. Shares and bandwidths are assumptions (machines.py).
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.training.ds_config import load_regime
 from lbr_dist.training.flops import FlopCounter
-from lbr_dist.training.memory_model import GIB, MACHINES, Machine, Memory, Shape, memory, trained_elements
+from lbr_dist.training.machines import MACHINES, Machine
+from lbr_dist.training.memory_model import GIB, Memory, Shape, memory, trained_elements
 from lbr_dist.training.preflight import Job, check
 from lbr_dist.training.tracking import duration
 

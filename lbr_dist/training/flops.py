@@ -17,27 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lbr_dist.config import Recipe
 
 if TYPE_CHECKING:
     from lbr_dist.data.plan.base import PlannedSample
-
-PEAK_FLOPS = {
-    "H200 NVL": 836e12,
-    "H100 NVL": 836e12,
-    "H100 PCIe": 756e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-}
-"""Dense bfloat16 operations per second of one GPU, by the makers' data sheets; the first name in its own counts."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +61,3 @@ class FlopCounter:
                 cells = s.tokens * (s.tokens + 1) / 2 if self.causal or s.side == "x" else float(s.tokens) ** 2
             total += self.per_token * s.tokens + self.per_target * s.y_len + self.per_cell * cells
         return total
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Peak of the device, None where it is not known (CPUs among them)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)

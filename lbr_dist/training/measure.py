@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lbr_dist.training.flops import FlopCounter, peak_flops
+from lbr_dist.training.flops import FlopCounter
+from lbr_dist.training.machines import peak_flops
 from lbr_dist.training.tracking import duration
 
 if TYPE_CHECKING:

@@ -12,40 +12,10 @@ from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.model.head import CHUNK
+from lbr_dist.training.machines import MACHINES, Machine
 
 GIB = 2.0**30
 LAYERS = "model.layers."
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One device: memory in GiB, peak operations and link bytes per second, and the share of the peak assumed."""
-
-    name: str
-    memory_gib: float
-    peak_flops: float
-    inside: float
-    """To the other devices of the node, bytes/s."""
-    outside: float
-    """To other nodes, bytes/s per device."""
-    per_node: int
-    share: float
-    """Share of the peak that a step reaches while it computes (MFU without communication)."""
-    base_gib: float
-    """Memory that the process takes before the model: CUDA context and libraries, or the Python process."""
-    write: float = 0.0
-    """Bytes/s at which a rank's checkpoint is checksummed and forced to disk; where the host is the device."""
-
-
-MACHINES = {
-    "h100": Machine("H100 SXM", 80, 989e12, 450e9, 50e9, 8, 0.40, 1.5),
-    "h200": Machine("H200 SXM", 141, 989e12, 450e9, 50e9, 8, 0.40, 1.5),
-    "a100": Machine("A100 SXM", 80, 312e12, 300e9, 25e9, 8, 0.45, 1.5),
-    "cpu": Machine("CPU core", float("inf"), 60e9, 5e9, 1e9, 64, 0.7, 0.53, 0.1e9),
-}
-"""Peaks and links by data sheet (NVLink one way; 400 or 200 Gbit/s of network per GPU); `cpu` is a rough guess."""
-
-
 ADAPTER_SLACK, CONTRASTIVE_SLACK = 0.65, 0.4
 """What glibc keeps, as a share of the activations (recomputed or not): fitted to the runs of benchmarks/memory.py."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.shard_writer import write_set
 from lbr_dist.model.tokenizer import Tokenization
 
 WORDS = ["aspirin", "salicylate", "drug", "fever", "heart", "blood", "vessel", "rash", "measles", "water", "unknown"]

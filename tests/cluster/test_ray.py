@@ -145,7 +145,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 def recipe(ray: RayCluster, tiny_model_dir: Callable[..., Path]) -> Callable[..., Path]:
     """Factory: `recipe(name, **sections)` writes the recipe of a run `runs/name`."""
     from lbr_dist.data.record import Record
-    from lbr_dist.data.shards import write_set
+    from lbr_dist.data.shard_writer import write_set
     from lbr_dist.model.tokenizer import Tokenization
 
     model, data = tiny_model_dir("llama"), ray.folder / "data"

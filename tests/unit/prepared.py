@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lbr_dist.data.preparation.prepare import PrepareReport, prepare
-from lbr_dist.data.shards import ShardReader, open_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import open_set
 
 
 class Bytes:

@@ -13,7 +13,7 @@ from runs import write_manifest
 
 from lbr_dist.data.plan import Plan, open_data
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.shard_writer import write_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe

@@ -21,9 +21,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lbr_dist.disk import file_xxh128
 from lbr_dist.errors import UserError
 from lbr_dist.training import tensor_file as files
-from lbr_dist.training.checkpoint_files import checksum
 from lbr_dist.training.checkpoint_format import (
     MANIFEST,
     OptimizerEntry,
@@ -100,7 +100,9 @@ def test_written_files_are_plain_safetensors(tmp_path):
     loaded = load_file(tmp_path / "x.safetensors")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
-    assert written == files.Written((tmp_path / "x.safetensors").stat().st_size, checksum(tmp_path / "x.safetensors"))
+    assert written == files.Written(
+        (tmp_path / "x.safetensors").stat().st_size, file_xxh128(tmp_path / "x.safetensors")
+    )
 
 
 def test_a_checkpoint_reads_back(tmp_path):
@@ -194,7 +196,7 @@ def test_a_process_reads_a_checkpoint_once(tmp_path, monkeypatch):
     save(writer(tmp_path), 1)
     read = []
     monkeypatch.setattr(
-        "lbr_dist.training.checkpoint_format.checksum", lambda path: read.append(path) or checksum(path)
+        "lbr_dist.training.checkpoint_format.file_xxh128", lambda path: read.append(path) or file_xxh128(path)
     )
     checkpoint = resolve(tmp_path)
     count = len(read)
@@ -210,7 +212,7 @@ def test_a_file_that_could_not_be_read_once_is_read_again(tmp_path, monkeypatch)
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lbr_dist.training.checkpoint_format.checksum", failing)
+        patched.setattr("lbr_dist.training.checkpoint_format.file_xxh128", failing)
         with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
             resolve(checkpoint)
     assert resolve(checkpoint) == checkpoint

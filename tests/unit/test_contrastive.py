@@ -13,7 +13,7 @@ from lbr_dist.data.assemble import SIDES, LocalBatch
 from lbr_dist.data.loader import Loader
 from lbr_dist.data.plan import open_data
 from lbr_dist.data.record import Record, normalised_hash
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.shard_writer import write_set
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.objectives.contrastive import contrastive_loss, learned_temperature

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lbr_dist.data.plan.base import PlannedSample, SampleRef
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.shard_writer import write_set
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.backbone import load_config
@@ -23,8 +23,9 @@ from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.estimate import communication, estimate
-from lbr_dist.training.flops import FlopCounter, peak_flops
-from lbr_dist.training.memory_model import MACHINES, Shape, copied_elements, memory, trained_elements
+from lbr_dist.training.flops import FlopCounter
+from lbr_dist.training.machines import MACHINES, peak_flops
+from lbr_dist.training.memory_model import Shape, copied_elements, memory, trained_elements
 from lbr_dist.training.preflight import check
 
 ZERO3 = {"stage": 3}

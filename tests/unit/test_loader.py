@@ -24,7 +24,9 @@ from lbr_dist.data.loader import Loader, _Batches
 from lbr_dist.data.plan import make_plan, open_data
 from lbr_dist.data.record import Record, normalised_hash
 from lbr_dist.data.remote import UnreachableError
-from lbr_dist.data.shards import ShardReader, open_set, write_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shard_writer import write_set
+from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.preflight import check_loader_processes

@@ -21,7 +21,9 @@ import pytest
 
 from lbr_dist.data.execute import Here
 from lbr_dist.data.record import Record, normalise
-from lbr_dist.data.shards import ShardReader, open_set, verify, write_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shard_writer import write_set
+from lbr_dist.data.shards import open_set, verify
 from lbr_dist.errors import UserError
 from lbr_dist.inference.encoder import unit
 from lbr_dist.mining import mine as module

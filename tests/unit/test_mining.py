@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import open_set, write_set
+from lbr_dist.data.shard_writer import write_set
+from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
 from lbr_dist.inference.bm25 import BM25
 from lbr_dist.inference.encoder import unit

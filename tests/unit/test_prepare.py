@@ -21,7 +21,8 @@ from lbr_dist.data.preparation import first_pass, pipeline
 from lbr_dist.data.preparation.isolation import Crossings
 from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.data.record import normalise
-from lbr_dist.data.shards import ShardReader, open_set, verify
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import open_set, verify
 from lbr_dist.errors import UserError
 
 

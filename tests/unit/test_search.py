@@ -9,7 +9,7 @@ from runs import make_run
 from lbr_dist.cli import main
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import write_set
+from lbr_dist.data.shard_writer import write_set
 from lbr_dist.data.sources.beir import find_beir
 from lbr_dist.errors import UserError
 from lbr_dist.inference import encoder as encoders

@@ -21,7 +21,9 @@ from prepared import Bytes
 
 from lbr_dist.data import remote
 from lbr_dist.data.record import Record, normalised_hash
-from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set, verify, write_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shard_writer import write_set
+from lbr_dist.data.shards import check_tokenizer, open_set, verify
 from lbr_dist.errors import UserError
 
 RECORDS = [

@@ -28,7 +28,8 @@ from lbr_dist.data.information import (
 from lbr_dist.data.loader import Loader
 from lbr_dist.data.plan import open_data
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import open_set, write_set
+from lbr_dist.data.shard_writer import write_set
+from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
 from lbr_dist.export.export import export
 from lbr_dist.export.tokens import fixed_tokens

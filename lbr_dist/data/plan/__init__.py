@@ -25,7 +25,8 @@ from lbr_dist.data.plan.base import (
 from lbr_dist.data.plan.contrastive import ContrastivePlan
 from lbr_dist.data.plan.generative import GenerativePlan
 from lbr_dist.data.plan.joint import JointPlan
-from lbr_dist.data.shards import ShardReader, check_tokenizer, open_set
+from lbr_dist.data.shard_reader import ShardReader
+from lbr_dist.data.shards import check_tokenizer, open_set
 from lbr_dist.errors import UserError
 
 if TYPE_CHECKING:

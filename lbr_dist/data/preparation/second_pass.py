@@ -21,8 +21,8 @@ from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.preparation.spool import Spool, SpoolSlice
 from lbr_dist.data.record import Record, batches, normalised_hash
 from lbr_dist.data.shard_writer import ShardInfo, ShardWriter, SplitInfo, shard_starts
-from lbr_dist.data.shards import file_xxh128
 from lbr_dist.data.token_counter import TokenCounter, Tokens
+from lbr_dist.disk import file_xxh128
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.data.record import Record
-from lbr_dist.data.shards import file_xxh128
+from lbr_dist.disk import file_xxh128
 
 OPEN_FILES = 64
 """Files that are kept open at a time."""

@@ -17,12 +17,12 @@ from typing import IO, Any
 
 from lbr_dist.data import remote
 from lbr_dist.data.manifest import manifest_of
-from lbr_dist.data.shards import file_xxh128
 from lbr_dist.data.sources.beir import find_beir, find_files
 from lbr_dist.data.sources.compressed import open_file
 from lbr_dist.data.sources.field_names import KINDS
 from lbr_dist.data.sources.formats import ENDING, FORMATS, UNITS, format_of, is_source
 from lbr_dist.data.sources.patterns import SPECIAL, matches
+from lbr_dist.disk import file_xxh128
 from lbr_dist.errors import UserError, printable
 
 MOST_LISTED = 10
