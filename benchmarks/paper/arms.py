@@ -12,7 +12,7 @@ from typing import Literal
 PLAIN = ("bottleneck.enabled=false", "contrastive.pooling=mean")
 LAST = ("bottleneck.enabled=false", "contrastive.pooling=last")
 TURNED = ("data.sets=[{path: data/swapped}]",)
-TEXT = ("data.sets=[{path: data/text}]",)
+TEXT = ("data.sets=[{path: data/text_apart}]",)
 HALVES = ("data.sets=[{path: data/halves}]",)
 BOTH = ("data.sets=[{path: data/domain}, {path: data/swapped}]",)
 NEXT_TOKEN = ("generative.target=prefix", "generative.prefix_min=0", "generative.prefix_max=0")

@@ -6,12 +6,18 @@
 One question each of some entities is held out: `dev` for choosing learning rates, `test` for the tables. Everything
 else about these entities is left out of training here, by entity, and `lbr prepare --decontaminate` leaves out what
 shares a question, an answer or most of its text with them. The rest is split 3 : 1 into GL and CL, by entity.
+
+Raw text is prepared twice: `text`, which the language model of `small` is made from and which may name what is held
+out, as the text behind any pretrained model may; and `text_apart`, for the arms whose stage 1 is raw text, without the
+documents that do.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from benchmarks import jsonl
@@ -24,6 +30,7 @@ ENTITY = r"id~^(.*):[^:]*$"
 CL_SHARE = "0.25"
 TEXT_ROWS = 40_000
 """Most raw documents that are prepared; the runs read fewer."""
+WORDS = re.compile(r"\w+")
 
 
 def entity(row: Row) -> str:
@@ -45,9 +52,10 @@ def hold_out(rows: list[Row], dev: int, test: int) -> tuple[list[Row], list[Row]
 
 
 def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
-    """Prepare `data/domain`, `halves`, `swapped`, `text`, `dev` and `test` in the command's folder."""
+    """Prepare `data/domain`, `halves`, `swapped`, `text`, `text_apart`, `dev` and `test` in the command's folder."""
     out = lbr.folder
-    dev, test, rest = hold_out(jsonl.read(find(source, f"{domain}.jsonl")), scale.dev, scale.test)
+    everything = jsonl.read(find(source, f"{domain}.jsonl"))
+    dev, test, rest = hold_out(everything, scale.dev, scale.test)
     for name, rows in (("dev", dev), ("test", test), ("qa", rest)):
         jsonl.write(out / f"{name}.jsonl", rows)
     scale.backbone(out / "base-0", [out / "qa.jsonl"], 0)
@@ -67,8 +75,14 @@ def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
             share,
         )
     make_swapped(lbr, common)
-    jsonl.write(out / "text.jsonl", raw_text(source, domain, out, rest))
-    lbr("prepare-text", "prepare", "text.jsonl", "--out", "data/text", *common, "--kind", "corpus", "--cl", "0")
+    held = {entity(row) for row in (*dev, *test)}
+    texts = raw_text(source, domain, out, rest)
+    for name, wanted in (("text", None), ("text_apart", naming_none(row for row in everything if entity(row) in held))):
+        jsonl.write(out / f"{name}.jsonl", drawn(texts, wanted))
+        lbr(
+            f"prepare-{name}", "prepare", f"{name}.jsonl", "--out", f"data/{name}", *common, "--kind", "corpus",
+            "--cl", "0",
+        )  # fmt: skip
     for name in ("dev", "test"):
         lbr(
             f"prepare-{name}", "prepare", f"{name}.jsonl", "--out", f"data/{name}", "--name", domain,
@@ -88,18 +102,41 @@ def make_swapped(lbr: Lbr, common: tuple[str, ...]) -> None:
     lbr("prepare-swapped", "prepare", "swapped.jsonl", "--out", "data/swapped", *common, "--cl", "0")
 
 
-def raw_text(source: Path, domain: str, out: Path, rows: Iterable[Row]) -> Iterator[Row]:
-    """Documents `{id, text}`: lines of the corpus, drawn at random, or answers of the GL side."""
+def raw_text(source: Path, domain: str, out: Path, rows: Iterable[Row]) -> list[str]:
+    """Documents: lines of the corpus, or answers of the GL side."""
     try:
         file = find(source, f"{domain}.corpus.txt")
     except SystemExit:
         gl = set(open_set(out / "data" / "domain").index("gl").ids)
-        texts = [row["answer"] for row in rows if row["id"] in gl]
-    else:
-        with jsonl.open_text(file, "r") as lines:
-            texts = [line.strip() for line in lines if line.strip()]
-    for number in sorted(random.Random(0).sample(range(len(texts)), min(TEXT_ROWS, len(texts)))):
+        return [row["answer"] for row in rows if row["id"] in gl]
+    with jsonl.open_text(file, "r") as lines:
+        return [line.strip() for line in lines if line.strip()]
+
+
+def drawn(texts: list[str], wanted: Callable[[str], bool] | None) -> Iterator[Row]:
+    """Documents `{id, text}` that are `wanted`, at most `TEXT_ROWS` of them, drawn at random; always the same."""
+    numbers = [number for number, text in enumerate(texts) if wanted is None or wanted(text)]
+    for number in sorted(random.Random(0).sample(numbers, min(TEXT_ROWS, len(numbers)))):
         yield {"id": f"text:{number}", "text": texts[number]}
+
+
+def naming_none(rows: Iterable[Row]) -> Callable[[str], bool]:
+    """Whether a text is without every name of these rows: the term of `What is TERM?`, and of `NAME: definition`. Names
+    are compared word by word, in lower case."""
+    names: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for row in rows:
+        term, name = re.fullmatch(r"What is (.*)\?", row["question"]), re.match(r"(.*?): ", row["answer"])
+        for found in (term, name):
+            if found and (words := tuple(WORDS.findall(found[1].lower()))):
+                names[words[0]].add(words)
+
+    def wanted(text: str) -> bool:
+        words = WORDS.findall(text.lower())
+        return not any(
+            tuple(words[at : at + len(name)]) == name for at, word in enumerate(words) for name in names.get(word, ())
+        )
+
+    return wanted
 
 
 def find(source: Path, name: str) -> Path:

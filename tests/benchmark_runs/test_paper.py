@@ -15,7 +15,7 @@ from benchmarks.paper import __main__ as paper
 from benchmarks.paper import adaptive, backbone, prediction, tables
 from benchmarks.paper.__main__ import curves
 from benchmarks.paper.arms import ARMS, SHARES, rate_name
-from benchmarks.paper.domains import ENTITY, entity, hold_out
+from benchmarks.paper.domains import ENTITY, drawn, entity, hold_out, naming_none
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.search import LEARN
@@ -89,6 +89,24 @@ def test_held_out_entities_leave_training():
     assert len(rest) == 300 - 3 * 30
     assert hold_out(rows, 10, 20) == (dev, test, rest)
     assert ENTITY.startswith("id~")
+
+
+def test_text_apart_names_nothing_that_is_held_out():
+    apart = naming_none(
+        [
+            {"question": "What is breast DLBCL?", "answer": "breast large B-cell lymphoma: A lymphoma: rare."},
+            {"question": "Which disease is it?", "answer": "rash"},
+        ]
+    )
+    texts = [
+        "Breast DLBCL is another name of it.",
+        "See breast large-b cell lymphoma.",
+        "The breast, DLBCLs and lymphoma: A lymphoma.",
+        "A rash. Which disease is it?",
+    ]
+    assert [apart(text) for text in texts] == [False, False, True, True]
+    assert [row["text"] for row in drawn(texts, apart)] == texts[2:]
+    assert len(list(drawn(texts, None))) == 4
 
 
 def toy(tmp_path, monkeypatch, experiment, arms):
