@@ -43,6 +43,7 @@ ARMS: dict[str, Arm] = {
     "ib_gl": Arm("LLM + IB-GL", "generative"),
     "cl": Arm("LLM + CL", "contrastive", settings=PLAIN),
     "cl_last": Arm("LLM + CL, last token", "contrastive", settings=LAST, rate="cl"),
+    "cl_bottleneck": Arm("LLM + CL, bottleneck", "contrastive", rate="cl"),
     "gl_cl": Arm("LLM + GL + CL", "contrastive", "gl", PLAIN),
     "gl_cl_last": Arm("LLM + GL + CL, last token", "contrastive", "gl", LAST, "gl_cl"),
     "lbr": Arm("LLM + IB-GL + CL (LBR)", "contrastive", "ib_gl"),

@@ -54,7 +54,9 @@ EXPERIMENTS = {
         costs=True,
     ),
     "pooling": Experiment(
-        "What pools the baselines", ("cl", "cl_last", "gl_cl", "gl_cl_last", "lbr"), bm25=False
+        "What pools the baselines",
+        ("cl", "cl_last", "cl_bottleneck", "gl_cl", "gl_cl_last", "lbr"),
+        bm25=False,
     ),
     "directions": Experiment(
         "Beyond the paper: stage 1 from question to answer, or both ways",
