@@ -2,6 +2,7 @@
 
 Reads only what runs and evaluations leave behind (`recipe.yaml`, `metrics.jsonl`, `eval.json`), so it works on a copy
 of a run folder without its checkpoints. One panel of loss per stage: the two stages' losses have different units.
+Below them one small panel for each other metric that an operator watches.
 """
 
 from __future__ import annotations
@@ -35,6 +36,20 @@ LOSS = {
     "contrastive": "InfoNCE loss, nats per query",
     "joint": "joint loss (see `joint_weight`)",
 }
+WATCHED = {
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "accuracy": "accuracy in the batch",
+    "tokens_per_s": "tokens/s",
+    "packing": "packing, share",
+    "mfu": "MFU, share",
+    "memory_gib": "memory of rank 0, GiB",
+    "data_wait_s": "data wait, s a step",
+    "checkpoint_stall_s": "stalled for checkpoints, s",
+}
+"""Metrics with a panel of their own, where a run has them."""
+PANELS = 3
+"""In a row."""
 SHOWN = (Metric("nDCG@10", ("retrieval", "ndcg_at_10")), Metric("Recall@10", ("retrieval", "recall_at_10")))
 
 
@@ -140,14 +155,21 @@ def training_table(logs: Sequence[RunLog]) -> str:
 
 
 def figure(logs: Sequence[RunLog], evaluations: Sequence[dict[str, Any]], file: Path) -> None:
-    """Loss of each stage's runs above, retrieval of each evaluation below; a run has one colour throughout."""
+    """Loss of each stage's runs, what else was watched, and retrieval of each evaluation; a run has one colour
+    throughout."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     stages = [stage for stage in LOSS if any(log.recipe.stage == stage for log in logs)]
     names = list(dict.fromkeys([log.name for log in logs] + [t for e in evaluations for t in titles(e["models"])]))
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
-    heights = [3.4] * bool(stages) + [1.1 + 0.4 * len(results["models"]) for results in evaluations]
+    watched = [key for key in WATCHED if any(len(log.curve(key)[0]) for log in logs)]
+    lines = -(-len(watched) // PANELS)
+    heights = (
+        [3.4] * bool(stages)
+        + [1.7 * lines] * bool(watched)
+        + [1.1 + 0.4 * len(results["models"]) for results in evaluations]
+    )
     drawing = Figure(figsize=(11, max(2.5, sum(heights))), layout="constrained")
     FigureCanvasAgg(drawing)
     rows = drawing.subfigures(len(heights) or 1, 1, height_ratios=heights or [1], squeeze=False)[:, 0]
@@ -155,6 +177,12 @@ def figure(logs: Sequence[RunLog], evaluations: Sequence[dict[str, Any]], file: 
         for axis, stage in zip(rows[0].subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
             _losses(axis, [log for log in logs if log.recipe.stage == stage], colours)
             axis.set_title(f"{stage}: {LOSS[stage]}", fontsize=10)
+    if watched:
+        axes = rows[1].subplots(lines, PANELS, squeeze=False).ravel()
+        for axis, key in zip(axes, watched, strict=False):
+            _watched(axis, logs, key, colours)
+        for axis in axes[len(watched) :]:
+            axis.remove()
     for row, results in zip(rows[len(rows) - len(evaluations) :], evaluations, strict=True):
         row.suptitle(describe(results), fontsize=10, x=0.01, ha="left")
         for axis, metric in zip(row.subplots(1, len(SHOWN), sharey=True), SHOWN, strict=True):
@@ -169,6 +197,18 @@ def smooth(values: np.ndarray, share: float = 0.02) -> np.ndarray:
     index = np.arange(len(values))
     low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
     return (total[high] - total[low]) / (high - low)
+
+
+def _watched(axis: Any, logs: Sequence[RunLog], key: str, colours: dict[str, str]) -> None:
+    for log in logs:
+        steps, values = log.curve(key)
+        axis.plot(steps, values, "o" if len(steps) == 1 else "-", color=colours[log.name], linewidth=0.9, markersize=3)
+    axis.set_title(WATCHED[key], fontsize=9)
+    axis.set_ylim(bottom=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:

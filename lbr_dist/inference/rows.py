@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lbr_dist.data.sources.field_names import Finder, listed, reach, value
 from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.data.sources.readers import rows
-from lbr_dist.data.sources.row_values import RowError, blank, identifier, text, type_name
+from lbr_dist.data.sources.row_values import RowError, blank, identifier, text, type_name, unseen
 from lbr_dist.errors import UserError
 
 FIELDS = {
@@ -101,7 +101,7 @@ def _part(found: Any, name: str) -> str:
     if not isinstance(found, str):
         what = "null" if found is None else f"{type_name(found)}, not a text"
         raise RowError("wrong_type", f"field {name!r} is {what}")
-    return found if blank(found) else text(found, name, sys.maxsize)
+    return found if unseen(found) else text(found, name, sys.maxsize)
 
 
 def _choose(row: Mapping[str, Any], side: str, field: str | None, source: Path) -> Finder:

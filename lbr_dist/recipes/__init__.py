@@ -207,7 +207,8 @@ def _meant(key: str, valid: list[str]) -> str | None:
     if known := ELSEWHERE.get(whole, ELSEWHERE.get(last)):
         return known
     if near := [name for name in valid if name.startswith(last)] or difflib.get_close_matches(last, valid, n=1):
-        return near[0]
+        section = key.rpartition(".")[0]
+        return f"{section}.{near[0]}" if section else near[0]
     named = [setting.name for setting in every() if setting.name.rpartition(".")[2] == last]
     return named[0] if len(named) == 1 else None
 

@@ -257,7 +257,7 @@ def test_mistakes_end_the_job(cluster: SlurmCluster, place: Path, submit: Callab
     with taken(cluster, "n1", 29_500):
         port = submit("stage1.sh", "one.yaml", "output=runs/port", options=one, MASTER_PORT="29500")
         cluster.refuse(port, "MASTER_PORT=29500: taken on n1")
-    cluster.refuse(typo, "unknown key optim.lrr; did you mean lr?")
+    cluster.refuse(typo, "unknown key optim.lrr; did you mean optim.lr?")
     cluster.refuse(stage, "stage is contrastive: submit slurm/stage2.sh")
     cluster.refuse(nowhere, "recipe three.yaml: no such file")
     cluster.refuse(wild, "lower optim.lr, or set on_nan=skip")  # the loss was not a number

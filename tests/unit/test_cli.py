@@ -88,7 +88,7 @@ def test_a_file_of_another_user_is_one_line(
     ("arguments", "words"),
     [
         (["train", "missing.yaml"], ["missing.yaml", "no such file"]),
-        (["train", "stage1", "optim.lrr=1"], ["optim.lrr", "did you mean lr?"]),
+        (["train", "stage1", "optim.lrr=1"], ["unknown key optim.lrr; did you mean optim.lr?"]),
         (["recipes", "stage9"], ["stage9", "stage1"]),
         (["recipes", "stage1", "nowhere/x.yaml"], ["nowhere/x.yaml", "cannot be written (No such file or directory)"]),
         (["encode", "m", "a.jsonl", "b.parquet", "--side", "left"], ["--side left", "query or passage"]),

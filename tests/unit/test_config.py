@@ -38,8 +38,8 @@ def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"optim": {"lrr": 1}}, ["optim.lrr", "did you mean lr?"]),
-        ({"model": {"path": "b", "lora": {"rr": 1}}}, ["model.lora.rr", "did you mean r?"]),
+        ({"optim": {"lrr": 1}}, ["optim.lrr", "did you mean optim.lr?"]),
+        ({"model": {"path": "b", "lora": {"rr": 1}}}, ["model.lora.rr", "did you mean model.lora.r?"]),
         ({"dat": {}}, ["unknown key dat", "did you mean data?"]),
         ({"optim": {"learning_rate": 1}}, ["unknown key optim.learning_rate; did you mean optim.lr?"]),
         ({"learning-rate": 1}, ["unknown key learning-rate; did you mean optim.lr?"]),

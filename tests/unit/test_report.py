@@ -189,12 +189,37 @@ def test_panels_say_what_they_show(tmp_path, results, monkeypatch):
     logs, evaluations = read_all([make_log(tmp_path / "a", "a", "contrastive", 20, 1.0)])
     fewer = {**results, "data": {**results["data"], "passages": 900}}
     figure(logs, [*evaluations, results, fewer], tmp_path / "report.png")
-    above, *below = drawn[0].subfigs
+    above, _, *below = drawn[0].subfigs
     assert [panel.get_suptitle() for panel in below] == [
         "medicine: 1,000 held-out questions over 900 answers and 6,100 distractors.",
         "medicine: 1,000 held-out questions over 900 answers.",
     ]
     assert all(tick == int(tick) for tick in above.axes[0].get_xticks())
+
+
+def test_what_the_metrics_list_is_drawn_where_a_run_has_it(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    make_log(tmp_path / "a", "a", "contrastive", 4, 1.0)
+    rows = [
+        {
+            "step": step,
+            "loss": 1.0,
+            "lr": 0.1 * step,
+            "grad_norm": 2.0,
+            "tokens_per_s": 9.0,
+            "mfu": None,
+            "packing": 0.9,
+        }
+        for step in (1, 2)
+    ]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figure(*read_all([tmp_path / "a"]), tmp_path / "report.png")
+    axes = drawn[0].subfigs[1].axes
+    assert [axis.get_title() for axis in axes] == ["learning rate", "gradient norm", "tokens/s", "packing, share"]
+    assert axes[0].lines[0].get_ydata().tolist() == pytest.approx([0.1, 0.2])
 
 
 def test_a_run_of_one_row_is_seen(tmp_path, monkeypatch):
