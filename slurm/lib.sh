@@ -139,9 +139,14 @@ supervise() { # supervise COMMAND ...: run it, with signals passed on; its exit 
 # -------------------------------------------------------------------------------------------------------- training ---
 
 train() { # train STAGE RECIPE [key=value ...]
-  local stage=$1 begun ports code verdict
+  local stage=$1 argument begun ports code verdict
   shift
   [ $# -gt 0 ] || die "no recipe: sbatch slurm/... RECIPE [key=value ...]"
+  for argument in "$@"; do
+    [[ $argument != -* || ${argument%%=*} =~ ^--(resume|allow-change|then)$ ]] ||
+      die "$argument: not an option of the job scripts: they take RECIPE [key=value ...] [--resume X] [--allow-change KEY]" \
+        "[--then STAGE2]; sbatch's options go before the script, and ranks on each node are LBR_RANKS_PER_NODE"
+  done
   [[ $LAUNCHER =~ ^(srun|torchrun|ray)$ ]] || die "LAUNCHER=$LAUNCHER: expected srun, torchrun or ray"
   [ "$LAUNCHER" = torchrun ] || [ "$ranks" -le "$node_cpus" ] || # others give each rank a CPU of its own
     die "$ranks ranks on each node, of which the job has $node_cpus CPUs: ask for more, or set LBR_RANKS_PER_NODE"
@@ -181,6 +186,7 @@ train() { # train STAGE RECIPE [key=value ...]
   fi
   verdict=$(here -m lbr_dist.launch.slurm end --code "$code" ${asked:+--asked} --output "$output" "$@") || exit
   [ "$verdict" = complete ] || [ "$code" != 0 ] || code=1 # srun's word, where a node was lost
+  [ "$verdict" != mistake ] || code=2                     # and where another node or rank hung
   if [ "$verdict" = requeue ]; then
     if requeue; then exit 0; fi
     echo "lbr: Slurm did not requeue the job: submit the same line again, it goes on from the newest checkpoint" >&2
@@ -190,7 +196,9 @@ train() { # train STAGE RECIPE [key=value ...]
 
 check_nodes() { # check_nodes FOLDER: every node answers, and sees the same files
   trap '' USR1 # it is soon done; a node whose task were ended by the signal would be called bad
-  "${steps[@]}" "${everywhere[@]}" \
+  # A node that hangs is not waited for. One without Python ends at once, and the first one, which has to name it, may need
+  # a minute for that, and more where the file system is slow.
+  "${steps[@]}" --wait=300 "${everywhere[@]}" \
     "${python[@]}" -m lbr_dist slurm check --quick --shared "$LBR_SHARED" --shared "$1"
 }
 

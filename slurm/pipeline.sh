@@ -11,6 +11,8 @@ set -euo pipefail
 
 LBR_HOME=${LBR_HOME:-$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)}
 export LBR_HOME
+[ -r "$LBR_HOME/slurm/read_site.sh" ] ||
+  { echo "error: no slurm/read_site.sh in $LBR_HOME: run slurm/pipeline.sh, do not submit it; or mend LBR_HOME" >&2; exit 2; }
 # shellcheck source=slurm/read_site.sh
 . "$LBR_HOME/slurm/read_site.sh"
 source_site >&2 # what sbatch reads; the jobs read the rest for themselves

@@ -24,28 +24,13 @@ def main(command: Callable[..., None], arguments: Sequence[str] | None = None) -
         arguments: the command's own, and those of `cluster_options`.
     """
     from lbr_dist.cli import quiet
-    from lbr_dist.data.execute import executing
-    from lbr_dist.launch.ray_cluster import cluster
 
     quiet()
     options, rest = cluster_options().parse_known_args(arguments)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command(epilog=cluster_options().format_usage())(_checked(command))
+    app.command(epilog=cluster_options().format_usage())(_on_cluster(command, options))
     try:
-        if {"-h", "--help"} & set(rest):
-            app(rest, standalone_mode=False)
-            return 0
-        with cluster(dashboard=False):
-            from lbr_dist.launch.ray_data import RayData
-
-            executor = RayData(
-                workers=options.num_workers,
-                cpus_per_worker=options.cpus_per_worker,
-                gpus_per_worker=options.gpus_per_worker,
-            )
-            with executing(executor):
-                code = app(rest, standalone_mode=False)  # what typer ends with: 130 after Ctrl-C
-        return code or 0
+        return app(rest, standalone_mode=False) or 0  # what typer ends with: 130 after Ctrl-C
     except (UserError, PermissionError) as error:
         return told(error)
     except USAGE_ERROR as error:
@@ -63,14 +48,28 @@ def cluster_options() -> argparse.ArgumentParser:
     return made
 
 
-def _checked(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, refusing output that Ray would remove with the job's working directory."""
+def _on_cluster(command: Callable[..., None], options: argparse.Namespace) -> Callable[..., None]:
+    """The command on a cluster, which is there once the command's own options are known to be right.
+
+    Output that Ray would remove with the job's working directory is refused.
+    """
+    from lbr_dist.data.execute import executing
+    from lbr_dist.launch.ray_cluster import cluster
     from lbr_dist.launch.ray_stage import check_kept
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
         check_kept(str(values["out"]), Path.cwd())
-        command(**values)
+        with cluster(dashboard=False):
+            from lbr_dist.launch.ray_data import RayData
+
+            executor = RayData(
+                workers=options.num_workers,
+                cpus_per_worker=options.cpus_per_worker,
+                gpus_per_worker=options.gpus_per_worker,
+            )
+            with executing(executor):
+                command(**values)
 
     return run
 

@@ -69,9 +69,7 @@ def parts(
     two = absolute(load_next(one, first, second), here)
     if out is not None:
         check_kept(out, here, "OUT ")
-    folder = here / out if out else Path(two.output) / "model"
-    check_delivery(two, folder, tokens)
-    return one, two, folder
+    return one, two, check_delivery(two, out, tokens, here)
 
 
 def finish(recipe: Recipe, out: Path, options: argparse.Namespace) -> str:

@@ -155,9 +155,9 @@ def check_kept(path: str, here: Path, what: str = "") -> None:
 
 
 def _range(text: str) -> tuple[int, int]:
-    low, _, high = text.partition(":")
+    low, colon, high = text.partition(":")
     try:
-        pair = int(low), int(high or low)
+        pair = int(low), int(high if colon else low)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected N or MIN:MAX") from None
     if not 1 <= pair[0] <= pair[1]:

@@ -6,9 +6,9 @@ after a lost node or a preemption. It runs several times in every job, and impor
 
     python -m lbr_dist.launch.slurm begin --stage generative --ports 1 RECIPE [key=value ...]    prints free ports, and
                                                           below them what to resume from, where it is not what was said
-    python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue, stop or
-                                                          complete; with --output of the run folder, whatever the recipe
-                                                          says by then
+    python -m lbr_dist.launch.slurm end --code 75 [--asked] RECIPE [key=value ...]               prints requeue, stop,
+                                                          mistake or complete; with --output of the run
+                                                          folder, whatever the recipe says by then
     python -m lbr_dist.launch.slurm output RECIPE [key=value ...]                                prints the run folder
     python -m lbr_dist.launch.slurm chain --then STAGE2 [--out OUT] [--tokens N] STAGE1
                                                           prints both run folders, the second's first set, and
@@ -76,6 +76,7 @@ class Decision:
     requeue: bool
     reason: str
     complete: bool = False
+    mistake: bool = False
 
 
 def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
@@ -90,7 +91,8 @@ def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
     if code == 0:
         return Decision(False, "the run is complete", complete=True)
     if code == EXIT_USER_ERROR:
-        return Decision(False, "running again would end the same way: the message above says what to change")
+        reason = "running again would end the same way: the message above says what to change"
+        return Decision(False, reason, mistake=True)
     what = "stopped on request" if code == EXIT_RUN_AGAIN or asked else f"ended with code {code}"
     if idle > limit:
         return Decision(False, f"{what}; {idle} starts without a new checkpoint are as many as LBR_MAX_RESTARTS allows")
@@ -176,7 +178,7 @@ def _append(folder: Path, row: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """The scripts' side of this module."""
-    parser = argparse.ArgumentParser(prog="python -m lbr_dist.launch.slurm")
+    parser = argparse.ArgumentParser(prog="slurm", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     parser.add_argument("command", choices=("begin", "end", "output", "chain"))
     parser.add_argument("--then")
     parser.add_argument("--out")
@@ -203,7 +205,7 @@ def _run(given: argparse.Namespace) -> int:
         print(recipe.output)
     elif given.command == "chain":
         second = load_next(recipe, given.recipe, given.then)
-        check_delivery(second, Path(given.out or Path(second.output) / "model"), given.tokens)
+        check_delivery(second, given.out, given.tokens)
         start = override("model.start_from", recipe.output)
         print(recipe.output, second.output, second.data.sets[0].path, start, sep="\n")
     elif given.command == "begin":
@@ -221,7 +223,8 @@ def _run(given: argparse.Namespace) -> int:
             recipe = recipe.model_copy(update={"output": given.output})
         decision = end(recipe, Attempt.from_environment(os.environ), given.code, asked=given.asked)
         print(f"lbr: {decision.reason}", file=sys.stderr)
-        print("requeue" if decision.requeue else "complete" if decision.complete else "stop")
+        verdicts = {"requeue": decision.requeue, "complete": decision.complete, "mistake": decision.mistake}
+        print(next((verdict for verdict, holds in verdicts.items() if holds), "stop"))
     return 0
 
 

@@ -134,8 +134,8 @@ def test_a_full_disk_comes_back_as_it_is_and_is_not_tried_again() -> None:
 def test_wrong_arguments_are_a_mistake_and_no_traceback(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """typer's errors are its own since it has a copy of click."""
-    without_ray(monkeypatch)
+    """typer's errors are its own since it has a copy of click. They come before a cluster is started."""
+    monkeypatch.setattr("lbr_dist.launch.ray_cluster.cluster", lambda **_: pytest.fail("a cluster is started"))
     assert on_ray.main(mine, arguments) == 2
     assert "Error" in capsys.readouterr().err
 

@@ -64,9 +64,6 @@ class TestRequest:
 
     @pytest.mark.parametrize("text", ["0", "4:2", "two", "1:", ":3", "-1"])
     def test_a_wrong_number_is_refused(self, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-        if text == "1:":
-            assert options("--num-workers", text).num_workers == (1, 1)
-            return
         with pytest.raises(SystemExit) as ended:
             options(f"--num-workers={text}")
         assert ended.value.code == 2
@@ -204,7 +201,10 @@ class TestPipeline:
         one, two = str(files / "one.yaml"), str(files / "two.yaml")
         with pytest.raises(UserError, match=r"OUT one\.yaml: is a file"):
             ray_pipeline.parts(one, two, Path(), "one.yaml")
-        assert ray_pipeline.parts(one, two, files, "model")[2] == files / "model"
+        with pytest.raises(UserError, match=r"OUT duration\.steps=4: looks like an override, and"):
+            ray_pipeline.parts(one, two, files, "duration.steps=4")
+        for name in ("model", "./a=b", f"{files}/a=b"):
+            assert ray_pipeline.parts(one, two, files, name)[2] == files / name
         for name in (one, two):
             Path(name).write_text(Path(name).read_text().replace("runs/", f"{files}/runs/"))
         copy = files / ray_stage.UNPACKED / "a"

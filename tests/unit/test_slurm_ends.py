@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from lbr_dist.launch.slurm_answers import ANSWER_S, CONNECT_S
 
 PROJECT = Path(__file__).parents[2]
 STANDINS = {
@@ -187,16 +190,16 @@ def test_the_time_limit_is_read_however_the_user_has_times_shown(
     assert time.monotonic() - began > 2, "10 s before it, not at once"
 
 
-@pytest.mark.parametrize(("verdict", "code"), [("complete", 0), ("stop", 1)])
-def test_srun_is_not_believed_that_a_run_is_complete(
-    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, verdict: str, code: int
+@pytest.mark.parametrize(("said", "verdict", "code"), [(0, "complete", 0), (0, "stop", 1), (137, "mistake", 2)])
+def test_how_a_run_ended_is_not_sruns_to_say(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, said: int, verdict: str, code: int
 ) -> None:
-    (tmp_path / "code").write_text("0\n")
+    (tmp_path / "code").write_text(f"{said}\n")
     (tmp_path / "verdict").write_text(f"{verdict}\n")
     running = job()
     running.communicate(timeout=60)
     assert running.returncode == code
-    assert f" --code 0 --output {tmp_path} recipe.yaml" in calls(tmp_path)[-1], "whatever the recipe says by now"
+    assert f" --code {said} --output {tmp_path} recipe.yaml" in calls(tmp_path)[-1], "whatever the recipe says by now"
 
 
 def test_a_python_that_talks_is_named(job: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
@@ -216,6 +219,19 @@ def test_a_site_file_may_end_with_what_is_false(job: Callable[..., subprocess.Po
     )
     running = job(LBR_SITE=str(tmp_path / "site.env"))
     running.communicate(timeout=60)
+    assert running.returncode == 0
+
+
+def test_a_site_file_and_its_modules_may_ask_for_what_is_not_set(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Profiles, conda's and vendors' scripts do; the job scripts themselves may not."""
+    own = 'export CACHE=$NOT_SET/cache LBR_MODULES=gcc\nmodule() { [ -z "$NOT_SET_EITHER" ]; }\n'
+    (tmp_path / "site.env").write_text(f"{own}. {PROJECT}/slurm/site.env\n")
+    script = tmp_path / "script.sh"
+    script.write_text('. "$LBR_HOME/slurm/lib.sh"\n[[ $- == *e*u* ]] || exit 9\n')
+    running = job(str(script), LBR_SITE=str(tmp_path / "site.env"))
+    assert running.communicate(timeout=60)[1] == ""
     assert running.returncode == 0
 
 
@@ -252,7 +268,7 @@ def test_steps_have_what_they_say_and_not_what_the_job_asked_for(
     seen = set((tmp_path / "environment").read_text().split())
     assert seen & {*asked, *left, "SLURM_MEM_BIND"} == {"SLURM_GPUS_ON_NODE", "SLURM_MEM_BIND"}
     check, ranks = (line for line in calls(tmp_path) if line.startswith("srun"))
-    assert "--gpus-per-node=2 --nodes=2 --ntasks=2 --ntasks-per-node=1 python" in check
+    assert "--gpus-per-node=2 --wait=300 --nodes=2 --ntasks=2 --ntasks-per-node=1 python" in check
     assert "--gpus-per-node=2 --wait=60 --nodes=2 --ntasks=4 --ntasks-per-node=2 --cpus-per-task=3 python" in ranks
 
 
@@ -267,6 +283,17 @@ def test_a_request_to_stop_does_not_end_the_check_of_the_nodes(
     running.communicate(timeout=60)
     assert any("end --code 75 --asked" in line for line in calls(tmp_path))
     assert (tmp_path / "check").read_text() == "done\n"
+
+
+def test_a_node_that_hangs_in_the_check_does_not_hold_the_job(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """srun by itself waits for ever; but the first node must have its time to name another that ended at once."""
+    running = job()
+    running.communicate(timeout=60)
+    waits = re.findall(r"--wait=(\d+) .*slurm check", (tmp_path / "calls").read_text())
+    assert len(waits) == 1
+    assert CONNECT_S + 2 * ANSWER_S < int(waits[0]) <= 600
 
 
 @pytest.mark.parametrize("script", ["eval.sh", "prepare.sh"])
@@ -308,6 +335,18 @@ def test_a_python_without_the_package_is_named(job: Callable[..., subprocess.Pop
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 2
     assert "error: LBR_PYTHON=false cannot run lbr_dist on n1, as said above: activate the environment" in errors
+
+
+@pytest.mark.parametrize("option", ["--num-workers", "--output=x.log", "--res"])
+def test_an_option_that_the_scripts_do_not_have_is_named(
+    job: Callable[..., subprocess.Popen[str]], tmp_path: Path, option: str
+) -> None:
+    running = job("stage1.sh", "--resume=never", option, "2")
+    said = running.communicate(timeout=60)[1]
+    assert said.startswith(f"error: {option}: not an option of the job scripts: they take RECIPE [key=value ...]")
+    assert said.count("\n") == 1
+    assert running.returncode == 2
+    assert not (tmp_path / "calls").exists()
 
 
 def test_a_launcher_that_is_none_is_named_before_the_nodes_are_asked(job: Callable[..., subprocess.Popen[str]]) -> None:

@@ -95,6 +95,12 @@ def test_what_cannot_be_evaluated_or_exported_is_not_trained(
     (tmp_path / "file").touch()
     refused = pipeline(after=(str(tmp_path / "file"),), **python)
     assert refused.stderr == f"error: OUT {tmp_path}/file: is a file: name a folder for the exported model\n"
+    refused = pipeline(after=("duration.steps=4",), **python)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: OUT duration.steps=4: looks like an override, and a pipeline takes none")
+    assert not (tmp_path / "asked").exists()
+    assert pipeline(after=("./duration.steps=4",), **python).returncode == 0
+    (tmp_path / "asked").unlink()
     two, (held_out, texts) = tmp_path / "two.yaml", ({"records": 2, "texts": 1}, {"records": 2, "texts": 2})
     two.write_text(two.read_text().replace("path: d", f"path: {tmp_path}/set"))
     (tmp_path / "set").mkdir()
@@ -131,6 +137,17 @@ def test_the_project_is_found_whatever_cd_says() -> None:
     env = {"PATH": "/usr/bin:/bin", "CDPATH": "."}
     done = subprocess.run(["slurm/pipeline.sh"], cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
     assert done.stderr.startswith("error: usage: ")
+
+
+def test_a_pipeline_that_is_submitted_says_that_it_is_to_be_run(tmp_path: Path) -> None:
+    """Slurm runs a copy in a folder of its own."""
+    copy = tmp_path / "slurmd" / "job00007" / "slurm_script"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes((PROJECT / "slurm" / "pipeline.sh").read_bytes())
+    env = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", copy, "one.yaml", "two.yaml"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: no slurm/read_site.sh in {tmp_path}/slurmd: run slurm/pipeline.sh,")
 
 
 def test_a_chain_of_jobs_that_are_not_submitted_is_refused(

@@ -202,12 +202,17 @@ def test_command_line(
     assert "submit slurm/stage1.sh" in capsys.readouterr().err
     assert main(["begin", "--stage", "generative", "--ports", "3", str(file), "seed=1"]) == 0
     assert len(capsys.readouterr().out.split()) == 3
+    with pytest.raises(SystemExit, match="2"):
+        main(["begin", str(file), "--resume"])
+    assert capsys.readouterr().err == "slurm: error: argument --resume: expected one argument\n"
     assert main(["begin", str(file), "seed=1", "--resume", "never"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["auto"]
     assert main(["begin", str(file), "--resume=/run/step-350"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
     assert main(["end", "--code", "75", "--asked", str(file)]) == 0
     assert capsys.readouterr().out == "requeue\n"
+    assert main(["end", "--code", "2", str(file)]) == 0
+    assert capsys.readouterr().out == "mistake\n"
     assert main(["end", "--code", "1", "--output", str(tmp_path / "other"), str(file)]) == 0
     assert (tmp_path / "other" / slurm.HISTORY).is_file(), "where the job began, whatever the recipe says by then"
     capsys.readouterr()
@@ -306,6 +311,17 @@ def test_a_script_by_itself_says_what_to_do(script: str, tmp_path: Path) -> None
     assert f"error: no slurm/lib.sh in {tmp_path}: set LBR_HOME" in lost
 
 
+@pytest.mark.parametrize("script", ["stage1.sh", "stage2.sh", "eval.sh", "prepare.sh", "pipeline.sh"])
+def test_help_is_a_scripts_own_first_lines(script: str) -> None:
+    command = ["bash", f"slurm/{script}", "recipe.yaml", "--help"]
+    env = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, env=env, cwd=PROJECT, capture_output=True, text=True, check=True)
+    first, *_, last = done.stdout.splitlines()
+    assert f"slurm/{script} " in first
+    assert last.endswith(".")
+    assert "#" not in done.stdout
+
+
 def run(script: str, env: dict[str, str], *arguments: str) -> str:
     bash = shutil.which("bash")
     assert bash
@@ -325,6 +341,7 @@ SITE = PROJECT / "slurm" / "site.env"
         ("export LAUNCHER=srun\r\n", "has the line ends of Windows"),
         ("export LAUNCHER=srun\n", "does not set LBR_RANKS_PER_NODE: begin with a copy of slurm/site.env"),
         ("true\nfalse\n", "a command in it failed: mend it"),
+        ("exit 0\n", "ends the script that reads it: mend what is said above, or write return"),
         ("export LBR_MODULES=gcc\n", "LBR_MODULES=gcc: no command 'module' here"),
         ("export LBR_MODULES=gcc\nmodule() { return 3; }\n", "LBR_MODULES=gcc: module load failed with 3"),
     ],
