@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from lbr_dist.config.base import Place, Positive, PositiveFloat, Section
 from lbr_dist.config.data import Data, DataSet
@@ -68,7 +68,12 @@ class Recipe(Section):
     at least while a checkpoint is waited for, ten minutes while it is copied to host memory."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Recipe:
+    def _consistent(self, info: ValidationInfo) -> Recipe:
+        other = [f"joint.{name}" for name, value in self.joint if value != getattr(Joint(), name)]
+        if other and self.stage != "joint" and not (info.context or {}).get("kept"):
+            raise ValueError(
+                f"{', '.join(other)}: has no effect with stage {self.stage!r}: set stage: joint, or leave it out"
+            )
         if self.stage != "generative" and self.contrastive.pooling == "bottleneck" and not self.bottleneck.enabled:
             raise ValueError(
                 "contrastive.pooling is 'bottleneck' but bottleneck.enabled is false: "

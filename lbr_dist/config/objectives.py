@@ -74,7 +74,7 @@ class Contrastive(Section):
     """Train the temperature, from `temperature` on. Excludes a schedule."""
     pooling: Literal["bottleneck", "last", "mean"] = "bottleneck"
     """Hidden state that represents a text: the last Z (LBR), the last token (without a bottleneck), or the
-    mean over tokens (baselines)."""
+    mean over tokens (baselines; with a bottleneck it is over X alone, and a causal Z then takes no part)."""
     attention: Literal["causal", "bidirectional"] = "causal"
     """Causal is the paper's; bidirectional is its ablation (paper section 5.1)."""
     query_instruction: str = ""

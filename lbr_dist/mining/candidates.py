@@ -72,10 +72,13 @@ class Candidates:
         return int((self.answers.count(self.question_Q[query_B]) + self.present.count(query_B)).max())
 
     def excluded(self, query_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(position in `query_B`, passage) of all that these queries must not get."""
-        known = self.answers.take(self.question_Q[query_B])
-        present = self.present.take(query_B)
-        return np.concatenate([known[0], present[0]]), np.concatenate([known[1], present[1]])
+        """What these queries must not get: known answers, and of the rest the negatives that they have already.
+
+        Each as position in `query_B` x number of passages + passage.
+        """
+        both = self.answers.take(self.question_Q[query_B]), self.present.take(query_B)
+        known_M, present_M = (position_M * len(self.passage_rows_P) + passage_M for position_M, passage_M in both)
+        return known_M, np.setdiff1d(present_M, known_M)
 
 
 def survey(opened: PreparedSet, advance: Callable[[int], None]) -> Candidates:

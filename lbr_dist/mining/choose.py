@@ -64,7 +64,9 @@ class Chosen:
     near_Q: np.ndarray
     """int32: passages of the window that were too near."""
     known_Q: np.ndarray
-    """int32: known answers and present negatives among the passages that were searched."""
+    """int32: known answers among the passages that were searched;"""
+    present_Q: np.ndarray
+    """int32: negatives that the record has already, likewise."""
 
     @property
     def found_Q(self) -> np.ndarray:
@@ -86,19 +88,19 @@ def choose(
         rows_QK: passages found for each query, best first; -1 where the search found fewer.
         scores_QK: their scores.
         positive_Q: score of each query's own answer.
-        excluded: (query, passage) pairs that are not allowed.
+        excluded: passages that are not allowed, as `Candidates.excluded` gives them.
         passages: number of passages.
     """
     key_QK = np.arange(len(rows_QK))[:, None] * passages + rows_QK
-    known_QK = np.isin(key_QK, excluded[0] * passages + excluded[1]) & (rows_QK >= 0)
-    allowed_QK = ~known_QK & (rows_QK >= 0)
+    known_QK, present_QK = (np.isin(key_QK, key_M) & (rows_QK >= 0) for key_M in excluded)
+    allowed_QK = ~known_QK & ~present_QK & (rows_QK >= 0)
     rank_QK = np.cumsum(allowed_QK, axis=1)
     window_QK = allowed_QK & (rank_QK > rule.skip) & (rank_QK <= rule.depth)
     far_QK = scores_QK < rule.limit(positive_Q)[:, None]
     chosen = _first(window_QK & far_QK, rows_QK, scores_QK, rule.count)
     rejected = _first(window_QK & ~far_QK, rows_QK, scores_QK, REJECTED)
-    near_Q, known_Q = ((mask.sum(1)).astype(np.int32) for mask in (window_QK & ~far_QK, known_QK))
-    return Chosen(*chosen, positive_Q.astype(np.float32), *rejected, near_Q, known_Q)
+    counts = (mask_QK.sum(1).astype(np.int32) for mask_QK in (window_QK & ~far_QK, known_QK, present_QK))
+    return Chosen(*chosen, positive_Q.astype(np.float32), *rejected, *counts)
 
 
 def _first(

@@ -16,10 +16,11 @@ import numpy as np
 import xxhash
 
 from lbr_dist.errors import UserError
-from lbr_dist.inference.rows import read_rows
-from lbr_dist.mining.candidates import Candidates, Pairs
+from lbr_dist.inference.rows import Place, read_rows
+from lbr_dist.mining.candidates import Candidates
 from lbr_dist.mining.choose import Chosen
 
+FORM = '{"id": ..., "negatives": [...]}'
 REJECTED_NONE = np.int64(-1)
 
 
@@ -35,18 +36,22 @@ class GivenNegatives:
             candidates: of the same side.
 
         Raises:
-            UserError: no file of JSON lines, a line that is not of this form, or an id that the side does not have.
+            UserError: no file of JSON lines, none in it, one that is not of this form, or an id that the side does not
+                have.
         """
         self._path, self._candidates = path, candidates
         hash_Q = np.array([_hash(name) for name in ids], np.uint64)
         self._order_Q = np.argsort(hash_Q, kind="stable")
         self._hash_Q = hash_Q[self._order_Q]
         queries, passages, scores = array("q"), array("q"), array("f")
+        where: Place | None = None
         for where, row in read_rows(path):
             for query, passage, score in self._negatives(str(where), row):
                 queries.append(query)
                 passages.append(passage)
                 scores.append(score)
+        if where is None:
+            raise UserError(f"{path}: holds no line: give {FORM} for each record that gets negatives")
         query_M = np.frombuffer(queries, np.int64)
         order_M = np.argsort(query_M, kind="stable")
         self._query_M = query_M[order_M]
@@ -57,28 +62,26 @@ class GivenNegatives:
         """The first `count` of these neighbouring queries that are not known answers."""
         low, high = np.searchsorted(self._query_M, [query_B[0], query_B[-1] + 1])
         position_M, passage_M = self._query_M[low:high] - query_B[0], self._passage_M[low:high]
-        passages = len(self._candidates.passage_rows_P)
-        known = Pairs.of(*self._candidates.excluded(query_B), len(query_B))
-        known_M = np.isin(position_M * passages + passage_M, _keys(known, passages))
+        key_M = position_M * len(self._candidates.passage_rows_P) + passage_M
+        known_M, present_M = (np.isin(key_M, of_kind) for of_kind in self._candidates.excluded(query_B))
         passage_QN = np.full((len(query_B), count), -1, np.int64)
         score_QN = np.full((len(query_B), count), np.nan, np.float32)
         filled = [0] * len(query_B)
-        for entry in np.flatnonzero(~known_M).tolist():
+        for entry in np.flatnonzero(~known_M & ~present_M).tolist():
             query, passage = int(position_M[entry]), int(passage_M[entry])
             if filled[query] < count and passage not in passage_QN[query]:
                 passage_QN[query, filled[query]] = passage
                 score_QN[query, filled[query]] = self._score_M[low + entry]
                 filled[query] += 1
-        none_Q = np.zeros(len(query_B), np.int32)
-        known_Q = np.bincount(position_M[known_M], minlength=len(query_B)).astype(np.int32)
+        met = (np.bincount(position_M[kind_M], minlength=len(query_B)) for kind_M in (known_M, present_M))
         return Chosen(
             passage_QN,
             score_QN,
             np.full(len(query_B), np.nan, np.float32),
             np.full((len(query_B), 0), REJECTED_NONE),
             np.zeros((len(query_B), 0), np.float32),
-            none_Q,
-            known_Q,
+            np.zeros(len(query_B), np.int32),
+            *(count_Q.astype(np.int32) for count_Q in met),
         )
 
     def _negatives(self, where: str, row: Mapping[str, Any]) -> list[tuple[int, int, float]]:
@@ -89,8 +92,7 @@ class GivenNegatives:
             pairs = [(n["id"], _score(n.get("score"))) if isinstance(n, dict) else (n, math.nan) for n in negatives]
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f'{where}: expected {{"id": ..., "negatives": [...]}}, each negative an id or {{"id": ..., "score": '
-                "number}"
+                f'{where}: expected {FORM}, each negative an id or {{"id": ..., "score": number}}'
             ) from None
         query, own_Q = self._record(name, where), self._candidates.own_Q
         return [(query, int(own_Q[self._record(negative, where)]), score) for negative, score in pairs]
@@ -101,10 +103,6 @@ class GivenNegatives:
         if place == len(self._hash_Q) or self._hash_Q[place] != value:
             raise UserError(f"{where}: the set has no cl record with id {name!r}: was the file mined from another set?")
         return int(self._order_Q[place])
-
-
-def _keys(pairs: Pairs, passages: int) -> np.ndarray:
-    return np.repeat(np.arange(len(pairs)), np.diff(pairs.starts)) * passages + pairs.passages
 
 
 def _score(value: Any) -> float:

@@ -37,7 +37,7 @@ from lbr_dist.mining.report import example_queries, markdown
 from lbr_dist.mining.vectors import embed, texts
 from lbr_dist.mining.write import write_mined
 
-VERSION = 3
+VERSION = 4
 """Raised when the same input and settings give other output."""
 QUERIES = 2048
 """Queries whose negatives are committed together,"""
@@ -64,7 +64,8 @@ class MineReport:
         lines = [
             f"{self.out}: {counts['negatives']} negatives for {counts['queries']} queries",
             f"with fewer than asked for: {counts['without_enough']}, with none: {counts['without_any']}",
-            f"too near to the positive: {counts['too_near']} passages; known answers met: {counts['known_answers']}",
+            f"too near to the positive: {counts['too_near']} passages; known answers met: {counts['known_answers']}, "
+            f"negatives that were there: {counts['present_negatives']}",
             f"read the examples: {self.out}/report.md",
         ]
         if 2 * counts["without_any"] > counts["queries"] and counts["too_near"] > counts["negatives"]:

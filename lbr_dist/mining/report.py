@@ -30,7 +30,9 @@ class Counts:
     too_near: int = 0
     """Passages of the rank window that scored too near to the positive."""
     known_answers: int = 0
-    """Known answers and present negatives among the passages searched."""
+    """Known answers among the passages searched."""
+    present_negatives: int = 0
+    """Negatives that the records had, among the passages searched."""
     negative_positives: int = 0
     """Queries whose own answer scores below 0."""
     zero_positives: int = 0
@@ -48,6 +50,7 @@ class Counts:
         self.without_any += int((found_Q == 0).sum())
         self.too_near += int(chosen.near_Q.sum())
         self.known_answers += int(chosen.known_Q.sum())
+        self.present_negatives += int(chosen.present_Q.sum())
         self.negative_positives += int((chosen.positive_Q < 0).sum())
         self.zero_positives += int((chosen.positive_Q == 0).sum())
         self._sums[0] += float(np.nansum(chosen.positive_Q, dtype=np.float64))

@@ -15,6 +15,7 @@ from lbr_dist.data.execute import Executor
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shards import PreparedSet
+from lbr_dist.errors import UserError
 from lbr_dist.inference.blocks import EncodeBlock, TextBlock, part_file, part_vectors, text_blocks
 from lbr_dist.inference.vector_file import read_vectors, write_vectors
 from lbr_dist.mining.candidates import SIDE
@@ -38,6 +39,9 @@ def embed(
     """Vectors of the questions (`side` query) or answers of some records, memory-mapped float32 [N, D].
 
     What an earlier attempt left whole in `folder` is used.
+
+    Raises:
+        UserError: all are zero. A single one may be: word vectors are, of a text without a word that they know.
     """
     file, parts = folder / f"{side}.npy", folder / side
     if read_vectors(file, len(rows_N)) is None:
@@ -49,7 +53,13 @@ def embed(
             for done in executor.stream([side], read, work, model=True):
                 blocks += 1
                 advance(done.texts)
-        _join([part_file(parts, number) for number in range(1, blocks + 1)], len(rows_N), file)
+        files = [part_file(parts, number) for number in range(1, blocks + 1)]
+        if not any(part_vectors(pq.read_table(part)).any() for part in files):
+            texts = f"{len(rows_N)} {'questions' if side == 'query' else 'answers'}"
+            raise UserError(
+                f"model {model}: its embeddings of all {texts} are zero: the model is damaged, or knows no word of them"
+            )
+        _join(files, len(rows_N), file)
     shutil.rmtree(parts, ignore_errors=True)
     return np.load(file, mmap_mode="r")
 

@@ -32,7 +32,15 @@ _NO_PASSAGE_KEY = NO_KEY + 1  # so that an absent key of a query never equals an
 
 
 class DegenerateEmbeddingError(RuntimeError):
-    """An embedding is zero or not finite; raised on every rank alike, naming the samples."""
+    """An embedding is zero or not finite; raised on every rank alike, naming the samples.
+
+    Attributes:
+        every: it holds for all embeddings of the global batch.
+    """
+
+    def __init__(self, found: str, *, every: bool) -> None:
+        super().__init__(found)
+        self.every = every
 
 
 def info_nce(
@@ -113,7 +121,8 @@ def info_nce(
     width = sum(part.shape[1] for part in known)
     table = ranks.table([len(query), len(passage), width, len(bad)], query.device)
     if any(row[3] for row in table):
-        _raise_degenerate([_name(*at, len(query), names, negative_owner_N) for at in bad], ranks)
+        named = [_name(*at, len(query), names, negative_owner_N) for at in bad]
+        _raise_degenerate(named, ranks, sum(row[0] + row[1] for row in table))
     queries, counts = [row[0] for row in table], [row[1] for row in table]
     if sum(queries) == 0:
         raise ValueError("info_nce: no query on any rank")
@@ -215,8 +224,8 @@ def _degenerate(query: Tensor, passage: Tensor, dim: int) -> list[tuple[str, int
     return found
 
 
-def _raise_degenerate(mine: list[str], ranks: Ranks) -> None:
-    """Tell every rank about every bad row, and raise the same error everywhere."""
+def _raise_degenerate(mine: list[str], ranks: Ranks, rows: int) -> None:
+    """Tell every rank about every bad row, of `rows` on all ranks, and raise the same error everywhere."""
     if ranks.world > 1:
         mine = [f"{name} (rank {ranks.rank})" for name in mine]
     parts: list[list[str]] = [mine]
@@ -226,8 +235,7 @@ def _raise_degenerate(mine: list[str], ranks: Ranks) -> None:
     found = [name for part in parts for name in part]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     raise DegenerateEmbeddingError(
-        f"{len(found)} embeddings are zero or not finite: {', '.join(found[:8])}{more}; "
-        "the weights have diverged (lower optim.lr) or these samples are broken"
+        f"{len(found)} embeddings are zero or not finite: {', '.join(found[:8])}{more}", every=len(found) == rows
     )
 
 

@@ -96,7 +96,7 @@ def parse_recipe(raw: Any, origin: str, *, kept: bool = False) -> Recipe:
 
     Args:
         origin: names it in errors.
-        kept: it is that of a run or a checkpoint, which may be older than a check of what a path can be.
+        kept: it is that of a run or a checkpoint, which may be older than a check of what its settings can be.
     """
     _check_mapping(raw, origin)
     try:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lbr_dist.training.flops import FlopCounter
 from lbr_dist.training.machines import peak_flops
-from lbr_dist.training.tracking import duration
+from lbr_dist.training.tracking import METRICS, duration
 
 if TYPE_CHECKING:
     from lbr_dist.data.loader import LocalBatch
@@ -55,7 +55,7 @@ class Meter:
         self._peak = peak_flops(session.device)
         self._saving = self._waited = 0.0
         self._step_began = self._began = time.monotonic()
-        self._tokens, self._first_step = 0, session.done
+        self._tokens, self._first_step, self._told = 0, session.done, False
 
     def start(self) -> None:
         """The first step's data is about to be waited for."""
@@ -106,13 +106,16 @@ class Meter:
         *,
         skipped: bool,
     ) -> None:
-        """Write the step's row (rank 0)."""
+        """Write the step's row (rank 0), and warn of the first step in which no query has a negative."""
         now = time.monotonic()
         seconds, self._step_began = now - self._step_began, now
         self._tokens += reached.tokens
         tracker = self._session.tracker
         if tracker is None:
             return
+        if figures.get("effective_negatives") == 0 and not self._told:
+            self._told = True
+            log.warning("step %d: %s", plan.step + 1, _no_negatives(figures))
         epoch, in_epoch = plan.epoch, self._session.job.plan.locate(plan.step)[1]
         world = self._session.job.environment.world
         row: dict[str, Any] = {
@@ -158,3 +161,12 @@ class Meter:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _no_negatives(figures: dict[str, float]) -> str:
+    """Why no query of a step has a negative, for the log."""
+    masked = {"contrastive.margin": figures["masked_margin"]}
+    masked["contrastive.mask_same_answer"] = figures["masked_share"] - masked["contrastive.margin"]
+    causes = [f"{name} leaves out {share:.0%} of the negatives" for name, share in masked.items() if share >= 0.005]
+    why = " and ".join(causes) or "its batch is a single pair"
+    return f"no query has a negative, so its pairs teach nothing: {why}; {METRICS} has effective_negatives of all steps"

@@ -205,19 +205,26 @@ class _Loop:
         share = factor(recipe.optim, plan.step + 1, s.job.total_steps)
         set_rate(s.engine.optimizer, share)
         figures: dict[str, float] = {}
-        cause = ""
+        cause, remedy = "", "look at them, lower optim.lr, or set on_nan=skip"
         try:
             part, figures = s.objective(plan, [batch.to(s.device) for batch in batches])
             reached = self._meter.gather(part, batches, **self._news())
             norm, applied = apply_gradients(s.engine)
         except DegenerateEmbeddingError as error:
-            cause = f" ({error})"
+            if error.every and s.done == s.skipped:
+                start, path = recipe.model.start_from, recipe.model.path
+                weights = f"model.path {path}" if start is None else f"model.start_from {start}"
+                why = f"all there are, before any update: {weights} itself gives no usable embedding"
+                remedy = "use a model that is not damaged"
+            else:
+                why = "the weights have diverged (lower optim.lr) or these samples are broken"
+            cause = f" ({error}; {why})"
             s.engine.zero_grad()
             reached = self._meter.gather(None, batches, **self._news())
             norm, applied = math.nan, False
         s.done, s.samples, self._applied = plan.step + 1, s.samples + plan.samples, applied
         if not (applied and math.isfinite(reached.loss)):
-            self._not_finite(plan, batches, f"loss {reached.loss:g}, gradient norm {norm:g}{cause}", applied)
+            self._not_finite(plan, batches, f"loss {reached.loss:g}, gradient norm {norm:g}{cause}", applied, remedy)
         s.audit.step(plan.step, plan.epoch, batches)
         self._meter.log(plan, reached, norm, share * recipe.optim.lr, figures, skipped=not applied)
         return reached.stop, reached.unsaved
@@ -226,7 +233,7 @@ class _Loop:
         """What this rank has to tell the others, as late in a step as can be."""
         return {"stop": bool(self._stop.asked()), "unsaved": self._s.checkpointer.failed}
 
-    def _not_finite(self, plan: StepPlan, batches: list[LocalBatch], found: str, applied: bool) -> None:
+    def _not_finite(self, plan: StepPlan, batches: list[LocalBatch], found: str, applied: bool, remedy: str) -> None:
         """Write down the step's samples; then stop, or go on without its gradient."""
         s, recipe = self._s, self._recipe
         file = Path(recipe.output) / f"bad-step-{plan.step + 1}-rank-{s.job.environment.rank}.json"
@@ -234,13 +241,11 @@ class _Loop:
         file.write_text(json.dumps({"step": plan.step + 1, "found": found, "ids": ids}))
         s.skipped += 1
         what = f"step {plan.step + 1}: {found}; its sample ids are in {file}"
-        if recipe.on_nan == "stop" or applied:
-            remedy = "look at them, lower optim.lr, or set on_nan=skip"
-        elif s.skipped > recipe.max_skips:
+        if recipe.on_nan == "skip" and not applied:
+            if s.skipped <= recipe.max_skips:
+                log.warning("%s: skipped", what)
+                return
             remedy = f"{s.skipped} steps skipped, more than max_skips={recipe.max_skips}"
-        else:
-            log.warning("%s: skipped", what)
-            return
         if error := self._wait_for_writer():  # so that the run can go on from the newest one
             log.warning("%s", error)
         raise UserError(f"{what}: {remedy}")

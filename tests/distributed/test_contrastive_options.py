@@ -153,9 +153,44 @@ def test_a_zero_embedding_stops_the_run_or_is_skipped(runs: dict[Any, dict[str, 
         assert skipped == also_skipped == {"step": 4, "code": 0}
         assert "step 2: loss nan" in stopped["error"]
         assert "1 embeddings are zero or not finite: " in stopped["error"]
-        assert "(rank 1)" in stopped["error"]
+        assert "(rank 1); the weights have diverged (lower optim.lr) or" in stopped["error"]
     named = ranks[0][2]["error"].split(" of sample ")[1].split(" ")[0]
     assert named in json.loads((tmp_path / "stop" / "bad-step-2-rank-1.json").read_text())["ids"]
     for raw in (skip, joint):
         assert [row["step"] for row in rows(raw) if row.get("skipped")] == [2]
         assert audit(raw["output"]).problems == []
+
+
+def without_embeddings(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The model embeds everything as zero."""
+    from lbr_dist.training import steps
+
+    real = steps.contrastive_loss
+
+    def zero(embeddings: Any, *rest: Any, **more: Any) -> Any:
+        return real([0 * rows_SD for rows_SD in embeddings], *rest, **more)
+
+    with mock.patch.object(steps, "contrastive_loss", zero):
+        return train_all(rank, world, recipes)
+
+
+def test_a_model_that_embeds_nothing_is_told_from_diverged_weights(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = tiny_model_dir("qwen3")
+    stop = recipe(tmp_path / "stop", model, make_set(tmp_path / "data", model), "contrastive")
+    skip = {**stop, "output": str(tmp_path / "skip"), "on_nan": "skip", "max_skips": 1}
+    (results,) = run_ranks(without_embeddings, 1, tmp_path, [stop, skip])
+    for result in results:
+        assert f"before any update: model.path {model} itself gives no usable embedding)" in result["error"]
+        assert "optim.lr" not in result["error"]
+
+
+def test_the_first_step_without_any_negative_is_a_warning(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    model = tiny_model_dir("qwen3")
+    raw = recipe(tmp_path / "run", model, make_set(tmp_path / "data", model), "contrastive")
+    raw |= {"contrastive": {"margin": -2.5}, "duration": {"epochs": None, "steps": 2}}
+    assert run_ranks(train_all, 2, tmp_path, [raw])[0] == [{"step": 2, "code": 0}]
+    (told,) = [line for line in (tmp_path / "run/log.txt").read_text().splitlines() if "no query has" in line]
+    assert "step 1: no query has a negative" in told
+    assert "contrastive.margin leaves out 100% of the negatives" in told

@@ -68,6 +68,7 @@ def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
         ({"contrastive": {"matryoshka": {"dims": [8, 8]}}}, ["matryoshka.dims", "twice"]),
         ({"contrastive": {"matryoshka": {"dims": [8], "weights": [1, 2]}}}, ["2 values", "dims has 1"]),
         ({"joint": {"final_weight": 0.1}}, ["joint.schedule", "joint.final_weight"]),
+        ({"joint": {"bins": 8, "weight": 0.9}}, ["joint.bins, joint.weight: has no effect", "set stage: joint"]),
         ({"stage": "joint", "data": {"sets": [{"path": "a", "split": "gl"}]}}, ["no set", "contrastive loss"]),
         ({"stage": "contrastive", "bottleneck": {"enabled": False}}, ["contrastive.pooling", "bottleneck.enabled"]),
         ({"stage": "contrastive", "contrastive": {"pooling": "last"}}, ["'last' but", "set bottleneck.enabled=false"]),
@@ -265,8 +266,11 @@ def test_the_reference_page_lists_every_setting():
         assert setting.default is None or json.loads(setting.default) != {}, "a section is listed by its parts"
 
 
-def test_paths_that_a_run_has_kept_are_not_judged_again(tmp_path: Path) -> None:
-    file = write(tmp_path, {**MINIMAL, "output": "$SCRATCH/r1"})
+def test_what_a_run_has_kept_is_not_judged_again(tmp_path: Path) -> None:
+    file = write(tmp_path, {**MINIMAL, "output": "$SCRATCH/r1", "joint": {"weight": 0.9}})
     with pytest.raises(UserError, match="is not expanded here"):
         load_recipe(file)
-    assert load_recipe(file, kept=True).output == "$SCRATCH/r1"
+    with pytest.raises(UserError, match="has no effect with stage 'generative'"):
+        load_recipe(file, ["output=r1"])
+    kept = load_recipe(file, kept=True)
+    assert (kept.output, kept.joint.weight) == ("$SCRATCH/r1", 0.9)

@@ -184,6 +184,10 @@ def test_degenerate_embeddings_are_named(value):
     message = str(error.value)
     assert "3 embeddings" in message
     assert "query of sample c, positive of sample a, hard negative of sample e" in message
+    assert not error.value.every
+    with pytest.raises(DegenerateEmbeddingError) as error:
+        info_nce(torch.full_like(query, value), torch.full_like(positive, value))
+    assert error.value.every
 
 
 def test_wrong_arguments_are_refused():

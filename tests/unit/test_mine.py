@@ -233,6 +233,17 @@ def test_a_mined_file_gives_the_same_set(data: Path, tmp_path: Path, words: Word
     assert files(tmp_path / "a/cl") == files(tmp_path / "b/cl")
 
 
+def test_negatives_that_were_there_are_no_known_answers(data: Path, tmp_path: Path, words: Words) -> None:
+    first = run(data, tmp_path / "a").data["mined"]["counts"]
+    again = run(tmp_path / "a", tmp_path / "b")
+    counts = again.data["mined"]["counts"]
+    assert (first["known_answers"], first["present_negatives"]) == (counts["known_answers"], 0)
+    assert counts["present_negatives"] == first["negatives"]
+    assert f"negatives that were there: {first['negatives']}" in again.lines[2]
+    given = run(tmp_path / "a", tmp_path / "c", model=str(tmp_path / "a/mined.jsonl")).data["mined"]["counts"]
+    assert (given["known_answers"], given["present_negatives"]) == (0, first["negatives"])
+
+
 def test_a_given_file_is_not_searched(data: Path, tmp_path: Path, words: Words) -> None:
     """What has no effect is neither taken nor reported."""
     run(data, tmp_path / "a", depth=20)
@@ -327,6 +338,26 @@ def test_a_model_of_damaged_vectors_is_named(data: Path, tmp_path: Path, words: 
 
     words.encode = encode  # type: ignore[method-assign]
     with pytest.raises(UserError, match="model words: its embedding of r21 is not finite"):
+        run(data, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("side", "kind"), [("query", "questions"), ("passage", "answers")])
+def test_a_model_of_zeros_is_named(data: Path, tmp_path: Path, words: Words, side: str, kind: str) -> None:
+    """Word vectors may give zeros for some texts, and are mined with."""
+    whole, kept = Words.encode, 1
+
+    def encode(texts: Sequence[str], which: str = "passage", progress: bool = False) -> np.ndarray:
+        vectors = whole(words, texts, which)
+        if which == side:
+            vectors[kept:] = 0
+        return vectors
+
+    words.encode = encode  # type: ignore[method-assign]
+    assert run(data, tmp_path / "some").data["mined"]["counts"]["zero_positives"] > 100
+    kept = 0
+    with pytest.raises(
+        UserError, match=f"model words: its embeddings of all 120 {kind} are zero: the model is damaged"
+    ):
         run(data, tmp_path / "out")
 
 

@@ -71,10 +71,10 @@ def test_window_and_thresholds(used: Rule, expected: list[int], too_near: int) -
 
 
 def test_known_answers_take_no_rank() -> None:
-    excluded = (np.array([0, 0]), np.array([2, 5]))
+    excluded = (np.array([2]), np.array([5]))
     chosen = one([0.7, 0.6, 0.5, 0.4, 0.3, 0.2], 0.8, rule(count=3, skip=1, depth=3), excluded)
     assert chosen.passage_QN[0].tolist() == [1, 3, -1]
-    assert chosen.known_Q.tolist() == [2]
+    assert (chosen.known_Q.tolist(), chosen.present_Q.tolist()) == ([1], [1])
 
 
 def test_share_of_a_negative_score_lies_below_it() -> None:
@@ -85,7 +85,7 @@ def test_share_of_a_negative_score_lies_below_it() -> None:
 
 def test_places_that_a_search_left_empty_are_never_chosen() -> None:
     rows, scores = np.array([[1, -1], [-1, -1]]), np.array([[0.5, -np.inf], [-np.inf, -np.inf]], np.float32)
-    chosen = choose(rows, scores, np.array([1.0, 1.0]), (np.array([0]), np.array([1])), 2, rule())
+    chosen = choose(rows, scores, np.array([1.0, 1.0]), (np.array([1]), NONE[1]), 2, rule())
     assert (chosen.passage_QN == -1).all()
     assert chosen.known_Q.tolist() == [1, 0]
 
@@ -101,17 +101,16 @@ def test_everything_known_to_answer_a_question_is_excluded(tmp_path: Path) -> No
     records = [
         Record("a", "What?", "one", positives=("Two.", "unheard of")),
         Record("b", "other", "two"),
-        Record("c", " WHAT ", "three", negatives=("FOUR", "absent")),
+        Record("c", " WHAT ", "three", negatives=("FOUR", "absent", "two")),
         Record("d", "last", "Four."),
         Record("e", "again", "ONE"),
     ]
     found = survey(open_set(prepared(tmp_path / "set", records)), lambda _: None)
     assert found.passage_rows_P.tolist() == [0, 1, 2, 3]  # one, two, three, four: the first record with each
     assert found.own_Q.tolist() == [0, 1, 2, 3, 0]
-    excluded = {query: set() for query in range(5)}
-    for position, passage in zip(*found.excluded(np.arange(5)), strict=True):
-        excluded[int(position)].add(int(passage))
-    assert excluded == {0: {0, 1, 2}, 1: {1}, 2: {0, 1, 2, 3}, 3: {3}, 4: {0}}
+    known, present = ({divmod(key, 4) for key in keys.tolist()} for keys in found.excluded(np.arange(5)))
+    assert known == {(0, 0), (0, 1), (0, 2), (1, 1), (2, 0), (2, 1), (2, 2), (3, 3), (4, 0)}
+    assert present == {(2, 3)}
 
 
 @pytest.mark.parametrize(
@@ -225,6 +224,10 @@ def test_a_given_file_is_read_as_sources_are(tmp_path: Path, five: Path) -> None
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"MINED.JSONL.GZ: damaged"):
         given(five, file)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(UserError, match=r"empty.jsonl: holds no line"):
+        given(five, empty)
     wrong = tmp_path / "model.bin"
     wrong.touch()
     with pytest.raises(UserError, match=r"model.bin: unknown format"):
