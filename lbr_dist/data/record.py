@@ -22,6 +22,8 @@ BATCH = 2048
 """Most records that are hashed, tokenized or compared at once,"""
 BATCH_CHARACTERS = 1 << 20
 """and about how many characters: what bounds the memory of a preparation."""
+SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+"""Scripts that have no spaces between words (Thai, Lao, Burmese, Khmer, kana, Han), for a pattern's set."""
 
 
 @dataclass(frozen=True, slots=True)

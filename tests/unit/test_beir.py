@@ -135,11 +135,25 @@ def test_a_split_is_named_where_there_are_several(folder: Path) -> None:
 def test_a_benchmark_in_a_folder_of_sources_is_not_read_by_file(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nfcorpus: is a benchmark, .* name it by itself, as .*/nfcorpus@SPLIT"):
         expand(Source(str(tmp_path)), Path())
+    (folder / "queries.jsonl").unlink()
     (folder / "qrels").rename(folder / ".qrels")
-    assert len(expand(Source(str(tmp_path)), Path())) == 2
+    assert len(expand(Source(str(tmp_path)), Path())) == 1
     (folder / "notes/qrels").mkdir(parents=True)
     write(folder / "notes/qrels/a.jsonl", DOCUMENTS)
-    assert len(expand(Source(str(tmp_path)), Path())) == 3
+    assert len(expand(Source(str(tmp_path)), Path())) == 2
+
+
+@pytest.mark.parametrize("corpus", ["corpus.jsonl.gz", "corpus.json", "corpus"])
+def test_a_benchmark_without_judgements_is_not_read_by_file(folder: Path, tmp_path: Path, corpus: str) -> None:
+    """Training would learn its queries."""
+    (folder / "qrels").rename(folder / "notes")
+    if corpus == "corpus":
+        (folder / "corpus").mkdir()
+    (folder / "corpus.jsonl").rename(folder / corpus / ("a.csv" if corpus == "corpus" else ""))
+    for source in (folder, tmp_path, folder.parent / "nf*"):
+        with pytest.raises(UserError, match=rf"nfcorpus: .* no judgements .*: add qrels/.* name .*/{corpus} alone"):
+            expand(Source(str(source)), Path())
+    assert len(expand(Source(f"{folder}/q*.jsonl"), Path())) == 1
 
 
 def test_its_texts_alone_are_a_file(folder: Path) -> None:

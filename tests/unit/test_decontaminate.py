@@ -187,3 +187,15 @@ def test_the_stem_of_a_multiple_choice_question_is_kept_out_without_its_options(
     ]
     report = run([*map(str, sources)], tmp_path / "own", sizes={"eval": 5, "cl": 5})
     assert report.data["dropped"]["text_contains_evaluation"] == 5
+
+
+def test_an_evaluation_set_of_code_is_read_by_its_questions(tmp_path: Path) -> None:
+    rows = domain()
+    sources = [str(write(tmp_path / "qa.jsonl", rows))]
+    concode = write(tmp_path / "concode.jsonl", [{"nl": rows[0]["question"], "code": "unheard of"}])
+    report = run(sources, tmp_path / "out", decontaminate=[str(concode)])
+    assert report.data["dropped"]["connected_to_external_evaluation"] > 0
+    assert f"--decontaminate {concode}: question-answer (question = nl, answer = code)" in report.lines
+    cosqa = write(tmp_path / "cosqa.jsonl", [{"doc": rows[0]["question"], "code": "unheard of"}])
+    with pytest.raises(UserError, match=r"--decontaminate .*cosqa.jsonl: 1 of 1 rows cannot be read.*question=doc"):
+        run(sources, tmp_path / "other", decontaminate=[str(cosqa)])

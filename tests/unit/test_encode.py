@@ -355,9 +355,15 @@ def test_bad_input_is_named(tmp_path, content, options, message):
 
 
 def test_a_row_without_an_id_gets_its_number(tmp_path):
-    rows = [{"text": "a", "id": None}, {"text": "b", "id": ""}, {"text": "c", "id": 7}, {"text": ""}, {"text": "\u200b\u200d"}]
+    rows = [
+        {"text": "a", "id": None},
+        {"text": "b", "id": ""},
+        {"text": "c", "id": 7},
+        {"text": ""},
+        {"text": "\u200b"},
+    ]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
-    assert list(read_texts(source, "passage")) == [("0", "a"), ("1", "b"), ("7", "c"), ("3", ""), ("4", "\u200b\u200d")]
+    assert list(read_texts(source, "passage")) == [("0", "a"), ("1", "b"), ("7", "c"), ("3", ""), ("4", "\u200b")]
 
 
 def test_a_line_of_text_is_found_by_its_number(tmp_path):

@@ -319,7 +319,7 @@ def test_blocks_do_not_change_the_output(sources: list[str], tmp_path: Path, mon
 def test_bad_rows_are_counted_by_reason_and_the_first_is_named(tmp_path: Path) -> None:
     lines = [json.dumps(row).encode() for row in domain()]
     lines[10] = b'{"id": "x1", "question": "q"}'
-    lines[20] = b'{"id": "x2", "question": "q", "answer": 5}'
+    lines[20] = b'{"id": "x2", "question": "q", "answer": true}'
     lines[30] = b'{"id": "x3", "question": "q", "answer": "\xff"}'
     lines[40] = b"{not json"
     lines[50] = b"{nor this"
@@ -388,7 +388,37 @@ def test_files_that_a_folder_passes_over_are_told(tmp_path: Path) -> None:
     assert "note: passed over in folders: 1 .md" in run([str(tmp_path / "in")], tmp_path / "out").lines
     (tmp_path / "in/squad.JSON").touch()
     note = "1 .json, 1 .md (a .json file is read if it is named, or a quoted glob matches it)"
-    assert f"note: passed over in folders: {note}" in run([str(tmp_path / "in")], tmp_path / "two").lines
+    lines = run([str(tmp_path / "in")], tmp_path / "two").lines
+    assert lines[0] == f"warning: passed over in folders: {note}"  # more than were read
+
+
+def test_what_files_are_read_as_is_told_those_that_are_alike_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    rows = [{"prompt": row["question"], "text": row["answer"], "test": 1} for row in domain()]
+    for number in range(10):
+        write(root / f"qa{number}.jsonl", [{"prompt": "no answer"}, *rows[number * 10 :][:10]])
+    write(root / "texts.jsonl", [{"code": "t", "repo": "r"}])
+    tests = write(tmp_path / "tests.jsonl", [{"query": "withheld", "gold": None}])
+    report = run([str(root)], tmp_path / "out", max_bad_share=0.5, decontaminate=[str(tests)])
+    told = [
+        f"{root}/qa0.jsonl and 9 more: query-document (question = prompt, answer = text; not used: test)",
+        f"{root}/texts.jsonl: corpus (text = code; not used: repo)",
+        f"--decontaminate {tests}: question alone (question = query; not used: gold)",
+    ]
+    assert report.lines[1:4] == told
+    assert report.data["read_as"]["sources"][0] == {
+        "as": told[0].partition(": ")[2],
+        "files": 10,
+        "first": f"{root}/qa0.jsonl",
+    }
+    monkeypatch.setattr(first_pass, "MOST_READ_AS", 2)
+    for number in range(3):
+        write(root / f"z{number}.jsonl", [{"text": f"t{number}", f"f{number}": 1}])
+    report = run([str(root)], tmp_path / "more", max_bad_share=0.5)
+    assert report.lines[1:3] == [told[0], f"{root}/texts.jsonl and 3 more: 4 other forms"]
 
 
 def test_rows_that_two_files_hold_do_not_depend_on_their_order(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -317,6 +318,34 @@ def test_labels_of_any_type_and_fields_that_are_to_be_ignored() -> None:
     assert convert({**row, "source": {}, "negatives": None}).source == "file"
 
 
+@pytest.mark.parametrize(
+    ("answer", "written"),
+    [
+        (11760, "11760"),
+        (-0.5, "-0.5"),
+        (2.0, "2.0"),
+        (4e-05, "4e-05"),
+        (Decimal("0.50"), "0.50"),
+        (0.10000000149011612, None),  # 0.1 in 32 bits
+        (float("inf"), None),
+    ],
+)
+def test_a_number_is_an_answer_where_it_is_as_written(answer: Any, written: str | None) -> None:
+    if written is not None:
+        assert convert({"question": "q", "answer": answer}).answer == written
+        return
+    with pytest.raises(RowError, match="answer is a number, not a text: write it as one, in quotes"):
+        convert({"question": "q", "answer": answer})
+
+
+def test_a_right_option_in_a_list() -> None:
+    row = {"question": "q", "choices": ["x", "y", "z"]}
+    assert convert({**row, "answer": ["c"]}).answer == "z"
+    assert convert({**row, "answer_idx": [1]}).answer == "y"
+    with pytest.raises(RowError, match=r"has 2 right options, where one is expected: .*--max-bad-share 1"):
+        convert({**row, "answer": ["a", "c"]})
+
+
 def test_multiple_choice_over_several_fields() -> None:
     row = {"question": "stem", "opa": "x", "opb": "right", "cop": 1}
     assert convert(row, "multiple-choice", {"options": "opa,opb", "answer": "cop"}).answer == "right"
@@ -325,6 +354,10 @@ def test_multiple_choice_over_several_fields() -> None:
 def test_lists_of_answers_and_negatives() -> None:
     record = convert({"query": "q", "positive": ["a", "b", "", " "], "negative": "n"})
     assert (record.answer, record.positives, record.negatives) == ("a", ("b",), ("n",))
+    marked = [{"text": "", "answer_start": -1}, {"text": "a"}, "\u200b", {"text": "b"}]  # by several annotators
+    assert convert({"question": "q", "answers": marked}).positives == ("b",)
+    row = {"question": "q", "answer": "a", "negatives": [{"title": "T", "text": ""}, {"title": "", "text": " "}]}
+    assert convert(row).negatives == ("T ",)
 
 
 def test_nan_is_nothing() -> None:
@@ -354,7 +387,11 @@ def test_several_fields_make_one_text() -> None:
     ("row", "reason", "detail"),
     [
         ({"question": "q"}, "missing_field", "no answer: looked for answer, answers"),
-        ({"question": "q", "answer": 3}, "wrong_type", "answer is a number, not a text"),
+        ({"question": 3, "answer": "a"}, "wrong_type", "question is a number, not a text: write it as one, in quotes"),
+        ({"question": "q", "answer": True}, "wrong_type", "answer is true or false, not a text: write it as one"),
+        ({"question": "q", "answer": [1, 2]}, "wrong_type", "answer is a list of numbers: write each as a text"),
+        ({"question": "q", "output": [{"answer": "a"}]}, "wrong_type", "list of objects without a text, and --field"),
+        ({"question": "q", "answer": ["", {"text": " "}, None]}, "empty", "answer is empty"),
         ({"question": "q", "answer": None}, "empty", "answer is null"),
         ({"question": " \n", "answer": "a"}, "empty", "question is empty"),
         ({"question": "\ufeff \u200b", "answer": "a"}, "empty", "question is empty"),
@@ -441,13 +478,98 @@ def test_a_right_option_that_is_not_found_says_how_to_name_it() -> None:
 def test_unrecognised_fields_are_listed_with_the_remedy() -> None:
     with pytest.raises(RowError, match=r"among the fields foo, bar: .*--field question=prompt"):
         convert({"foo": "q", "bar": "a"})
-    with pytest.raises(RowError, match=r"fields Foo, answer, which have none of --field question=foo: name them"):
+    with pytest.raises(RowError, match=r"answer, which have none of --field question=foo: name the question \("):
         convert({"Foo": "q", "answer": "a"}, fields={"question": "foo", "answer": "answer"})
     with pytest.raises(RowError, match=r"c0, c1, .* \.\.\. \(5000 fields\)") as caught:
         convert({f"c{i}": "x" for i in range(5000)})
     assert len(str(caught.value)) < 500
     with pytest.raises(RowError, match="the first line of a CSV file"):
         Converter(None, {}, max_chars=9, cells=True)({"what is it?": "q2", "it is this": "a2"})
+
+
+OBJECTS, TEXTS = [{"a": 1}], {f"term {i}": "what it means" for i in range(30)}
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "q", "test": "t"},
+         r"^question \(prompt\) and no answer among the fields prompt, test: name the answer \(--field answer=NAME\); "
+         r"or, for these texts alone, --kind corpus --field text=prompt$"),
+        ({"problem": OBJECTS}, "problem is a list of objects: write one row for each$"),
+        ({"table": {}, "notes": OBJECTS, "questions": OBJECTS}, ": questions is a list of objects: write one row"),
+        ({"train": OBJECTS, "valid": OBJECTS}, ": train, valid are lists of objects: write one row for each$"),
+        ({"instruction": "q", "instances": OBJECTS}, r"answer=NAME\).*; or, where instances has the rows, write one"),
+        ({"problem_text": "q", "choices": ["x", "y"], "answer": "x"},
+         r"^options \(choices\) and answer \(answer\) and no question .*: name the question \(--field question=NAME\)"),
+        (TEXTS, ": the row is a map of texts: write one row for each$"),
+        ({"terms": TEXTS}, ": terms is a map of texts: write one row for each$"),
+    ],
+)  # fmt: skip
+def test_a_row_that_lacks_a_role_says_which_and_the_remedy_that_helps(row: dict, problem: str) -> None:
+    with pytest.raises(RowError, match=problem):
+        convert(row)
+
+
+def test_names_that_are_a_question_and_its_answer_beside_each_other() -> None:
+    for row in ({"nl": "q", "code": "a"}, {"intent": "q", "snippet": "a"}, {"claim": "q", "document": "a"}):
+        assert (convert(row).question, convert(row).answer) == ("q", "a")
+    for row in ({"intent": "book", "text": "t"}, {"nl": "zin", "text": "t"}, {"snippet": "t ...", "text": "t"}):
+        assert convert(row).text == "t"
+    pack = {"prompt": "def f():", "canonical_solution": "return 1", "text": "One.", "instruction": "Write f."}
+    assert (convert(pack).question, convert(pack).answer) == ("def f():", "return 1")
+
+
+@pytest.mark.parametrize("name", ["code", "document", "passage"])
+@pytest.mark.parametrize("question", ["python check relation", "怎么排序一个列表"])
+def test_what_may_be_a_question_beside_an_answer_is_not_left_out(name: str, question: str) -> None:
+    texts = Converter(None, {}, max_chars=100)
+    plain = {
+        "id": 1,
+        name: "t",
+        "Title": "The art of it",
+        "source_url": "http://a b c",
+        "licence": "Apache License 2 x",
+    }
+    row = {**plain, "doc": question}
+    for each in ({**plain, "date": "12 March 2020", "path": "a/b c d", "stars": 7, "lines": "3 4 5"}, plain):
+        assert texts(each).text == "t"
+    for converter in (texts, Converter(None, {}, max_chars=100), Converter("corpus", {}, max_chars=100, detected=True)):
+        with pytest.raises(
+            RowError, match=rf"{name} would be a text, and doc be left out .*--field question=doc; or, .*"
+        ):
+            converter(row)
+    assert convert(row, "corpus").text == convert(row, fields={"text": name}).text == "t"
+    assert convert(row, fields={"question": "doc"}).question == question
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"id": 1, "prompt": "q", "text": "a", "test": 1},
+         "query-document (question = prompt, answer = text; not used: test)"),
+        ({"Question": "q", "answer": "a", "label": 1}, "question-answer (question = Question, answer = answer)"),
+        ({"instruction": "q", "input": "", "output": "a"}, "question-answer (question = instruction, answer = output)"),
+        ({"instruction": "q", "input": "x", "output": "a"},
+         "question-answer (question = instruction,input, answer = output)"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tag": "x"},
+         "question-answer (question = messages, answer = messages; not used: tag)"),
+        ({"question": "q", "opa": "x", "opb": "y", "cop": 0, "exp": "why"},
+         "multiple-choice (question = question, options = opa,opb, answer = cop; not used: exp)"),
+        ({"title": "t", "body": "b"}, "corpus (text = body; not used: title)"),
+    ],
+)  # fmt: skip
+def test_what_a_row_is_read_as_is_told_in_words(row: dict, told: str) -> None:
+    converter = Converter(None, {}, max_chars=100)
+    converter(row)
+    assert converter.read_as(row) == told
+
+
+def test_named_fields_are_told_by_their_names() -> None:
+    row = {"q": "q", "a": {"value": "a", "alias": "b"}, "c": "context"}
+    converter = Converter(None, {"question": "c,q", "answer": "a.value"}, max_chars=100)
+    converter(row)
+    assert converter.read_as(row) == "question-answer (question = c,q, answer = a.value)"
 
 
 def test_a_kind_that_an_earlier_row_told_is_named() -> None:

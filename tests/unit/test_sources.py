@@ -244,7 +244,7 @@ def test_undecodable_rows_are_handed_on_with_their_number(tmp_path: Path) -> Non
     foreign = tmp_path / "a.csv"
     foreign.write_bytes("question;answer\nGröße;über\n".encode("cp1252"))
     [(_, cells)] = read(foreign, tmp_path)
-    with pytest.raises(RowError, match=r"answer, character 0: .* iconv -f WINDOWS-1252 -t UTF-8"):
+    with pytest.raises(RowError, match=r"answer, character 0: .* iconv -f ENCODING .*\(Chinese: GB18030, .* Western:"):
         text(cells["answer"], "answer", 9)
     assert "byte 10: convert" in read(path, tmp_path)[1][1].detail
     path.write_text(json.dumps(ROWS[0], indent=1))
@@ -264,6 +264,39 @@ def test_an_array_with_something_else_in_it_and_a_cut_one(tmp_path: Path) -> Non
     path.write_text('[{"text": "ok"}, {"te')
     with pytest.raises(UserError, match=r"a\.json: damaged or not a json file"):
         read(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"version": 1, "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": ROWS}]}]},
+        {f"pm{i}": row for i, row in enumerate(ROWS)},
+        {name: [row[name] for row in ROWS] for name in ROWS[0]},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_object_of_rows_that_is_damaged(tmp_path: Path, document: dict[str, Any], indent: int | None) -> None:
+    """Also where it has a single line: it is no bad row."""
+    path = tmp_path / "a.json"
+    content = json.dumps(document, indent=indent, ensure_ascii=False)
+    place = r"line (?!1 )\d+ column" if indent else "line 1 column"
+    for spoiled in (content[:-40], content + content, content.replace(":", "", 3)):
+        path.write_text(spoiled, encoding="utf-8")
+        with pytest.raises(UserError, match=rf"a\.json: damaged or not a json file \(.*{place}"):
+            read(path, tmp_path)
+    path.write_text(content, encoding="cp1252")
+    with pytest.raises(UserError, match=r"a\.json: .*\(byte \d+ is not UTF-8: convert"):
+        read(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "first", [b'{"text": "to', b'{"text": "\xff"}', b'{"text": "one"} {"text": "two"}', b'{"a":' * 9999]
+)
+def test_json_lines_of_which_the_first_is_damaged(tmp_path: Path, first: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(first + b'\n{"text": "two"}\n{"text": "three"}\n')
+    (number, bad), *good = read(tmp_path / "a.json", tmp_path)
+    assert (number, bad.reason) == (1, "invalid_utf8" if b"\xff" in first else "invalid_json")
+    assert good == [(2, {"text": "two"}), (3, {"text": "three"})]
 
 
 def test_json_that_wraps_its_rows(tmp_path: Path) -> None:
@@ -356,13 +389,10 @@ def test_a_key_that_an_object_has_twice(tmp_path: Path) -> None:
         assert (first.reason, first.detail) == ("invalid_json", "an object has the key 'answer' twice")
         assert good == (2, {"text": "ok"})
         assert third.detail == "an object has the key 'x' twice"
-    for content in (f"[{twice}]", twice.replace(",", ",\n")):
+    for content in (f"[{twice}]", twice.replace(",", ",\n"), f'{{"data": [{twice}]}}'):
         (tmp_path / "a.json").write_text(content)
         with pytest.raises(UserError, match=r"a\.json: .*an object has the key 'answer' twice"):
             read(tmp_path / "a.json", tmp_path)
-    (tmp_path / "a.json").write_text(twice)
-    [(_, alone)] = read(tmp_path / "a.json", tmp_path)
-    assert isinstance(alone, RowError)
 
 
 COUNTS, SWAPPED = dict(zip("ABCD", "1234", strict=True)), dict(zip("ABCD", "BADC", strict=True))
@@ -408,6 +438,42 @@ def test_columns_that_are_named_in_another_order_keep_their_letters() -> None:
     row = {"question": "q", "option_a": "w", "option_b": "x", "option_c": "y", "answer": "C"}
     fields = {"options": "option_c,option_a"}
     assert Converter(None, fields, max_chars=99)(row).answer == "y"
+
+
+@pytest.mark.parametrize(
+    ("names", "right"),
+    [
+        (("choice0", "choice1", "choice2"), "2"),
+        (("choice_0", "choice_1", "choice_2"), 2),
+        (("option1", "option2", "option3"), "3"),
+        (("Option A", "Option B", "Option C"), "C"),
+        (("choice_a", "choice_b", "choice_c"), "c"),
+        (("opt-a", "opt-b", "opt-c"), "z"),
+    ],
+)
+def test_options_in_fields_with_a_letter_or_number(names: tuple[str, ...], right: object) -> None:
+    for order in (names, names[::-1]):
+        row = {name: "xyz"[names.index(name)] for name in order}
+        found = Converter(None, {}, max_chars=99)({"question": "q", **row, "answer": right})
+        assert (found.question, found.answer) == ("q\nA. x\nB. y\nC. z", "z")
+
+
+def test_numbers_of_fields_that_may_be_indices() -> None:
+    copa = {"question": "q", "choice1": "x", "choice2": "y", "label": 1}
+    with pytest.raises(RowError, match=r"label is 1, which reads both as the number of a field .*--field answer=label"):
+        Converter(None, {}, max_chars=99)(copa)
+    assert Converter(None, {"answer": "label"}, max_chars=99)(copa).answer == "x"
+    assert Converter(None, {}, max_chars=99)({**copa, "label": "B"}).answer == "y"
+    with pytest.raises(RowError, match="'0' is none of the 2 options"):
+        Converter(None, {}, max_chars=99)({**copa, "label": 0})
+    with pytest.raises(RowError, match="reads both as a text and"):
+        Converter(None, {}, max_chars=99)({"question": "q", "option1": "2", "option2": "1", "answer": "1"})
+    counted = {"question": "q", "choice0": "x", "choice1": "y", "label": 1}
+    assert Converter(None, {}, max_chars=99)(counted).answer == "y"
+    lettered = {"question": "q", "option_1": "x", "option_a": "w", "option_b": "y", "answer": "B"}
+    assert Converter(None, {}, max_chars=99)(lettered).answer == "y"
+    for row in ({"choice": "x", "choices_left": "2"}, {"option_x": "x", "option_y": "y"}, {"opt": "x", "ops": "y"}):
+        assert Converter(None, {}, max_chars=99)({"question": "q", **row, "answer": "a"}).answer == "a"
 
 
 @pytest.mark.parametrize("name", ["correct", "answer_idx", "answerKey", "cop", "correct_answer"])

@@ -402,6 +402,19 @@ def test_sizes_that_the_records_cannot_meet() -> None:
     assert (assign(labels, np.ones(10, bool), order, parse_sizes({"cl": "4", "eval": "2"})) == CL).sum() == 1
 
 
+def test_sizes_that_are_asked_for_without_a_question_answer_record() -> None:
+    nobody, order = np.zeros(9, bool), np.arange(9, dtype=np.uint64)
+    for sizes, asked in (
+        ({"eval": "100", "cl": "50"}, "--cl 50 and --eval 100"),
+        ({"eval": "0.05"}, "--eval 0.05"),
+        ({"cl": "rest", "eval": 0}, "--cl rest"),
+    ):
+        with pytest.raises(UserError, match=f"^{asked}: no question-answer record is left .* as plain text"):
+            assign(np.arange(9), nobody, order, parse_sizes(sizes))
+    for sizes in ({}, {"gl": "0.9", "cl": 0}, {"gl": 1.0, "cl": 0, "eval": "0"}):
+        assert (assign(np.arange(9), nobody, order, parse_sizes(sizes)) == UNUSED).all()
+
+
 def test_crossings_find_each_kind_of_leak(tmp_path: Path) -> None:
     rng = random.Random(4)
     base = [sentence(rng) for _ in range(3)]

@@ -37,6 +37,8 @@ class BadRows:
         """Rows of an evaluation set from elsewhere whose answer cannot be used: no bad rows, their question counts."""
         self.met: list[str] = []
         """Roles of --field whose field a row had."""
+        self.read_as = ""
+        """What the first row that gave a record was read as; empty: none did, or these are of several files."""
 
     def add(self, reason: str, where: str, detail: str, count: int = 1) -> None:
         """Count `count` bad rows; the first of a reason is remembered."""

@@ -46,10 +46,12 @@ from lbr_dist.data.sources.entity import Entity
 from lbr_dist.data.sources.fields import Converter
 from lbr_dist.data.sources.parts import Part
 from lbr_dist.data.sources.row_values import RowError
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, printable
 
 HOPELESS = 1000
 """A source whose first so many rows are all bad stops the run at once: its fields were not understood."""
+MOST_READ_AS = 20
+"""Forms of files in the report."""
 COLUMNS = {"is_text": np.bool_, "external": np.bool_, "id_hash": np.uint64, "content_hash": np.uint64,
            "entity": np.uint64, "order": np.uint64, "part": np.int64, "line": np.int64}  # fmt: skip
 """Types of the `Numbers` of a record."""
@@ -77,6 +79,8 @@ class FirstPass:
     parts: list[Part]
     empty: list[str]
     """Names of the sources without a row."""
+    read_as: dict[str, list[dict[str, Any]]]
+    """For the report, what the files of `sources` and `decontaminate` were read as."""
     spool: Spool
     numbers: Numbers
     texts: Texts
@@ -153,9 +157,10 @@ class DigestRows:
                 if part.external and not record.is_text:
                     record = with_stem(record)
             except RowError as error:
-                question = convert.question_alone(row) if part.external and not isinstance(row, RowError) else None
-                if question is not None:
+                whole = None if isinstance(row, RowError) or not part.external else row
+                if whole is not None and (question := convert.question_alone(whole)) is not None:
                     bad.questions_alone += 1
+                    bad.read_as = bad.read_as or printable(convert.read_as(whole))
                     question = with_stem(question)
                     yield question, {**self._numbers(question, row, place, part), "is_text": False}
                     continue
@@ -163,6 +168,7 @@ class DigestRows:
                 if part.first and bad.misread == bad.rows == HOPELESS:
                     raise _HopelessError from None
             else:
+                bad.read_as = bad.read_as or printable(convert.read_as(row))
                 yield record, self._numbers(record, row, place, part)
 
     def _numbers(self, record: Record, row: Any, place: int, part: PartRows) -> dict[str, int]:
@@ -233,14 +239,14 @@ def _in_order(summaries: Iterator[BlockSummary]) -> Iterator[BlockSummary]:
 
 def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sketches: Path) -> FirstPass:
     """The blocks in order, as if they were one."""
-    bad, read, table, first = BadRows(), set[int](), TextTable(sketches), 0
+    bad, read, table, first = BadRows(), dict[int, str](), TextTable(sketches), 0
     outside = {job.part.source.name: BadRows() for job in jobs if job.external}
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, kind)] for name, kind in COLUMNS.items()}
     sizes, files, negatives = list[np.ndarray](), list[Path](), [np.zeros((0, 2), np.int64)]
     for summary in summaries:
         for number, found in summary.bad.items():
             (outside[jobs[number].part.source.name] if jobs[number].external else bad).merge(found)
-            read.add(number)
+            read[number] = read.get(number) or found.read_as
         file = numbers_file(folder, summary.job, summary.number)
         with np.load(file) as arrays:
             for name, blocks in columns.items():
@@ -256,6 +262,7 @@ def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sket
         outside,
         [job.part for job in jobs],
         [job.part.name for job in jobs if not (job.external or job.number in read)],
+        {"sources": _read_as(jobs, read, external=False), "decontaminate": _read_as(jobs, read, external=True)},
         Spool(files, sizes),
         Numbers(**{name: np.concatenate(blocks) for name, blocks in columns.items()}),
         table.finish(),
@@ -263,6 +270,19 @@ def _join(jobs: list[PartJob], summaries: list[BlockSummary], folder: Path, sket
         owner_hash[:, 0],
         owner_hash[:, 1],
     )
+
+
+def _read_as(jobs: list[PartJob], read: Mapping[int, str], *, external: bool) -> list[dict[str, Any]]:
+    """What files were read as, in their order: the first of those that were read alike, and how many these are."""
+    found: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.external == external and read.get(job.number):
+            found.setdefault(read[job.number], []).append(printable(job.part.name))
+    groups = list(found.items())
+    if len(groups) > MOST_READ_AS:
+        alike = [name for _, names in groups[MOST_READ_AS - 1 :] for name in names]
+        groups[MOST_READ_AS - 1 :] = [(f"{len(groups) - MOST_READ_AS + 1} other forms", alike)]
+    return [{"as": what, "files": len(names), "first": names[0]} for what, names in groups]
 
 
 class _HopelessError(Exception):

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from lbr_dist.data.record import SPACELESS
+
 SHINGLE = 3
 """Words in one shingle."""
 MIN_WORDS = 8
@@ -33,12 +35,11 @@ by very many texts would cost quadratic time. At similarity 0.7 that still finds
 CHUNK = 1 << 14
 """Pairs compared at once."""
 
-_SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(f"[^\\W{_SPACELESS}]+|[{_SPACELESS}]")
+_WORD = re.compile(f"[^\\W{SPACELESS}]+|[{SPACELESS}]")
 """Runs of word characters; in scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han) every character."""
-_SPACELESS_CHARACTER = re.compile(f"[{_SPACELESS}]")
+_SPACELESS_CHARACTER = re.compile(f"[{SPACELESS}]")
 _MARKS = re.compile(
-    f"(?![{_SPACELESS}])["
+    f"(?![{SPACELESS}])["
     + "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
     + "]"
 )

@@ -283,6 +283,7 @@ class Pipeline:
             "set": manifest["fingerprint"],
             "passed_over": {printable(ending): count for ending, count in sorted(passed_over.items())},
             "rows": {"read": self.read.bad.rows, "bad": self.read.bad.report()},
+            "read_as": self.read.read_as,
             "empty_sources": [printable(name) for name in self.read.empty],
             "decontaminate": {
                 "read": sum(found.rows for found in self.read.outside.values()),

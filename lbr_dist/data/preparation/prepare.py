@@ -32,7 +32,7 @@ from lbr_dist.errors import UserError, printable
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 10
+VERSION = 11
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 NOT_GIVEN = "not given"
 
@@ -54,17 +54,24 @@ class PrepareReport:
         records, rows = self.data["records"], self.data["rows"]
         sides = ", ".join(f"{side} {records[side]['records']}" for side in SIDES)
         lines = [f"{self.out}: {sides} records, from {rows['read']} rows"]
+        for flag, files in (
+            ("", self.data["read_as"]["sources"]),
+            ("--decontaminate ", self.data["read_as"]["decontaminate"]),
+        ):
+            lines += [f"{flag}{file['first']}{_more(file['files'] - 1)}: {file['as']}" for file in files]
         lines += [f"bad rows: {entry['count']} {reason} (first: {entry['first']})" for reason, entry in self._bad()]
         lines += [f"dropped: {count} {reason}" for reason, count in self.data["dropped"].items() if count]
         lines += [f"note: {note}" for note in self._notes()]
+        if passed := self.data["passed_over"]:
+            listed = ", ".join(f"{count} {ending}" for ending, count in passed.items())
+            hint = " (a .json file is read if it is named, or a quoted glob matches it)" * (".json" in passed)
+            most = sum(passed.values()) > sum(file["files"] for file in self.data["read_as"]["sources"])
+            told = f"{'warning' if most else 'note'}: passed over in folders: {listed}{hint}"
+            lines.insert(0 if most else len(lines), told)
         lines.append("isolation: no shared question, answer or near-duplicate between sides (report.json)")
         return lines
 
     def _notes(self) -> Iterator[str]:
-        if passed := self.data["passed_over"]:
-            listed = ", ".join(f"{count} {ending}" for ending, count in passed.items())
-            hint = " (a .json file is read if it is named, or a quoted glob matches it)" * (".json" in passed)
-            yield f"passed over in folders: {listed}{hint}"
         if empty := self.data["empty_sources"]:
             yield f"sources without a row: {len(empty)} (first: {empty[0]})"
         for side, found in self.data.get("short_sides", {}).items():
@@ -180,6 +187,10 @@ def prepare(
         if made() is None:  # nobody put a set there meanwhile
             publish(folder / "set", place)
     return PrepareReport(Path(out), report, unchanged=False)
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" * bool(count)
 
 
 def _parts(

@@ -40,6 +40,10 @@ FLUSH = 1 << 20
 """Candidate pairs that wait to be compared together."""
 
 
+class Default(float):
+    """A share that the user did not ask for."""
+
+
 @dataclass(frozen=True)
 class CommonText:
     """An answer that links nothing."""
@@ -50,7 +54,7 @@ class CommonText:
 
 
 def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float | None]:
-    """Sizes of the sides as counts (int), shares (float, 0 to 1) or None for "rest".
+    """Sizes of the sides as counts (int), shares (float, 0 to 1; `Default` where none was given) or None for "rest".
 
     Args:
         sizes: side to "5000", "0.2", "rest" or a number. A side that is not named has its default; gl, by default the
@@ -71,6 +75,8 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
         number = parsed[side]
         if isinstance(number, float) and not 0 <= number <= 1:
             raise UserError(f"--{side} {text}: a share lies between 0 and 1")
+        if isinstance(number, float) and side not in sizes:
+            parsed[side] = Default(number)
     if parsed["gl"] is None and "gl" not in sizes and None in (parsed["cl"], parsed["eval"]):
         parsed["gl"] = 0
     if all(value == 0 for value in parsed.values()):
@@ -206,11 +212,12 @@ def assign(
 
     Raises:
         UserError: the counts exceed the records, or a side stays empty: no component fits into it, or those that do
-            are on others.
+            are on others, or there are no records.
     """
     side = np.full(len(labels), UNUSED, np.int8)
     records = np.flatnonzero(usable)
     if not len(records):
+        _check_unasked(sizes)
         return side
     room = _targets(sizes, len(records))
     rest = next((name for name, size in sizes.items() if size is None), None)
@@ -248,6 +255,21 @@ def shortfalls(
         for name, (records, asked) in found.items()
         if records < SHORT * asked
     }
+
+
+def _check_unasked(sizes: Mapping[str, int | float | None]) -> None:
+    """See that no side is asked for which plain texts cannot fill; `sizes` as from `parse_sizes`.
+
+    Raises:
+        UserError: cl or eval is.
+    """
+    asked = {name: size for name, size in sizes.items() if name != "gl" and size != 0 and not isinstance(size, Default)}
+    if asked:
+        listed = " and ".join(f"--{name} {shown_size(size)}" for name, size in asked.items())
+        raise UserError(
+            f"{listed}: no question-answer record is left to share out (what was read as plain text goes to gl): leave "
+            "this out, or give sources with questions and answers (what they are read as: --kind, --field)"
+        )
 
 
 def _check_filled(wanted: Mapping[str, int], place: np.ndarray, counts: np.ndarray) -> None:

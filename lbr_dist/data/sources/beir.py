@@ -52,6 +52,14 @@ def find_beir(path: str) -> tuple[Path, str] | None:
     return None
 
 
+def find_unjudged(folder: Path) -> Path | None:
+    """The corpus of a folder that has queries beside it and no judgements; None: it is no such folder."""
+    corpus, queries = _files_of(folder, "corpus"), _files_of(folder, "queries")
+    if not corpus or not queries or (folder / "qrels").is_dir():
+        return None
+    return corpus[0] if corpus[0].parent == folder else corpus[0].parent
+
+
 def find_files(folder: Path, split: str) -> dict[str, list[Path]]:
     """The files of `corpus`, `queries` and (of the split) `qrels`; `split` may be empty where there is one.
 
@@ -76,16 +84,21 @@ def find_files(folder: Path, split: str) -> dict[str, list[Path]]:
 
 
 def _found(folder: Path, name: str) -> list[Path]:
-    if (folder / name).is_dir():
-        return _files_in(folder / name)
-    files = [file for file in _files_in(folder) if file.name[: _ending(file.name)] == name]
-    if len(files) > 1:
+    files = _files_of(folder, name)
+    if len(files) > 1 and files[0].parent == folder:
         raise UserError(f"{folder}: has {' and '.join(file.name for file in files)}: leave one of them")
     return files
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if _ending(file.name) > 0 and file.is_file())
+def _files_of(folder: Path, name: str) -> list[Path]:
+    if (folder / name).is_dir():
+        return _files_in(folder / name)
+    return [file for file in _files_in(folder, name) if file.name[: _ending(file.name)] == name]
+
+
+def _files_in(folder: Path, start: str = "") -> list[Path]:
+    named = (file for file in folder.iterdir() if file.name.startswith(start) and _ending(file.name) > 0)
+    return sorted(file for file in named if file.is_file())
 
 
 def _ending(name: str) -> int:

@@ -20,7 +20,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "answer": (
         *("answer", "answers", "response", "output", "completion", "correct_answer", "long_answer", "ideal_answer"),
-        *("document", "passage", "positive", "pos", "positive_passages", "code", "func_code_string"),
+        *("document", "passage", "positive", "pos", "positive_passages", "canonical_solution", "code"),
+        *("func_code_string",),
     ),
     "document": ("document", "passage", "positive", "pos", "positive_passages", "text", "answer", "response", "code"),
     "options": (
@@ -41,13 +42,19 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
 fields of one role."""
+PAIRS = (("body", "ideal_answer"), ("nl", "code"), ("intent", "snippet"), ("claim", "document"), ("claim", "passage"))
+"""A question and its answer under names that say as much only beside each other: BioASQ, CONCODE, CoNaLa, SciFact."""
 
 CODED = (
     *("answer_idx", "answer_index", "answerkey", "answer_key", "correct_option", "correct_answer_id", "cop", "label"),
 )
 """Fields, in small letters, with the label, letter or number of the right option and not its text."""
-COLUMN = re.compile(r"(?:op(?:tion)?_?)?([A-Z])", re.IGNORECASE)
-"""A field with the option of a letter."""
+INDICES = ("answer_idx", "answer_index", "correct_answer_id", "cop", "label")
+"""Those of them in which a number may count from 0 though the options' own names count from 1 (COPA)."""
+COLUMN = re.compile(r"(op_?|)([A-Z])|((?:opt|option|choice)[ _-]?)([A-Z]|\d{1,2})", re.IGNORECASE)
+"""A field with the option of a letter or number: what comes before it, and the letter or number."""
+FIRST = ("A", "0", "1")
+"""What the first of such fields may have."""
 
 RECOGNISED = frozenset(
     part.lower() for names in NAMES.values() for name in names for part in name.split(",") if len(part) > 1
@@ -146,19 +153,42 @@ def value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def column_labels(names: tuple[str, ...]) -> list[str]:
-    """The letters of the options that are in these fields; none where not each is the field of a letter."""
-    found = [match[1].upper() for match in map(COLUMN.fullmatch, names) if match]
+    """The letters or numbers of the options that are in these fields; none where not each is the field of one."""
+    found = [label for _, label in map(_column, names) if label]
     return found if len(found) == len(names) > 1 else []
+
+
+def _column(name: str) -> tuple[str, str]:
+    """What comes before the letter or number of the option that a field holds, and that itself; else nothing."""
+    match = COLUMN.fullmatch(name)
+    return ((match[1] or match[3] or "").lower(), (match[2] or match[4]).upper()) if match else ("", "")
+
+
+def _columns(row: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Fields of one name with a letter or number each, in order."""
+    groups: dict[tuple[str, bool], dict[str, str]] = {}
+    for name in map(str, row):
+        stem, label = _column(name)
+        if stem:
+            groups.setdefault((stem, label.isdecimal()), {}).setdefault(label, name)
+    for group in groups.values():
+        labels = sorted(group, key=lambda label: (len(label), label))
+        if len(labels) > 1 and labels[0] in FIRST:
+            return tuple(group[label] for label in labels)
+    return None
 
 
 def _recognise(row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
     lower = {str(name).lower(): name for name in reversed(list(row))}
-    if role == "question" and "body" in lower and "ideal_answer" in lower:  # BioASQ; elsewhere a body is a text
-        return (str(lower["body"]),)
     for name in NAMES[role]:
+        if "," in name and (columns := _columns(row)) is not None:
+            return columns
         parts = [part if part in row else lower.get(part.lower()) for part in name.split(",")]
         if None not in parts:
             return tuple(map(str, parts))
+    for pair in PAIRS:
+        if role in ("question", "answer") and all(name in lower for name in pair):
+            return (str(lower[pair[role == "answer"]]),)
     if role == "negatives":  # a column each: negative_1, negative_2 ...
         return tuple(name for name in map(str, row) if NUMBERED.fullmatch(name)) or None
     return None

@@ -14,8 +14,9 @@ from typing import Any
 from lbr_dist.data.record import Record, content_id
 from lbr_dist.data.sources import field_names, row_values
 from lbr_dist.data.sources.chat import unfold
-from lbr_dist.data.sources.field_names import CODED, NAMES, Finder, listed
+from lbr_dist.data.sources.field_names import CODED, INDICES, NAMES, Finder, listed
 from lbr_dist.data.sources.questions import each_question
+from lbr_dist.data.sources.recognised import may_ask, read_as, untold
 from lbr_dist.data.sources.row_values import RowError
 
 FIRST_OPTION = "\nA. "
@@ -113,6 +114,10 @@ class Converter:
         except RowError:
             return None
 
+    def read_as(self, row: Mapping[str, Any]) -> str:
+        """In words, the kind and the fields of a row of which a record was made."""
+        return read_as(row, self._unfolded(row), self.kind, self._finder)
+
     def detect(self, row: Mapping[str, Any]) -> str:
         """The kind that the row's fields tell.
 
@@ -132,14 +137,7 @@ class Converter:
         if has["text"]:
             self._refuse_unasked(row)
             return "corpus"
-        named = self._finder.fields.items()
-        lacking = [f"{role}={name}" for role, name in named if name and self._finder.find(row, role) is None]
-        also = f", which have none of --field {', '.join(lacking)}" * bool(lacking)
-        raise RowError(
-            "missing_field",
-            f"cannot tell question, answer or text among the fields {listed(row)}{also}: name them, for example "
-            "--field question=prompt" + self._cells * " (the first line of a CSV file has to hold their names)",
-        )
+        raise RowError("missing_field", untold(row, self._finder, cells=self._cells))
 
     def _refuse_other(self, row: Mapping[str, Any]) -> None:
         """See that the row holds nothing that its kind, which an earlier row told, would leave out."""
@@ -164,11 +162,20 @@ class Converter:
         return names is not None and not row_values.nothing(field_names.value(row, names))
 
     def _refuse_unasked(self, row: Mapping[str, Any]) -> None:
-        """See that no answer would be left out with the question that is not recognised."""
+        """See that no answer would be left out with the question that is not recognised, nor the question itself."""
         names = self._finder.find(row, "answer")
-        [name, *_] = names or [""]
-        is_text = names == self._finder.find(row, "text") or name.lower() in ("document", "passage")  # a text itself
-        if name and not is_text and "text" not in self._finder.fields:
+        if names is None or "text" in self._finder.fields:
+            return
+        [name, *_] = names
+        if names == self._finder.find(row, "text"):
+            asked = may_ask(row, name)
+            if asked is not None:
+                raise RowError(
+                    "missing_field",
+                    f"{name} would be a text, and {asked} be left out (the row has {listed(row)}): name the question, "
+                    f"for example --field question={asked}; or, for the texts alone, --kind corpus",
+                )
+        elif name.lower() not in ("document", "passage"):  # a text itself
             raise RowError(
                 "missing_field",
                 f"an answer ({name}) and no question among the fields {listed(row)}: name the question, for "
@@ -249,8 +256,25 @@ class Converter:
         """Stem and options, one per line with a letter, as the question; the right option as the answer."""
         stem = self._text(self._get(row, "question"), "question")
         options, labels = row_values.options(self._get(row, "options"), self.max_chars)
-        labels = labels or field_names.column_labels(self._finder.find(row, "options") or ())
+        if not labels:
+            labels = field_names.column_labels(self._finder.find(row, "options") or ())
+            self._refuse_index(row, options, labels)
         return self._with_options(stem, options), options[self._right(row, options, labels)]
+
+    def _refuse_index(self, row: Mapping[str, Any], options: list[str], labels: list[str]) -> None:
+        """See that the number of a field that holds an option is no index; `labels` are those of the fields."""
+        [name, *_] = self._finder.find(row, "right") or [""]
+        if name.lower() not in INDICES or name == self._finder.fields.get("answer") or labels[:1] != ["1"]:
+            return
+        value = self._get(row, "right")
+        _, number = row_values.readings(value, options, labels)
+        _, index = row_values.readings(value, options, [])
+        if number is not None and index is not None and number != index:
+            raise RowError(
+                "bad_option",
+                f"{name} is {value!r}, which reads both as the number of a field and as an index from 0: if it is the "
+                f"former, say so (--field answer={name}), else number the fields from 0",
+            )
 
     def _right(self, row: Mapping[str, Any], options: list[str], labels: list[str]) -> int:
         """Number of the right option, which must agree with an answer beside it."""

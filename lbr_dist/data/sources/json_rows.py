@@ -43,20 +43,20 @@ def json_rows(part: Part) -> Numbered:
     """Rows of a whole document, held in memory; else JSON lines.
 
     Raises:
-        ValueError: an array that is not JSON.
+        ValueError: an array, or an object that is no line among lines, is not JSON.
     """
     with part.open() as file:
         lines = (start for line in file if (start := line.removeprefix(b"\xef\xbb\xbf").strip()))
-        first, alone = next(lines, b""), next(lines, None) is None
+        first, second = next(lines, b""), next(lines, b"")
     items: Any = None
     if first[:1] == b"[":
-        items = _decoded(_content(part))
-    elif first[:1] == b"{" and (alone or _begins(first)):
-        row = json_object(_content(part))
-        if not isinstance(row, RowError):
-            items = _items(row)
-        elif _TWICE in row.detail and not alone:
-            raise ValueError(row.detail)
+        items = _document(part)
+    elif first[:1] == b"{" and not (second and _is_line(first)):
+        try:
+            items = _items(_document(part))
+        except (ValueError, RecursionError):
+            if not _is_line(second):  # else the first of lines is damaged, and no more
+                raise
     if items is None:
         with part.open() as file:
             yield from json_lines(file)
@@ -101,15 +101,20 @@ def _decoded(data: bytes) -> Any:
     return _DECODER.decode(data.decode("utf-8-sig"))
 
 
-def _begins(line: bytes) -> bool:
-    """Whether a line is no object by itself: it may begin one."""
+def _is_line(line: bytes) -> bool:
+    """Whether a line is an object by itself, if one that has a key twice."""
     row = json_object(line)
-    return isinstance(row, RowError) and _TWICE not in row.detail
+    return not isinstance(row, RowError) or _TWICE in row.detail
 
 
-def _content(part: Part) -> bytes:
+def _document(part: Part) -> Any:
+    """What a whole file is in JSON; fails as `_decoded` does."""
     with part.open() as file:
-        return file.read()
+        content = file.read()
+    try:
+        return _decoded(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is not UTF-8{CONVERT}") from None
 
 
 def _items(document: Mapping[str, Any]) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from lbr_dist.data import remote
 from lbr_dist.data.manifest import manifest_of
-from lbr_dist.data.sources.beir import find_beir, find_files
+from lbr_dist.data.sources.beir import find_beir, find_files, find_unjudged
 from lbr_dist.data.sources.compressed import open_file
 from lbr_dist.data.sources.field_names import KINDS
 from lbr_dist.data.sources.formats import ENDING, FORMATS, UNITS, format_of, is_source
@@ -237,6 +237,11 @@ def _walk(root: Path, passed_over: Counter[str], matched: Set[Path]) -> Iterator
             raise UserError(
                 f"{folder}: is a benchmark, in a folder of sources: name it by itself, as {folder}@SPLIT, or for its "
                 "texts its corpus, and leave it out of that folder"
+            )
+        if (corpus := find_unjudged(folder)) is not None:  # as are these
+            raise UserError(
+                f"{folder}: has a corpus and queries as a benchmark has them, and no judgements of them: add "
+                f"qrels/SPLIT.tsv, or for its texts name {corpus} alone"
             )
         folders[:] = sorted(name for name in folders if not name.startswith(".") or folder / name in matched)
         for name in names:

@@ -29,7 +29,10 @@ REASONS = {
     "duplicate_id": "the id occurs twice with different content",
 }
 """Why a row is bad."""
-CONVERT = ": convert a file in another encoding, as with iconv -f WINDOWS-1252 -t UTF-8"
+CONVERT = (
+    ": convert a file in another encoding, as with iconv -f ENCODING -t UTF-8 (Chinese: GB18030, Japanese: CP932, "
+    "Korean: CP949, Cyrillic: WINDOWS-1251, Western: WINDOWS-1252)"
+)
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 WHOLE = re.compile(r"-?\d+\.0")
 """A whole number as pandas writes it, in a file of any format, where another row has none."""
@@ -59,7 +62,7 @@ class RowError(Exception):
 
 
 def text(value: Any, role: str, max_chars: int) -> str:
-    """The text that a field holds.
+    """The text that a field holds; an answer may be a number.
 
     Raises:
         RowError: it is none, or empty, or has more than `max_chars` characters.
@@ -67,10 +70,14 @@ def text(value: Any, role: str, max_chars: int) -> str:
     if _holds_text(value):
         title = value.get("title")
         value = f"{title} {value['text']}" if isinstance(title, str) and title else value["text"]
+    if role == "answer" and _is_exact(value):
+        value = str(value)
     if not isinstance(value, str):
         if value is None:
             raise RowError("empty", f"{role} is null")
-        hint = f": name a field in it, for example --field {role}=FIELD.PART" if isinstance(value, Mapping) else ""
+        hint = ": write it as one, in quotes" if isinstance(value, int | float | Decimal) else ""
+        if isinstance(value, Mapping):
+            hint = f": name a field in it, for example --field {role}=FIELD.PART"
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a text{hint}")
     if unseen(value):
         raise RowError("empty", f"{role} is empty")
@@ -97,7 +104,27 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
         value = [value]
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a list of texts")
-    return tuple(text(item, role, max_chars) for item in value if not blank(item))
+    items = [item for item in value if not _is_nothing(item)]
+    if any(isinstance(item, Mapping) and not _holds_text(item) for item in items):
+        hint = "--field leads into none: let each be a text, or hold it under text"
+        raise RowError("wrong_type", f"{role} is a list of objects without a text, and {hint}")
+    if role == "answer" and any(map(_is_exact, items)):
+        hint = "write each as a text, in quotes, or, where it is one answer, the list"
+        raise RowError("wrong_type", f"answer is a list of numbers: {hint}")
+    return tuple(text(item, role, max_chars) for item in items)
+
+
+def _is_nothing(item: Any) -> bool:
+    """Whether an item of a list is null or nothing that can be seen, or an object with such a text and no title."""
+    value = item["text"] if _holds_text(item) and blank(item.get("title")) else item
+    return blank(value) or (isinstance(value, str) and unseen(value))
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether a value is a number that is read as it is written, up to zeros at its end."""
+    if isinstance(value, float):
+        return math.isfinite(value) and len(Decimal(repr(value)).as_tuple().digits) <= sys.float_info.dig
+    return isinstance(value, int | Decimal) and not isinstance(value, bool)
 
 
 def _titled(value: Mapping[str, Any]) -> list[Any]:
@@ -176,6 +203,11 @@ def choose(value: Any, options: list[str], labels: list[str], *, coded: bool = F
     Raises:
         RowError: it is none of the options, or the text of one and the label, letter or index of another.
     """
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            hint = "leave such rows out (--max-bad-share 1)"
+            raise RowError("wrong_type", f"the row has {len(value)} right options, where one is expected: {hint}")
+        [value] = value
     by_text, by_code = readings(value, options, labels)
     repaired = WHOLE.fullmatch(str(value).strip()) is not None
     number = by_text if by_code is None or (repaired and by_text is not None and not coded) else by_code
