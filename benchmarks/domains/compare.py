@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -22,13 +23,14 @@ import numpy as np
 
 from benchmarks import jsonl
 from benchmarks.domains.rules import squeeze
+from lbr_dist.errors import UserError, told
 from lbr_dist.inference.bm25 import BM25
 
 DOMAINS = ("chemistry", "medicine", "code")
 CUTOFF = 10
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", type=Path, required=True, help="folder that benchmarks.domains wrote")
     parser.add_argument("--others", type=Path, required=True, help="folder with files of the same names")
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = f"{domain}.jsonl.gz"
         if (args.ours / name).is_file() and (args.others / name).is_file():
             found[domain] = compare(jsonl.read(args.ours / name), jsonl.read(args.others / name), args.questions)
+    if not found:
+        return told(UserError(f"--ours {args.ours}, --others {args.others}: no DOMAIN.jsonl.gz that both of them have"))
     text = markdown(found)
     print(text)
     if args.out:
@@ -47,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         head = {"date": date.today().isoformat(), "command": "python -m benchmarks.domains.compare"}
         (args.out / "domains.json").write_text(json.dumps({**head, "domains": found}, indent=1) + "\n")
         (args.out / "domains.md").write_text(text + "\n")
+    return 0
 
 
 def compare(ours: list[jsonl.Row], others: list[jsonl.Row], questions: int) -> dict[str, dict[str, Any]]:
@@ -97,4 +102,4 @@ def markdown(found: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,7 @@ from benchmarks.commands import Lbr
 from benchmarks.jsonl import Row
 from benchmarks.paper.scales import Scale
 from lbr_dist.data.shards import open_set
+from lbr_dist.errors import UserError
 
 ENTITY = r"id~^(.*):[^:]*$"
 CL_SHARE = "0.25"
@@ -106,7 +107,7 @@ def raw_text(source: Path, domain: str, out: Path, rows: Iterable[Row]) -> list[
     """Documents: lines of the corpus, or answers of the GL side."""
     try:
         file = find(source, f"{domain}.corpus.txt")
-    except SystemExit:
+    except UserError:
         gl = set(open_set(out / "data" / "domain").index("gl").ids)
         return [row["answer"] for row in rows if row["id"] in gl]
     with jsonl.open_text(file, "r") as lines:
@@ -143,9 +144,9 @@ def find(source: Path, name: str) -> Path:
     """A file of the domain, as it is or gzipped.
 
     Raises:
-        SystemExit: it is not there.
+        UserError: it is not there.
     """
     for file in (source / name, source / f"{name}.gz"):
         if file.is_file():
             return file
-    raise SystemExit(f"{source / name}[.gz] is not there; derive it: python -m benchmarks.domains --help")
+    raise UserError(f"{source / name}[.gz] is not there; derive it: python -m benchmarks.domains --help")

@@ -2,44 +2,69 @@
 
     WORK/small/medicine/
       data/, base-SEED/          prepared sets, backbone
-      seed-0/runs/ARM/           a run folder; `ARM.finished.json` says with which arguments it was made
+      seed-0/runs/ARM/           a run folder; `ARM.finished.json` says what it was made by
       seed-0/eval-test/ARM.json  its scores
 
-A command that was killed goes on where it stopped; an arm whose arguments changed is trained again.
+A command that was killed goes on where it stopped. An arm is trained again where its recipe or arguments changed, or
+those of an arm that it starts from; data that were made from other files or sizes (`data/finished`) are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from benchmarks.commands import Lbr
 from benchmarks.paper import adaptive
 from benchmarks.paper.arms import ARMS, Arm, rate_name
-from benchmarks.paper.domains import make_data
+from benchmarks.paper.domains import find, make_data
 from benchmarks.paper.scales import LANGUAGE_MODEL, SCALES, Scale
+from lbr_dist.disk import file_xxh128
+from lbr_dist.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 OTHERS = {"base": "LLM", "bm25": "BM25"}
 
 
 class Workplace:
-    """Trains and evaluates arms of one domain at one scale."""
+    """Trains and evaluates arms of one domain at one scale, once it is prepared."""
 
     def __init__(self, work: Path, scale: str, domain: str, source: Path, jobs: int) -> None:
-        self.scale, self.domain, self.jobs = SCALES[scale], domain, jobs
+        """Nothing is made yet.
+
+        Raises:
+            UserError: the domain is not in `source`, or the data here were made from other files or sizes.
+        """
+        self.scale, self.domain, self.jobs, self._source = SCALES[scale], domain, jobs, source
         self.folder = (work / scale / domain).resolve()
-        self.lbr = Lbr(self.folder, threads=self.scale.threads, echo=False)
-        finished = self.folder / "data" / "finished"
-        if not finished.exists():
+        self._marker = self.folder / "data" / "finished"
+        self._origin = origin(source, domain, self.scale)
+        if self._marker.exists():
+            self._refuse_other_data()
+
+    @cached_property
+    def lbr(self) -> Lbr:
+        """Commands in the folder, which is made for their logs."""
+        return Lbr(self.folder, threads=self.scale.threads, echo=False)
+
+    @property
+    def questions(self) -> str:
+        """A checksum that says what the test questions are."""
+        return file_xxh128(self.folder / "test.jsonl")
+
+    def prepare(self) -> None:
+        """Make the data, unless they are there."""
+        if not self._marker.exists():
             self._say("prepare the data")
-            make_data(self.lbr, source, domain, self.scale)
-            finished.touch()
+            make_data(self.lbr, self._source, self.domain, self.scale)
+            self._marker.write_text(json.dumps(self._origin))
 
     def train(self, names: Sequence[str], seed: int, rates: Mapping[str, float]) -> None:
         """Train arms and what they start from, as many at a time as there are jobs.
@@ -78,10 +103,11 @@ class Workplace:
         by = ARMS[name].adaptive if name in ARMS else ""
         more = adaptive.settings(self, seed, by) if by else ()
         arguments = train_arguments(self.scale, name, seed, rate, run, start, more)
-        text = json.dumps(arguments[1:])
+        text = self._made_by(arguments)
         finished, begun = (self.folder / f"{run}.{state}.json" for state in ("finished", "begun"))
         if finished.exists() and finished.read_text() == text:
             return run
+        finished.unlink(missing_ok=True)
         if not begun.exists() or begun.read_text() != text:
             _remove(self.folder / run)
         begun.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +121,7 @@ class Workplace:
     def adopt(self, name: str, seed: int, rate: float, label: str) -> None:
         """Let the finished run `label` (see `train_arm`) be the arm's own, so that it is not trained a second time."""
         run = f"seed-{seed}/runs/{name}"
-        text = json.dumps(train_arguments(self.scale, name, seed, rate, run)[1:])
+        text = self._made_by(train_arguments(self.scale, name, seed, rate, run))
         finished, begun = (self.folder / f"{run}.{state}.json" for state in ("finished", "begun"))
         if not (finished.exists() and finished.read_text() == text):
             finished.unlink(missing_ok=True)
@@ -114,7 +140,7 @@ class Workplace:
             count = self.scale.generate if generate else 0
             results = self._eval(list(missing.values()), "test", folder / f"of-{_file(next(iter(missing)))}", count)
             for name, model in zip(missing, results, strict=True):
-                scores = {**model, "name": title_of(name, model["name"]), **self._training(missing[name])}
+                scores = {**model, "name": title_of(name, model["name"]), **self._training(name, seed)}
                 (folder / f"{_file(name)}.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
         return [json.loads((folder / f"{_file(name)}.json").read_text(encoding="utf-8")) for name in names]
 
@@ -134,20 +160,36 @@ class Workplace:
         models: list[dict[str, Any]] = json.loads((out / "eval.json").read_text(encoding="utf-8"))["models"]
         return models
 
-    def _training(self, spec: str) -> dict[str, Any]:
-        """What the training of a run cost: seconds of its steps, tokens, steps."""
-        file = self.folder / spec / "metrics.jsonl"
-        if not file.exists():
+    def _made_by(self, arguments: Sequence[str]) -> str:
+        """What a run's weights follow from: recipe, arguments, and the same of the run that it starts from."""
+        start = next((each.partition("=")[2] for each in arguments if each.startswith("model.start_from=")), None)
+        before = json.loads((self.folder / f"{start}.finished.json").read_text()) if start else None
+        recipe = Path(arguments[0]).read_text(encoding="utf-8")
+        return json.dumps({"recipe": recipe, "arguments": arguments[1:], "start": before})
+
+    def _training(self, name: str, seed: int) -> dict[str, Any]:
+        """What the training of an arm cost after the base: of every stage, and of all together."""
+        if name not in ARMS:
             return {}
-        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-        steps = [row for row in rows if "step_s" in row]
-        return {
-            "training": {
-                "steps": len(steps),
-                "seconds": sum(row["step_s"] for row in steps),
-                "tokens": sum(row["tokens"] for row in steps),
-            }
-        }
+        names = [stage for stage in self._chain(name) if stage != "base"]
+        stages = {stage: cost(self.folder / self._spec(stage, seed) / "metrics.jsonl") for stage in names}
+        together = {key: sum(stage[key] for stage in stages.values()) for key in stages[name]}
+        return {"training": {"all": together, "stages": stages}}
+
+    def _refuse_other_data(self) -> None:
+        text = self._marker.read_text(encoding="utf-8")
+        if not text:
+            raise UserError(
+                f"{self.folder}: does not say what its data were made from (an earlier version made them); move it "
+                "away, or give another --work"
+            )
+        was = json.loads(text)
+        other = sorted(key for key in {**was, **self._origin} if was.get(key) != self._origin.get(key))
+        if other:
+            raise UserError(
+                f"{self.folder}: its data were made from other files or sizes ({', '.join(other)}) than --data "
+                f"{self._source} gives now; give the --data of then, or another --work"
+            )
 
     def _backbone(self, seed: int) -> None:
         out = self.folder / f"base-{seed}"
@@ -177,6 +219,32 @@ class Workplace:
 
     def _say(self, text: str) -> None:
         print(f"[{self.domain}] {text}", flush=True)
+
+
+def origin(source: Path, domain: str, scale: Scale) -> dict[str, str | int]:
+    """What the data of a domain follow from: checksums of its files, and the sizes of the scale.
+
+    Raises:
+        UserError: its rows are not there.
+    """
+    try:
+        files = [find(source, f"{domain}.jsonl")]
+    except UserError as missing:
+        raise UserError(f"--data: {missing}") from None
+    with contextlib.suppress(UserError):
+        files.append(find(source, f"{domain}.corpus.txt"))
+    return {**{file.name: file_xxh128(file) for file in files}, "dev": scale.dev, "test": scale.test}
+
+
+def cost(metrics: Path) -> dict[str, float]:
+    """Steps of a run, with their seconds and tokens."""
+    rows = [json.loads(line) for line in metrics.open(encoding="utf-8")]
+    steps = [row for row in rows if "step_s" in row]
+    return {
+        "steps": len(steps),
+        "seconds": sum(row["step_s"] for row in steps),
+        "tokens": sum(row["tokens"] for row in steps),
+    }
 
 
 def title_of(name: str, otherwise: str = "") -> str:

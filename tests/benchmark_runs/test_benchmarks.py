@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from benchmarks import common, dense, lengths, loader, mfu, padding
+from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.scales import SCALES
 from lbr_dist.config import Bottleneck
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +203,15 @@ def test_budget_batches_keep_order_and_budget():
     batches = padding.by_budget(samples, 2048)
     assert [s for batch in batches for s in batch] == samples
     assert all(len(b) == 1 or len(b) * max(map(padding.tokens, b)) <= 2048 for b in batches)
+
+
+def test_the_list_of_benchmarks_has_every_script_and_experiment():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    scripts = {file.stem for file in (ROOT / "benchmarks").glob("*.py")} - {"__init__"}
+    named = set(re.findall(r"`(?:python -m benchmarks\.)?([\w-]+)[^`]*`", text))
+    assert {*scripts, *EXPERIMENTS, *SCALES} <= named
+    for file in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / "benchmarks" / file).exists()
 
 
 def test_lengths_are_of_every_source():

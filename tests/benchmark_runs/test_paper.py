@@ -4,26 +4,28 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from benchmarks import jsonl
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import adaptive, backbone, prediction, tables
+from benchmarks.paper import adaptive, backbone, prediction, tables, workplace
 from benchmarks.paper.__main__ import curves
 from benchmarks.paper.arms import ARMS, SHARES, rate_name
 from benchmarks.paper.domains import ENTITY, drawn, entity, hold_out, naming_none
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.scales import SCALES
-from benchmarks.paper.search import LEARN
-from benchmarks.paper.workplace import train_arguments
+from benchmarks.paper.search import LEARN, search
+from benchmarks.paper.workplace import Workplace, train_arguments
 from lbr_dist.config import Bottleneck
 from lbr_dist.data.information import model_fingerprint
 from lbr_dist.data.plan.lengths import bottleneck_lengths
-from lbr_dist.errors import UserError
+from lbr_dist.errors import EXIT_USER_ERROR, UserError
 from lbr_dist.inference.loading import load_run
 from lbr_dist.recipes import load_recipe
 
@@ -60,7 +62,7 @@ def test_rates_are_searched_unless_a_scale_leaves_nothing_to_search(tmp_path):
     assert set(rates) == {*LEARN, *LEARN.values(), "cl", "joint"}
     assert "not searched" in source
     small = SimpleNamespace(scale=SCALES["small"], domain="code")
-    with pytest.raises(SystemExit, match="no learning rates"):
+    with pytest.raises(UserError, match="no learning rates"):
         paper.rates(tmp_path, small)
     tables.write(tmp_path, "search-medicine", "", {"domain": "medicine", "rates": {"cl": 2e-3}, "trials": []})
     assert paper.rates(tmp_path, small) == ({"cl": 2e-3}, "as searched on medicine")
@@ -162,7 +164,7 @@ def test_a_backbone_that_is_a_language_model_is_evaluated_as_it_is(tmp_path, mon
 
 
 @pytest.mark.timeout(600)
-def test_seeds_are_added_to_those_on_record(tmp_path, monkeypatch):
+def test_seeds_are_added_to_those_on_record(tmp_path, monkeypatch, capsys):
     """On a machine that has not the runs of the earlier ones; never to those of other data, models or rates."""
     run = toy(tmp_path, monkeypatch, "table3", ("base",))
     run()
@@ -184,25 +186,229 @@ def test_seeds_are_added_to_those_on_record(tmp_path, monkeypatch):
 
     def refused(match, **changes):
         file.write_text(json.dumps({**both, **changes}))
-        with pytest.raises(SystemExit, match=match):
-            run()
+        assert run() == EXIT_USER_ERROR
+        assert match in capsys.readouterr().err
 
     refused("has 0 of the 1 seeds", seeds=[])
     refused("another scale or other learning rates", notes=["Learning rates as searched on code: {}."])
     refused("another scale or other learning rates", scale="small")
     refused("has not the models LLM, BM25", seeds=[both["seeds"][0][::-1]])
     bm25 = {**both["seeds"][0][1], "retrieval": {"ndcg_at_10": 0.123}}
-    refused("made from another --data", seeds=[[both["seeds"][0][0], bm25]])
+    refused("made from another --data", questions="others")
+    refused("made from another --data", questions=None, seeds=[[both["seeds"][0][0], bm25]])
     file.unlink()
-    with pytest.raises(SystemExit, match="no results of the seeds before 1"):
-        run()
+    assert run() == EXIT_USER_ERROR
+    assert "no results of the seeds before 1" in capsys.readouterr().err
 
 
-def test_the_first_seed_to_run_is_one_of_the_seeds(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["paper", "table3", "--seeds", "2", "--from-seed", "2"])
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize("name", ["table3", "table4"])
+def test_seeds_of_other_questions_are_not_added(name, tmp_path, monkeypatch, capsys):
+    """Whether BM25 is among the models or not; results of earlier versions without it are taken, and it is said."""
+    place = fake_place(tmp_path, monkeypatch)
+    place.scale = SCALES["few-steps"]
+    run = partial(paper.run, place, name, EXPERIMENTS[name], out=tmp_path)
+    run(first=0, seeds=1)
+    file = tmp_path / f"{name}-medicine.json"
+    first = json.loads(file.read_text())
+    run(first=1, seeds=2)
+    assert json.loads(file.read_text())["questions"] == first["questions"]
+    (place.folder / "test.jsonl").write_text("others")
+    file.write_text(json.dumps(first))
+    with pytest.raises(UserError, match="made from another --data"):
+        run(first=1, seeds=2)
+    del first["questions"]
+    file.write_text(json.dumps(first))
+    run(first=1, seeds=2)
+    assert ("does not say which questions were asked" in capsys.readouterr().out) == (name == "table4")
+
+
+def test_results_of_more_seeds_stay(tmp_path, monkeypatch):
+    place = fake_place(tmp_path, monkeypatch)
+    place.scale = SCALES["few-steps"]
+    run = partial(paper.run, place, "table4", EXPERIMENTS["table4"], first=0)
+    run(seeds=2, out=tmp_path)
+    with pytest.raises(UserError, match="has 2 seeds, and --seeds 1 would replace them"):
+        run(seeds=1, out=tmp_path)
+    run(seeds=1, out=tmp_path / "other")
+    run(seeds=3, out=tmp_path)
+    assert len(json.loads((tmp_path / "table4-medicine.json").read_text())["seeds"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--seeds", "2", "--from-seed", "2"), "--from-seed 2 is none of the 2 --seeds"),
+        (("--seeds", "0"), "--seeds 0: at least 1"),
+        (("--jobs", "0"), "--jobs 0: at least 1"),
+    ],
+)
+def test_flags_that_do_not_work_are_named(flags, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["paper", "table3", *flags])
+    with pytest.raises(SystemExit) as ended:
         paper.main()
-    assert "--from-seed 2 is none of the 2 --seeds" in capsys.readouterr().err
+    assert ended.value.code == EXIT_USER_ERROR
+    assert f"python -m benchmarks.paper: error: {said}" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    folders = ("--data", str(tmp_path), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"))
+
+    def refused(said, *arguments):
+        monkeypatch.setattr("sys.argv", ["paper", *arguments, *folders])
+        assert paper.main() == EXIT_USER_ERROR
+        assert said in capsys.readouterr().err
+        assert not {*tmp_path.iterdir()} - {tmp_path / "medicine.jsonl"}
+
+    refused("medicine.jsonl[.gz] is not there", "search")
+    refused("table3 of no domain", "separation")
+    refused("no table3", "overview")
+    jsonl.write(tmp_path / "medicine.jsonl", [])
+    refused("no learning rates", "table3")
+    refused("no learning rates", "search-joint")
+    refused("no results of the seeds before 1", "table3", "--scale", "few-steps", "--from-seed", "1")
+
+
+class FakeLbr:
+    """Writes what later steps read of a run, and counts."""
+
+    trained: ClassVar[list[str]] = []
+
+    def __init__(self, folder, **_):
+        self.folder = folder
+
+    def __call__(self, log, command, *arguments):
+        if command == "train":
+            run = next(self.folder / each.removeprefix("output=") for each in arguments if each.startswith("output="))
+            run.mkdir(parents=True)
+            self.trained.append(run.name)
+            (run / "metrics.jsonl").write_text(2 * (json.dumps({"step_s": 1.5, "tokens": 10}) + "\n"))
+        if command == "eval":
+            out = self.folder / arguments[arguments.index("--out") + 1]
+            out.mkdir(parents=True, exist_ok=True)
+            models = [scores(spec, 0.5) for spec in arguments[: arguments.index("--data")]]
+            (out / "eval.json").write_text(json.dumps({"models": models}))
+
+
+def fake_place(tmp_path, monkeypatch):
+    """A workplace of medicine at scale small in which nothing is computed."""
+    monkeypatch.setattr(workplace, "Lbr", FakeLbr)
+    monkeypatch.setattr(FakeLbr, "trained", [])
+    monkeypatch.setattr(Workplace, "_backbone", lambda *_: None)
+
+    def make_data(lbr, source, *_):
+        (lbr.folder / "data").mkdir(parents=True)
+        shutil.copy(source / "medicine.jsonl", lbr.folder / "test.jsonl")
+
+    monkeypatch.setattr(workplace, "make_data", make_data)
+    if not (tmp_path / "medicine.jsonl").exists():
+        jsonl.write(tmp_path / "medicine.jsonl", [{"id": "m:1:0"}])
+    place = Workplace(tmp_path / "work", "small", "medicine", tmp_path, 1)
+    place.prepare()
+    return place
+
+
+def test_an_arm_is_trained_again_where_what_it_starts_from_was(tmp_path, monkeypatch):
+    place = fake_place(tmp_path, monkeypatch)
+    recipes = shutil.copytree(workplace.RECIPES, tmp_path / "recipes")
+    monkeypatch.setattr(workplace, "RECIPES", recipes)
+
+    def trained(rate):
+        FakeLbr.trained.clear()
+        place.train(["cl", "lbr"], 0, {"ib_gl": rate, "cl": 1e-3, "lbr": 1e-3})
+        return FakeLbr.trained
+
+    assert trained(1e-3) == ["base", "cl", "ib_gl", "lbr"]
+    assert trained(1e-3) == []
+    assert trained(5e-4) == ["ib_gl", "lbr"]
+    with (recipes / "generative.yaml").open("a") as file:
+        file.write("seed: 1\n")
+    assert trained(5e-4) == ["base", "cl", "ib_gl", "lbr"]
+    with (recipes / "contrastive.yaml").open("a") as file:
+        file.write("seed: 1\n")
+    assert trained(5e-4) == ["cl", "lbr"]
+
+
+def test_an_arm_whose_new_training_was_killed_is_not_the_old_one(tmp_path, monkeypatch):
+    place = fake_place(tmp_path, monkeypatch)
+    place.train(["cl"], 0, {"cl": 1e-3})
+    with monkeypatch.context() as killed:
+        killed.setattr(FakeLbr, "__call__", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            place.train(["cl"], 0, {"cl": 2e-3})
+    FakeLbr.trained.clear()
+    place.train(["cl"], 0, {"cl": 1e-3})
+    assert FakeLbr.trained == ["cl"]
+
+
+def test_a_search_gives_its_runs_to_the_arms_anew_where_they_start_from_another(tmp_path, monkeypatch):
+    place = fake_place(tmp_path, monkeypatch)
+    place.scale = replace(place.scale, contrastive_rates=(1e-3,), judging_rate=1e-3)
+    best: dict[str, float] = {}
+    monkeypatch.setattr(Workplace, "dev_score", lambda _, run: float(f"ib_gl-{best['ib_gl']:g}-" in run))
+    runs = place.folder / "seed-0" / "runs"
+    for rate in (1e-3, 4e-3):
+        best["ib_gl"] = rate
+        rates = search(place)["rates"]
+        assert rates["ib_gl"] == rate
+        assert (runs / "lbr").resolve() == runs / "search" / f"ib_gl-{rate:g}-lbr-0.001"
+        FakeLbr.trained.clear()
+        place.train(["cl", "gl_cl", "lbr"], 0, rates)
+        assert FakeLbr.trained == []
+
+
+def test_training_costs_are_of_all_stages_after_the_base(tmp_path, monkeypatch):
+    place = fake_place(tmp_path, monkeypatch)
+    place.train(["lbr"], 0, {})
+    base, lbr = place.evaluate(["base", "lbr"], 0)
+    stage = {"steps": 2, "seconds": 3.0, "tokens": 20}
+    assert lbr["training"]["stages"] == {"ib_gl": stage, "lbr": stage}
+    assert lbr["training"]["all"] == {"steps": 4, "seconds": 6.0, "tokens": 40}
+    assert "training" not in base
+    text = tables.markdown([[lbr]], costs=True)
+    assert "| training, all stages [s] |" in text
+    assert text.endswith("| 6 |")
+
+
+def test_training_times_of_earlier_versions_are_not_averaged_with_those_of_all_stages(tmp_path, monkeypatch):
+    place = fake_place(tmp_path, monkeypatch)
+    place.scale = SCALES["few-steps"]
+    run = partial(paper.run, place, "joint", EXPERIMENTS["joint"], out=tmp_path)
+    run(first=0, seeds=1)
+    file = tmp_path / "joint-medicine.json"
+    first = json.loads(file.read_text())
+    for model in first["seeds"][0]:
+        model["training"] = {"steps": 2, "seconds": 500.0, "tokens": 20}
+    file.write_text(json.dumps(first))
+    run(first=1, seeds=2)
+    text = file.with_suffix(".md").read_text()
+    assert "| LLM + IB-GL + CL (LBR) | 0.500 | 0.500 | 0.00 | 6 |" in text
+    assert "Training times are of the seeds from 1 on" in text
+
+
+def test_data_made_from_other_files_or_sizes_are_refused(tmp_path, monkeypatch):
+    place = fake_place(tmp_path, monkeypatch)
+    marker = place.folder / "data" / "finished"
+    made = marker.read_text()
+
+    def refused(match):
+        with pytest.raises(UserError, match=match):
+            fake_place(tmp_path, monkeypatch)
+
+    (tmp_path / "medicine.corpus.txt").write_text("fever\n")
+    refused(r"sizes \(medicine.corpus.txt\) than --data .* or another --work")
+    (tmp_path / "medicine.corpus.txt").unlink()
+    with monkeypatch.context() as larger:
+        larger.setitem(SCALES, "small", replace(SCALES["small"], test=2000))
+        refused(r"sizes \(test\)")
+    marker.write_text("")
+    refused("does not say what its data were made from .* or give another --work")
+    marker.write_text(made)
+    fake_place(tmp_path, monkeypatch)
+    (tmp_path / "medicine.jsonl").write_text("another\n")
+    refused(r"sizes \(medicine.jsonl\)")
+    (tmp_path / "medicine.jsonl").rename(tmp_path / "other.jsonl")
+    with pytest.raises(UserError, match=r"medicine.jsonl\[.gz\] is not there"):
+        Workplace(tmp_path / "work", "small", "medicine", tmp_path, 1)
 
 
 @pytest.mark.timeout(600)
@@ -259,7 +465,7 @@ def test_figure_3_reads_kind_and_share_from_the_arm():
 
 
 def test_overview_draws_the_domains_that_were_run(tmp_path):
-    with pytest.raises(SystemExit, match="table3 --scale"):
+    with pytest.raises(UserError, match="table3 --scale"):
         paper.stage_by_stage(tmp_path)
     for domain, value in (("code", 0.3), ("medicine", 0.5)):
         seeds = [[scores("LLM", value), scores("BM25", 0.4)], [scores("LLM", value + 0.1), scores("BM25", 0.4)]]
@@ -281,7 +487,7 @@ def test_prediction_ranks_domains(tmp_path):
         files.append(tmp_path / f"table3-{domain}.json")
         files[-1].write_text(json.dumps({"seeds": [models]}))
     text, data = prediction.correlate(files)
-    assert data["spearman"]["SR"]["rho"] == pytest.approx(-1.0)
-    assert "| SR | -1.00 |" in text
-    with pytest.raises(SystemExit, match="two domains"):
+    assert data["spearman"]["SR"] == pytest.approx(-1.0)
+    assert "| SR | -1.00 |\n" in text
+    with pytest.raises(UserError, match="table3 of code; run it for two or more"):
         prediction.correlate(files[:1])

@@ -158,12 +158,20 @@ def test_comparison_counts_what_is_shared_and_ranks_by_words(
         (tmp_path / name).mkdir()
         jsonl.write(tmp_path / name / "code.jsonl.gz", rows)
     places = ["--ours", str(tmp_path / "ours"), "--others", str(tmp_path / "others"), "--out", str(tmp_path)]
-    compare.main(places)
+    assert compare.main(places) == 0
     found = json.loads((tmp_path / "domains.json").read_text())["domains"]["code"]
     assert (found["ours"]["rows"], found["ours"]["shared_questions"], found["ours"]["shared_entities"]) == (3, 2, 1)
     assert found["ours"]["recall"] == found["ours"]["ndcg"] == 1
     table = (tmp_path / "domains.md").read_text().splitlines()
     assert table[2] == "| code | ours | 3 | 3 | 2 | 1 | 3 | 3 | 1.000 | 1.000 |"
+
+
+def test_a_comparison_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl.write(tmp_path / "code.jsonl.gz", [])
+    places = ["--ours", str(tmp_path), "--others", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    assert compare.main(places) == EXIT_USER_ERROR
+    assert f"--others {tmp_path / 'none'}: no DOMAIN.jsonl.gz that both of them have" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- the real packages ----------------------------------------------------------------------------
