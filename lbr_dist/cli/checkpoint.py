@@ -22,7 +22,7 @@ def list_checkpoints(run: Annotated[Path, typer.Argument(callback=place, help="R
     if not checkpoints_folder(run).is_dir():
         raise UserError(f"{run}: no run folder (it has no checkpoints/)")
     for path, manifest in found(run):
-        print(f"{path.name}  {_describe(manifest)}")
+        print(f"{path.name}  {_describe(path, manifest)}")
 
 
 @app.command()
@@ -30,20 +30,24 @@ def verify(
     path: Annotated[Path, typer.Argument(callback=place, help="Checkpoint, or run folder: all of its checkpoints.")],
 ) -> None:
     """Read every byte and compare it with the checksums; exit code 1 if anything is wrong."""
-    from lbr_dist.training.checkpoint_format import checkpoints_folder
+    from lbr_dist.training.checkpoint_format import MANIFEST, checkpoints_folder, is_checkpoint, misnamed, read_manifest
     from lbr_dist.training.checkpoint_format import list_checkpoints as found
     from lbr_dist.training.checkpoint_format import verify as problems_of
 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run or one of its checkpoints")
-    folders = [folder for folder, _ in found(path)] if checkpoints_folder(path).is_dir() else [path]
+    is_run = checkpoints_folder(path).is_dir()
+    if not is_run and not is_checkpoint(path):
+        raise UserError(f"{path}: no run folder (it has no checkpoints/), and no checkpoint (it has no {MANIFEST})")
+    folders = [folder for folder, _ in found(path)] if is_run else [path]
     if not folders:
         raise UserError(f"{path}: has no checkpoint")
     bad = False
     for folder in folders:
         problems = problems_of(folder)
         bad = bad or bool(problems)
-        print(f"{folder}: {'; '.join(problems) or 'verified'}")
+        note = "" if problems else misnamed(folder.absolute(), read_manifest(folder))
+        print(f"{folder}: {'; '.join(problems) or 'verified'}{f', but {note}' * bool(note)}")
     if bad:
         raise typer.Exit(1)
 
@@ -62,7 +66,10 @@ def consolidate(
         print(f"written: {shard}")
 
 
-def _describe(manifest: Any) -> str:
+def _describe(path: Path, manifest: Any) -> str:
+    from lbr_dist.training.checkpoint_format import misnamed
+
     if manifest is None:
         return "incomplete: cannot be resumed from"
-    return f"step {manifest.step}, {manifest.world_size} ranks, {len(manifest.files)} files"
+    note = misnamed(path, manifest)
+    return f"step {manifest.step}, {manifest.world_size} ranks, {len(manifest.files)} files{f'; {note}' * bool(note)}"

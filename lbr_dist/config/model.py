@@ -21,7 +21,8 @@ class Lora(Section):
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the linear layers that get an adapter."""
     train_modules: list[str] = Field(default_factory=list)
-    """Modules trained whole beside the adapters, for example `embed_tokens`."""
+    """Modules trained whole beside the adapters, for example `embed_tokens`. A name stands for every module whose name
+    ends so: `norm` is also the `input_layernorm` of each layer, `model.norm` the last one alone. The log lists them."""
 
     @field_validator("target_modules", mode="before")
     @classmethod

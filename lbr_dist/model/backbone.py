@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ from lbr_dist.model.hub import cached_first, snapshot
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger("lbr")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -213,6 +217,8 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
             f"model.lora.train_modules: {min(tied)} is tied to the other end of model {model.path}, and would be torn "
             "from it; train another module, or all weights (no model.lora)"
         )
+    if whole := _trained_whole(backbone, lora.train_modules):
+        log.info("model.lora.train_modules: trained whole: %s", whole)
     adapters = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -252,6 +258,13 @@ def _check_modules(backbone: PreTrainedModel, path: str, lora: config.Lora) -> N
             f"model.lora.target_modules: {ends[0]} cannot have an adapter, only the linear layers of model {path} "
             "between embedding and head can; leave it out, or train it whole (model.lora.train_modules)"
         )
+
+
+def _trained_whole(backbone: PreTrainedModel, ends: list[str]) -> str:
+    """In words, the modules whose names end so, as peft matches them: `norm` is that of every layer, too."""
+    found = Counter(name.rpartition(".")[2] for name, _ in backbone.named_modules() if name.endswith(tuple(ends)))
+    listed = ", ".join(f"{name} ({count})" for name, count in found.most_common(8))
+    return f"{listed} and {len(found) - 8} names more" if len(found) > 8 else listed
 
 
 def causal_lm(backbone: nn.Module) -> Any:

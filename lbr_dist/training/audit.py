@@ -3,7 +3,10 @@
 Each rank appends one line per step with the ids of its samples, and one line when it starts:
 
     {"start": 300, "attempt": 2, "world": 4, "plan": "9f...", "saves": "1c..."}
-    {"step": 300, "epoch": 0, "ids": ["chebi:15365:2", ...]}
+    {"step": 300, "attempt": 2, "epoch": 0, "ids": ["chebi:15365:2", ...]}
+
+A log's `step` counts from 0, messages from 1, as metrics and log.txt do. Each step names its start: one that was
+suspended until another took the folder over may still write a few.
 
 A step that was done, lost with the process and done again counts once: a start at step s takes back everything that
 earlier attempts did from s on, just as loading the checkpoint did. What remains is the run's history, and is compared
@@ -18,9 +21,10 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
     from lbr_dist.data.shard_reader import ShardReader
 
 FOLDER = "audit"
+SHARED = ("start", "world", "plan", "saves")
+"""What all ranks have alike in the line of a start."""
 
 
 class AuditLog:
@@ -48,6 +54,7 @@ class AuditLog:
         self._file: TextIO = open_log(file)
         if torn:
             self._file.write("\n")
+        self._attempt = attempt
         self._write({"start": start, "attempt": attempt, "world": world, "plan": plan, "saves": saves})
 
     def step(self, step: int, epoch: int, batches: Sequence[LocalBatch]) -> None:
@@ -58,7 +65,7 @@ class AuditLog:
             for id_, sample in zip(batch.ids, batch.samples, strict=True)
             if sample.side in ("x", "query")
         ]
-        self._write({"step": step, "epoch": epoch, "ids": ids})
+        self._write({"step": step, "attempt": self._attempt, "epoch": epoch, "ids": ids})
 
     def sync(self) -> None:
         """Force the rows to disk; before a checkpoint that contains their steps."""
@@ -96,8 +103,8 @@ class Audit:
 
 def last_attempt(run_dir: Path) -> int:
     """Number of the latest start in any rank's log; 0 where there is none."""
-    starts = (row for file in _files(run_dir) for row in iterate_rows(file, holding=b'"attempt"'))
-    return max((row["attempt"] for row in starts if "start" in row), default=0)  # a sample's id may be "attempt"
+    starts = (row for file in _files(run_dir) for row in iterate_rows(file, holding=b'"start"'))
+    return max((row["attempt"] for row in starts if "start" in row), default=0)  # a sample's id may be "start"
 
 
 def any_step(run_dir: Path) -> bool:
@@ -107,6 +114,8 @@ def any_step(run_dir: Path) -> bool:
 
 @dataclass
 class _Attempt:
+    file: Path
+    """The first log that has it."""
     start: int
     world: int
     plan: str
@@ -144,13 +153,8 @@ def audit(run_dir: str | Path) -> Audit:
                 history[step] = [id_ for rank in sorted(ranks) for id_ in ranks[rank]]
                 plans[step] = attempt.plan
     result.steps, result.samples = len(history), sum(map(len, history.values()))
-    expected_next = 0
-    for step in sorted(history):
-        if step != expected_next:
-            result.problems.append(f"step {expected_next} to {step - 1}: no record")
-        expected_next = step + 1
-    if expected_next < (reached := _reached(run_dir, found[-1])):
-        result.problems.append(f"step {expected_next} to {reached - 1}: no record")
+    end = max([_reached(run_dir, found[-1]), *(step + 1 for step in history)])
+    result.problems += _gaps(run_dir, found, [step for step in range(end) if step not in history])
     recipe = load_run_recipe(run_dir)
     with contextlib.chdir(started_in(run_dir, recipe)):
         plan, readers = _plan_of(recipe)
@@ -173,6 +177,29 @@ def _reached(run_dir: Path, last: _Attempt) -> int:
     return max([last.start, *saved])
 
 
+def _gaps(run_dir: Path, found: Sequence[_Attempt], missing: Sequence[int]) -> Iterator[str]:
+    """In words, the steps without a record, and the logs that lack them."""
+
+    def why(step: int) -> str:
+        made = next((attempt for attempt in reversed(found) if attempt.start <= step), None)
+        if made is None:
+            return "no log has the start that made it"
+        lacking = [rank for rank in range(made.world) if rank not in made.ids.get(step, {})]
+        logs = ", ".join(_named(run_dir / FOLDER / f"rank-{rank}.jsonl") for rank in lacking[:3])
+        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+        return f"not in {logs}{more} (the start had {made.world} ranks)"
+
+    for (_, reason), group in groupby(enumerate(missing), lambda item: (item[1] - item[0], why(item[1]))):
+        steps = [step + 1 for _, step in group]
+        yield f"step {steps[0]}{f' to {steps[-1]}' * (len(steps) > 1)}: no record: {reason}"
+
+
+def _named(file: Path) -> str:
+    if not file.exists():
+        return f"{file}, which is missing"
+    return str(file) if file.is_dir() or file.stat().st_size else f"{file}, which is empty"
+
+
 def _plan_of(recipe: Recipe) -> tuple[Plan, list[ShardReader]]:
     from lbr_dist.data.plan import open_data
     from lbr_dist.model.tokenizer import Tokenization
@@ -192,7 +219,7 @@ def _compare(plan: Plan, readers: Sequence[ShardReader], history: dict[int, list
         if sorted(names) != sorted(history[step]):
             strange = sorted((Counter(history[step]) - Counter(names)).keys())[:3]
             lacking = sorted((Counter(names) - Counter(history[step])).keys())[:3]
-            result.problems.append(f"step {step}: not the planned samples (extra {strange}, missing {lacking})")
+            result.problems.append(f"step {step + 1}: not the planned samples (extra {strange}, missing {lacking})")
         for epoch, ref in planned.uses():
             if used[ref.set][0] != epoch:
                 _check_epoch(plan.sources[ref.set], *used[ref.set], result)
@@ -211,23 +238,56 @@ def _check_epoch(source: Source, epoch: int, counts: Counter[int], result: Audit
 
 
 def _attempts(run_dir: Path, problems: list[str]) -> list[_Attempt]:
-    """The starts in the logs, in order, with their steps; `problems` gets the logs that cannot be read."""
+    """The starts in the logs, in order, with their steps; `problems` gets what no log of one run has."""
     attempts: dict[int, _Attempt] = {}
     for file in _files(run_dir):
-        rank, current, lost = int(file.stem.removeprefix("rank-")), None, 0
-        for row in iterate_rows(file):
-            if {"start", "attempt", "world", "plan"} <= row.keys():
-                made = _Attempt(row["start"], row["world"], row["plan"], row.get("saves", ""))
-                current = attempts.setdefault(row["attempt"], made)
-            elif {"step", "ids"} <= row.keys():
-                lost += current is None
-                if current is not None:
-                    current.ids.setdefault(row["step"], {})[rank] = row["ids"]
-        if lost:
-            problems.append(f"{file}: the line of the start before its first {lost} steps cannot be read")
-        elif current is None and (reason := no_rows(file)):
-            problems.append(f"{file}: {reason}")
+        _read(file, attempts, problems)
     return [attempts[number] for number in sorted(attempts)]
+
+
+def _read(file: Path, attempts: dict[int, _Attempt], problems: list[str]) -> None:
+    """Add a rank's log to the starts."""
+    rank, lost = int(file.stem.removeprefix("rank-")), 0
+    current: int | None = None
+    reached: dict[int, int] = {}  # of each start, the last step in this log
+    misplaced: dict[int, list[str]] = {}
+    unreadable: list[int] = []
+    for count, row in enumerate(iterate_rows(file, unreadable=unreadable), 1):
+        line = f"{file} line {count + len(unreadable)}"
+        if {"start", "attempt", "world", "plan"} <= row.keys():
+            if current is not None and row["attempt"] <= current:
+                problems.append(
+                    f"{line}: start {row['attempt']} after start {current}, so the rest is of another run, and is not "
+                    "read: put the run's own log in its place"
+                )
+                break
+            current = row["attempt"]
+            made = _Attempt(file, row["start"], row["world"], row["plan"], row.get("saves", ""))
+            first = attempts.setdefault(row["attempt"], made)
+            other = [key for key in SHARED if getattr(made, key) != getattr(first, key)]
+            said = ", ".join(f"{key} is {getattr(made, key)!r} and not {getattr(first, key)!r}" for key in other)
+            if other:
+                problems.append(f"{line}: of another run than {first.file}: of start {current}, {said}")
+            if rank >= first.world:
+                problems.append(f"{line}: there was no rank {rank}: start {current} had {first.world} ranks")
+            reached[current] = first.start - 1
+        elif {"step", "ids"} <= row.keys():
+            number, step = row.get("attempt", current), row["step"]
+            if number not in reached:
+                lost += 1
+                continue
+            if step <= reached[number]:
+                misplaced.setdefault(number, []).append(f"{line}: step {step + 1} after step {reached[number] + 1}")
+            if rank < attempts[number].world and step >= attempts[number].start:
+                attempts[number].ids.setdefault(step, {}).setdefault(rank, row["ids"])
+            reached[number] = max(step, reached[number])
+    for number, lines in misplaced.items():
+        more = f", and {len(lines) - 1} more lines like it" if len(lines) > 1 else ""
+        problems.append(f"{lines[0]} in start {number}{more}")
+    if lost:
+        problems.append(f"{file}: the line of the start before its first {lost} steps cannot be read")
+    elif current is None and (reason := no_rows(file)):
+        problems.append(f"{file}: {reason}")
 
 
 def _files(run_dir: Path) -> list[Path]:

@@ -125,6 +125,20 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def misnamed(checkpoint: Path, manifest: Manifest) -> str:
+    """In words, that a checkpoint is in the folder of another step, as after a rename; "" where it is not.
+
+    It is resumed from all the same: the manifest says what it is.
+    """
+    name = step_name(manifest.step)
+    return "" if checkpoint.name == name or not _STEP_NAME.fullmatch(checkpoint.name) else f"its own name is {name}"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is meant as one checkpoint, whole or not."""
+    return (folder / MANIFEST).is_file() or bool(_STEP_NAME.fullmatch(folder.name))
+
+
 def checkpoints_folder(run_dir: Path) -> Path:
     """Where a run keeps its checkpoints."""
     return run_dir / "checkpoints"
@@ -269,8 +283,12 @@ def _committed(run_dir: Path) -> Iterator[tuple[Path, Manifest | None]]:
 
 
 def _age(path: Path, manifest: Manifest | None) -> tuple[int, int]:
-    step = int(path.name.removeprefix("step-"))
-    return (manifest.sequence, step) if manifest else (2**62, step)  # unreadable ones first, so that they are reported
+    first = 2**62  # unreadable ones, so that they are reported
+    return manifest.sequence if manifest else first, _step(path, manifest)
+
+
+def _step(path: Path, manifest: Manifest | None) -> int:
+    return manifest.step if manifest else int(path.name.removeprefix("step-"))
 
 
 def newest(run_dir: str | Path) -> tuple[Path, Manifest] | None:
@@ -296,14 +314,14 @@ def find_resumable(run_dir: str | Path, kinds: Container[Kind] | None = None) ->
         for path in sorted(checkpoints_folder(run_dir).glob(f"{TEMPORARY}step-*"))
     ]
     found, known = None, list_checkpoints(run_dir)
-    for position, (path, _) in enumerate(known):
+    for position, (path, manifest) in enumerate(known):
         problems = verify(path, kinds=kinds, again=False)
         if not problems:
             found = path
             reasons += [
                 f"{other}: a later step, but committed before {path.name} (the run went back and on from there)"
-                for other, _ in known[position + 1 :]
-                if int(other.name.removeprefix("step-")) > int(path.name.removeprefix("step-"))
+                for other, older in known[position + 1 :]
+                if _step(other, older) > _step(path, manifest)
             ]
             break
         reasons += problems
@@ -322,7 +340,7 @@ def resolve(path_or_run: str | Path, kinds: Container[Kind] | None = None) -> Pa
         UserError: neither, or no checkpoint that verifies (the reasons are given).
     """
     path = Path(path_or_run)
-    if (path / MANIFEST).is_file() or _STEP_NAME.fullmatch(path.name):
+    if is_checkpoint(path):
         if problems := verify(path, kinds=WITHOUT_OPTIMIZER if kinds is None else kinds, again=False):
             raise UserError(f"{path}: this checkpoint cannot be used: {'; '.join(problems)}")
         return path

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan.base import MicroPlan, StepPlan
+from lbr_dist.data.plan.joint import JointStep
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.training.ds_config import load_regime
@@ -37,12 +38,14 @@ def estimate(recipe: Recipe, *, world: int = 1, gpu: str = "h100") -> Estimate:
     """Check a recipe as `train` would, and count what it needs on `world` devices of a kind.
 
     Raises:
-        UserError: what `train` would refuse; or the memory does not suffice, with what to change.
+        UserError: what `train` would refuse but for what the output folder holds, which is a note; or the memory does
+            not suffice, with what to change.
     """
     if gpu not in MACHINES:
         raise UserError(f"--gpu {gpu}: expected one of {', '.join(MACHINES)}")
     machine = MACHINES[gpu]
-    job = check(recipe, Environment(0, world, 0, world, None, "plan"))
+    refused: list[str] = []
+    job = check(recipe, Environment(0, world, 0, world, None, "plan"), refused=refused)
     regime = load_regime(recipe, world=world, cuda=gpu != "cpu")
     from lbr_dist.model.backbone import load_config
     from lbr_dist.training.engine import check_regime
@@ -54,16 +57,23 @@ def estimate(recipe: Recipe, *, world: int = 1, gpu: str = "h100") -> Estimate:
     steps = _some_steps(job)
     batches = [step.micro_batches(0, world) for step in steps]
     counter = FlopCounter.of(settings, recipe)
-    flops = sum(counter.of_samples(m.samples) for step in steps for m in step.micro_batches(0, 1)) / len(steps)
+    shares = [_operations(step, counter, world) for step in steps]
+    flops = sum(map(max, shares)) / len(steps)
     micros = sum(map(len, batches)) / len(batches)
     carried = communication(shape, recipe, stage=regime.stage, world=world, micros=micros)
     link = machine.outside if world > machine.per_node else machine.inside
     recomputed = (4 / 3 if recipe.model.activation_checkpointing else 1) * (4 / 3 if _cached(batches) else 1)
-    compute_s = flops * recomputed / (world * machine.peak_flops * machine.share)
+    compute_s = flops * recomputed / (machine.peak_flops * machine.share)
     forward_s = compute_s / (3 * micros)
     need = memory(shape, recipe, machine, world=world, zero=zero, micro=micro, forward_s=forward_s)
     step_s = max(compute_s, carried / link) if regime.stage == 3 else compute_s + carried / link
     lines = _lines(job, shape, need, machine, regime.name, step_s, compute_s, carried, [*map(len, batches)], world)
+    if idle := min(of_step.count(0) for of_step in shares):
+        lines.append(
+            f"note       {idle} of {world} ranks have nothing to do in a step: take {world - idle}, or raise "
+            "batch.global_batch"
+        )
+    lines += [f"note       a start in this folder would be refused: {reason}" for reason in refused]
     if need.total > 0.95 * machine.memory_gib * GIB:
         raise UserError("; ".join([*lines[:2], _remedy(recipe, need, machine, regime.stage, world)]))
     return Estimate(lines, need, step_s)
@@ -89,6 +99,20 @@ def _some_steps(job: Job) -> list[StepPlan]:
     """Steps spread over the first epoch: with batches of one domain or set, no single one stands for the others."""
     count = job.plan.steps_per_epoch(0)
     return [job.plan.step(number) for number in sorted({count * part // SAMPLED for part in range(SAMPLED)})]
+
+
+def _operations(step: StepPlan, counter: FlopCounter, world: int) -> list[float]:
+    """What each rank computes of a step: shares need not be equal, and the step lasts as long as the largest one."""
+    if isinstance(step, JointStep):
+        parts = (_operations(part, counter, world) for part in (step.generative, step.contrastive))
+        return [sum(of_rank) for of_rank in zip(*parts, strict=True)]
+    if not step.pairs(0, 1):
+        return [sum(counter.of_samples(m.samples) for m in step.micro_batches(rank, world)) for rank in range(world)]
+    of_pair = [0.0] * step.samples  # asked for its micro-batches, each rank would be packed again for each other
+    for micro in step.micro_batches(0, 1):
+        for text in micro.samples:
+            of_pair[text.pair] += counter.of_samples([text])
+    return [sum(of_pair[pair] for pair in step.pairs(rank, world)) for rank in range(world)]
 
 
 def _cached(batches: list[list[MicroPlan]]) -> bool:

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +67,7 @@ def check(
     allow_change: Sequence[str] = (),
     then: Recipe | None = None,
     ahead: bool = False,
+    refused: list[str] | None = None,
 ) -> Job:
     """Check a recipe against its output folder, model, data, DeepSpeed file and machine.
 
@@ -77,6 +78,7 @@ def check(
         allow_change: see `train`.
         then: see `train`; it is checked later, once the ranks have met.
         ahead: whether what is in `model.start_from` is still to be made.
+        refused: gets why a start in the output folder would be refused; None: that is an error.
 
     Raises:
         UserError: the first thing found that cannot work, with the remedy.
@@ -84,7 +86,8 @@ def check(
     import torch
 
     cuda = torch.cuda.is_available()
-    check_folder(recipe, resume=resume, allow_change=allow_change)
+    with _noting(refused):
+        check_folder(recipe, resume=resume, allow_change=allow_change)
     if "contrastive" in recipe.tasks and recipe.batch.global_batch == 1 and not recipe.contrastive.hard_negatives:
         raise UserError(
             "batch.global_batch is 1: a pair alone has no negatives, and its loss is 0; raise it, or set "
@@ -94,16 +97,29 @@ def check(
     check_nvme(recipe, regime)
     check_loader_processes(recipe)
     tokenization = _check_model(recipe)
-    check_resumed_model(recipe, resume, allow_change)
+    if not refused:
+        with _noting(refused):
+            check_resumed_model(recipe, resume, allow_change)
     starts = recipe.model.start_from is not None and not ahead
     endless = "generative" in recipe.tasks and tokenization.eos_id is None
-    if (starts or endless) and not resumes(recipe, resume):
+    if (starts or endless) and (refused or not resumes(recipe, resume)):
         if endless:
             _check_end(recipe.model.path)
         if starts:
             check_start(recipe, allow_change)
     plan, readers = open_data(recipe, tokenization)
     return Job(recipe, environment, regime, tokenization, plan, readers, tuple(allow_change), then)
+
+
+@contextlib.contextmanager
+def _noting(refused: list[str] | None) -> Iterator[None]:
+    """Note an error, where there is a list for it."""
+    try:
+        yield
+    except UserError as error:
+        if refused is None:
+            raise
+        refused.append(str(error))
 
 
 def complete(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:

@@ -21,6 +21,7 @@ field by name.
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import time
@@ -31,6 +32,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.disk import sync
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import save_recipe
+from lbr_dist.recipes.settings import settings
 from lbr_dist.training.audit import any_step
 from lbr_dist.training.origin import same_model
 from lbr_dist.training.run_recipe import (
@@ -75,13 +77,16 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
         The fields that differ and may: for the log.
 
     Raises:
-        UserError: the folder holds something else, or another run (the differing fields are named).
+        UserError: the folder holds something else, or another run (the differing fields are named); or what was given
+            is no checkpoint or no field.
     """
     folder = Path(recipe.output)
+    for field in allow_change:
+        _check_field(field)
     if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
         raise UserError(
-            f"--resume {resume}: is no checkpoint, it has no manifest.json: give a folder in {folder}/checkpoints, or "
-            "auto for the newest"
+            f"--resume {resume}: is no checkpoint, it has no manifest.json: give auto (the newest), never (a new run), "
+            f"or the path of a checkpoint, a folder in {folder}/checkpoints"
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output {folder}: is a file; choose another output")
@@ -101,6 +106,12 @@ def check_folder(recipe: Recipe, *, resume: str, allow_change: Sequence[str] = (
     if resume == "never":
         raise UserError(f"output {folder}: holds a run already; choose another output, or drop --resume never")
     return check_same(folder, recipe, allow_change)
+
+
+def _check_field(name: str) -> None:
+    numbered = re.sub(r"\.\d+(?=\.|$)", ".N", name)
+    if not any(covered(setting.name, (numbered,)) for setting in settings()):
+        raise UserError(f"--allow-change {name}: no such field: give a name, or a section, that `lbr settings` lists")
 
 
 def check_same(folder: Path, recipe: Recipe, allow_change: Sequence[str] = ()) -> list[str]:

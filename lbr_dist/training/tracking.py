@@ -60,12 +60,12 @@ class Tracker:
     ) -> None:
         run_dir = Path(recipe.output)
         self._recipe, self._total, self._start, self._on_row = recipe, total_steps, done, on_row
-        self._began = time.monotonic()
         keep_rows(run_dir / METRICS, done)
         self._file: TextIO = open_log(run_dir / METRICS)
         self._wandb = _start_wandb(recipe, run_dir, wandb_id)
         self.wandb_id: str | None = self._wandb.id if self._wandb else None
         self._line = _Terminal(total_steps) if sys.stderr.isatty() else _Plain()
+        self._began = time.monotonic()  # wandb may take minutes
 
     def row(self, values: dict[str, Any]) -> bool:
         """Log one step; `step` counts finished steps. Values that are not finite are written as null.

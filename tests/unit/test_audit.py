@@ -94,7 +94,7 @@ def test_steps_of_an_earlier_plan_are_counted_and_not_compared(planned: tuple[Pa
     found = audit(planned[0])
     assert (found.steps, found.unplanned) == (5, 2)
     (problem,) = found.problems
-    assert "step 4" in problem
+    assert "step 5: not the planned samples" in problem
     assert "1 problems, but for 2 steps from before the data order was changed (not compared)" in str(found)
     attempt(planned, 3, range(5, 6), 1, fingerprint="newer")
     with pytest.raises(UserError, match="the prepared sets or the recipe changed since the run"):
@@ -124,14 +124,15 @@ def test_an_epoch_may_have_parts_of_two_passes(planned: tuple[Path, Plan, list[s
 def test_a_sample_of_another_step_is_found(planned: tuple[Path, Plan, list[str]]) -> None:
     attempt(planned, 1, range(0, 4), 1, wrong={2: "stranger"})
     (problem,) = audit(planned[0]).problems
-    assert "step 2" in problem
+    assert "step 3: not the planned samples" in problem  # as metrics and log.txt count
     assert "stranger" in problem
 
 
 def test_a_gap_is_found(planned: tuple[Path, Plan, list[str]]) -> None:
     attempt(planned, 1, range(0, 2), 1)
     attempt(planned, 2, range(3, 5), 1)
-    assert audit(planned[0]).problems == ["step 2 to 2: no record"]
+    file = planned[0] / "audit" / "rank-0.jsonl"
+    assert audit(planned[0]).problems == [f"step 3: no record: not in {file} (the start had 1 ranks)"]
 
 
 @pytest.mark.parametrize("kept", [0, 3])
@@ -143,10 +144,68 @@ def test_rows_that_are_gone_were_not_under_way(planned: tuple[Path, Plan, list[s
     write_manifest(checkpoint, [], {}, step=5)
     assert audit(planned[0]).problems == []
     file.write_text("".join(file.read_text().splitlines(keepends=True)[: 1 + kept] if kept else ""))
-    assert audit(planned[0]).problems == [f"step {kept} to 4: no record"]
+    gap = f"step {kept + 1} to 5: no record: not in {file}"
+    assert audit(planned[0]).problems == [f"{gap}{', which is empty' * (not kept)} (the start had 2 ranks)"]
     attempt(planned, 2, range(5, 5), 2)
     (checkpoint / "manifest.json").unlink()
-    assert audit(planned[0]).problems == [f"step {kept} to 4: no record"]
+    assert audit(planned[0]).problems == [f"{gap} (the start had 2 ranks)"]
+    file.unlink()
+    assert audit(planned[0]).problems == [
+        f"step 1 to 5: no record: not in {file}, which is missing (the start had 2 ranks)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (
+            lambda lines: [lines[0], *reversed(lines[1:])],
+            "line 3: step 5 after step 6 in start 1, and 4 more lines like",
+        ),
+        (lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]], "line 5: step 3 after step 4 in start 1"),
+        (lambda lines: [*lines[:4], *lines[3:]], "line 5: step 3 after step 3 in start 1"),
+        (
+            lambda lines: [*lines[:3], lines[3].replace('"r', '"q'), *lines[3:]],
+            "line 5: step 3 after step 3 in start 1",
+        ),
+        (lambda lines: [*lines, *lines], "line 8: start 1 after start 1, so the rest is of another run"),
+        (lambda lines: [lines[0].replace("test", "othr"), *lines[1:]], "line 1: of another run than"),
+        (lambda lines: [lines[0].replace(':0,"att', ':1,"att'), *lines[1:]], "of start 1, start is 1 and not 0"),
+        (lambda lines: [lines[0].replace('plan":"', 'plan":"o'), *lines[1:]], "of start 1, plan is 'o"),
+    ],
+    ids=["reversed", "swapped", "doubled", "foreign", "twice", "saves", "start", "plan"],
+)
+def test_a_log_that_no_single_run_writes_is_named(
+    planned: tuple[Path, Plan, list[str]], harm: Callable[[list[str]], list[str]], reason: str
+) -> None:
+    attempt(planned, 1, range(0, 6), 2)
+    file = planned[0] / "audit" / "rank-1.jsonl"
+    file.write_text("".join(harm(file.read_text().splitlines(keepends=True))))
+    problem = audit(planned[0]).problems[0]
+    assert problem.startswith(f"{file} line ")
+    assert reason in problem
+
+
+def test_a_log_of_a_rank_that_was_not_there(planned: tuple[Path, Plan, list[str]]) -> None:
+    attempt(planned, 1, range(0, 6), 2)
+    file = planned[0] / "audit" / "rank-1.jsonl"
+    file.with_stem("rank-2").write_text(file.read_text())
+    found = audit(planned[0])
+    assert found.problems == [f"{file.with_stem('rank-2')} line 1: there was no rank 2: start 1 had 2 ranks"]
+    assert found.steps == 6
+
+
+def test_a_start_that_was_taken_over_may_write_on_for_some_steps(planned: tuple[Path, Plan, list[str]]) -> None:
+    """As one that was suspended does, up to its next save."""
+    run_dir = planned[0]
+    attempt(planned, 1, range(0, 7), 2)
+    attempt(planned, 2, range(3, 6), 1)
+    file = run_dir / "audit" / "rank-0.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:5], *lines[8:], *lines[5:8]]))
+    attempt(planned, 3, range(6, 8), 1)
+    found = audit(run_dir)
+    assert (found.steps, found.problems) == (8, [])
 
 
 def test_a_step_that_one_rank_did_not_finish_is_no_step(planned: tuple[Path, Plan, list[str]]) -> None:

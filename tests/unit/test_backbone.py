@@ -1,4 +1,5 @@
 import json
+import logging
 import random
 import shutil
 
@@ -233,6 +234,13 @@ def test_lora_trains_adapters_z_and_named_modules_only(folder):
     others = {name for name in trained if "lora_" not in name and name != "z"}
     assert others == {"backbone.base_model.model.model.embed_tokens.modules_to_save.default.weight"}
     assert sum("lora_B" in name for name in trained) == 2 * 7
+
+
+def test_lora_says_what_a_name_in_train_modules_matches(folder, caplog):
+    caplog.set_level(logging.INFO, "lbr")
+    LbrModel.build(recipe(folder, lora={"r": 2, "train_modules": ["norm"]}))
+    (said,) = [record.getMessage() for record in caplog.records if "train_modules" in record.getMessage()]
+    assert said.endswith("trained whole: input_layernorm (2), post_attention_layernorm (2), norm (1)")
 
 
 def test_lora_starts_as_the_base_model_and_merges_to_a_plain_one(folder):

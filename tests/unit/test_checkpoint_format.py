@@ -31,6 +31,7 @@ from lbr_dist.training.checkpoint_format import (
     find_resumable,
     gaps,
     list_checkpoints,
+    misnamed,
     read_manifest,
     resolve,
     verify,
@@ -320,6 +321,17 @@ def test_going_back_to_an_older_step_makes_it_the_newest(tmp_path):
     assert "step-000500: a later step, but committed before step-000350" in reasons[0]
     save(writer(tmp_path, keep_last=1), 400)
     assert names(tmp_path) == ["step-000400"]
+
+
+def test_a_folder_with_the_name_of_another_step_is_known_by_its_manifest(tmp_path):
+    save(writer(tmp_path), 15, 20)
+    kept = tmp_path / "checkpoints"
+    (kept / "step-000015").rename(kept / "step-000099")
+    (path, manifest), (other, older) = list_checkpoints(tmp_path)
+    assert (path.name, other.name, older.step) == ("step-000020", "step-000099", 15)
+    assert find_resumable(tmp_path) == (path, [])  # nothing of step 99 to be passed over
+    assert (misnamed(path, manifest), misnamed(other, older)) == ("", "its own name is step-000015")
+    assert misnamed(Path("copy-of-step-15"), older) == ""
 
 
 def test_the_same_step_again_replaces_the_old_one(tmp_path):

@@ -14,6 +14,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import typer
+from runs import write_manifest
 
 from lbr_dist.cli import app, main
 from lbr_dist.cli.options import place
@@ -84,6 +85,18 @@ def test_a_file_of_another_user_is_one_line(
     assert done.stderr == f"error: {tmp_path}/checkpoints: Permission denied: see to it that this user may use it\n"
 
 
+def test_a_checkpoint_in_the_folder_of_another_step_is_told(tmp_path: Path, lbr: Callable[..., Done]) -> None:
+    for name, step in (("step-000005", 5), ("step-000099", 20)):
+        (folder := tmp_path / "checkpoints" / name).mkdir(parents=True)
+        write_manifest(folder, [], {}, step=step)
+    listed, verified = (lbr("checkpoint", command, str(tmp_path)) for command in ("list", "verify"))
+    for done in (listed, verified):
+        assert done.returncode == 0
+        renamed, plain = sorted(done.stdout.splitlines(), key=lambda line: "step-000005" in line)
+        assert renamed.endswith("its own name is step-000020")
+        assert "its own name" not in plain
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -95,6 +108,7 @@ def test_a_file_of_another_user_is_one_line(
         (["export", "nowhere", "out"], ["nowhere"]),
         (["export", "nowhere", "out", "--dtype", "int8"], ["--dtype int8"]),
         (["checkpoint", "verify", "nowhere"], ["nowhere"]),
+        (["checkpoint", "verify", "."], [".: no run folder", "no checkpoint (it has no manifest.json)"]),
         (["checkpoint", "list", "nowhere"], ["nowhere", "no run folder"]),
         (["audit", "nowhere"], ["nowhere", "audit"]),
         (["report", "nowhere"], ["nowhere"]),

@@ -27,6 +27,7 @@ from lbr_dist.training.flops import FlopCounter
 from lbr_dist.training.machines import MACHINES, peak_flops
 from lbr_dist.training.memory_model import Shape, copied_elements, memory, trained_elements
 from lbr_dist.training.preflight import check
+from lbr_dist.training.run_folder import claim
 
 ZERO3 = {"stage": 3}
 SEVEN = Shape(layers=28, width=3584, query=3584, key=512, inner=18944, vocabulary=152064, tied=False)  # Qwen2.5-7B
@@ -156,6 +157,45 @@ def test_plan_of_a_recipe(prepared: dict[str, Any], tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stage", ["generative", "contrastive", "joint"])
+def test_a_step_lasts_as_long_as_its_largest_share(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], stage: str
+) -> None:
+    records = [Record(id=f"r{i}", question=f"what is {i}", answer=f"it is {i * i}") for i in range(98)]
+    (tmp_path / "set").mkdir()
+    write_set(tmp_path / "set", {"gl": records, "cl": records}, Tokenization.load(str(tiny_model_dir())), name="plan")
+    recipe = make(
+        stage=stage,
+        model={"path": str(tiny_model_dir())},
+        data={"sets": [{"path": str(tmp_path / "set")}], "bin_tokens": 128, "max_x_tokens": 60, "max_y_tokens": 60},
+        batch={"global_batch": 7},
+        output=str(tmp_path / "run"),
+        **({"joint": {"bins": 7}} if stage == "joint" else {}),
+    )
+    few, as_many, more = (estimate(recipe, world=world, gpu="cpu") for world in (4, 7, 64))
+    job, machine = check(recipe, Environment(0, 7, 0, 7, None, "plan")), MACHINES["cpu"]
+    counter, steps = FlopCounter.of(load_config(str(tiny_model_dir()), 0), recipe), job.plan.steps_per_epoch(0)
+    largest = [
+        max(sum(counter.of_samples(m.samples) for m in job.plan.step(n).micro_batches(r, 7)) for r in range(7))
+        for n in range(steps)
+    ]
+    compute = f"compute {sum(largest) / steps / machine.peak_flops / machine.share:.3g} s"
+    assert [compute in found.lines[4] for found in (few, as_many, more)] == [False, True, True]
+    assert [line for line in more.lines if "57 of 64 ranks have nothing to do in a step: take 7, or raise" in line]
+    assert not any("nothing to do" in line for found in (few, as_many) for line in found.lines)
+
+
+def test_a_folder_that_holds_another_run_is_a_note(prepared: dict[str, Any], tmp_path: Path) -> None:
+    """The answer is what was asked for; the run may go on beside it."""
+    claim(make(**prepared))
+    (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
+    (said,) = [line for line in estimate(make(**prepared, seed=5)).lines if "would be refused" in line]
+    assert said.startswith(
+        f"note       a start in this folder would be refused: {tmp_path}/run: holds another run (seed"
+    )
+    assert not any("would be refused" in line for line in estimate(make(**prepared)).lines)
+
+
 def test_a_step_of_batches_of_one_domain_is_their_average(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
     records = [
         Record(
@@ -237,7 +277,7 @@ def test_an_instruction_that_an_export_cannot_have_is_told_before_training(
         model={"path": str(base)},
         data={"sets": [{"path": str(tmp_path / "set")}]},
         contrastive={"query_instruction": "Find the answer:\n"},
-        joint={"bins": 1},
+        **({"joint": {"bins": 1}} if stage == "joint" else {}),
     )
     said = [line for line in estimate(recipe, gpu="cpu").lines if "contrastive.query_instruction: behind it" in line]
     assert len(said) == marks

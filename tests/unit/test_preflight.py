@@ -97,7 +97,8 @@ def test_what_the_first_refusal_of_a_change_names_is_enough(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], stage: str, changes: dict[str, Any], fields: list[str]
 ) -> None:
     """The recipe is compared first, and then the plan: by the same names, and by nothing wider."""
-    model, changes = tiny_model_dir(), {"joint": {"bins": 3}, **changes}
+    model, joint = tiny_model_dir(), {"joint": {"bins": 3}} if stage == "joint" else {}
+    changes = {**joint, **changes}
     sets = changes.pop("sets", [{}])
     before = [{"split": data_set["split"]} for data_set in sets if "split" in data_set] or [{}]
     for name, count in (("set", 90), ("other", 80)):
@@ -108,7 +109,7 @@ def test_what_the_first_refusal_of_a_change_names_is_enough(
         raw = recipe(tmp_path / "run", model, tmp_path / "set", stage, data={"sets": made}, **sections)
         return check(parse_recipe(raw, "test"), ENVIRONMENT)
 
-    old, new = job_of(before, joint={"bins": 3}), job_of(sets, **changes)
+    old, new = job_of(before, **joint), job_of(sets, **changes)
     settings = flat(new.recipe.model_dump(mode="json"))
     for key in new.plan.identity:
         name = key.split(".", 2)[2] if stage == "joint" else key

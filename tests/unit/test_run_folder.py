@@ -68,8 +68,18 @@ def test_a_link_to_storage_that_is_away_is_named(place: Path) -> None:
 
 def test_a_run_folder_is_no_checkpoint_to_resume_from(place: Path) -> None:
     claim(recipe())
-    with pytest.raises(UserError, match=r"--resume run: is no checkpoint.*give a folder in run/checkpoints, or auto"):
-        check_folder(recipe(), resume="run")
+    for given in ("run", "always"):
+        said = rf"--resume {given}: is no checkpoint.*give auto \(.*never \(.*or the path .*a folder in run/checkpoints"
+        with pytest.raises(UserError, match=said):
+            check_folder(recipe(), resume=given)
+
+
+def test_a_field_that_no_recipe_has_is_not_allowed_in_silence(place: Path) -> None:
+    for name in ("optim", "optim.lr", "data.sets", "data.sets.0", "data.sets.12.path", "contrastive.matryoshka.dims"):
+        assert check_folder(recipe(), resume="auto", allow_change=["seed", name]) == []
+    for name in ("optim.foo", "optim.l", "data.sets.path", "specials"):
+        with pytest.raises(UserError, match=f"--allow-change {name}: no such field: give a name, or a section"):
+            check_folder(recipe(), resume="auto", allow_change=["seed", name])
 
 
 def test_a_start_that_failed_or_was_killed_while_it_claimed_the_folder(

@@ -42,6 +42,16 @@ def test_every_nth_step_and_the_last_are_written(tmp_path: Path) -> None:
     assert [found["step"] for found in read_rows(tmp_path / "metrics.jsonl")] == [4, 6]
 
 
+def test_what_is_left_counts_no_start_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lbr_dist.training.tracking.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("lbr_dist.training.tracking._start_wandb", lambda *_: now.append(now.pop() + 600))
+    tracker = make_tracker(tmp_path)
+    now[0] += 2
+    assert tracker._eta(1) == 10
+    tracker.close()
+
+
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     tracker = make_tracker(tmp_path)
     tracker.row(row(1, math.nan))
