@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -29,17 +30,12 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of a disk that takes no more, whatever is written."""
 DENIED = (errno.EACCES, errno.EPERM)
 """Errors of a file or folder that this user may not use."""
-CHUNK_BYTES = 1 << 20
-"""What is read at a time."""
 
 
 def file_xxh128(path: Path) -> str:
     """XXH3-128 of a file's bytes, in hexadecimal."""
-    digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def sync(path: Path) -> None:

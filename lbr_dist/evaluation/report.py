@@ -205,10 +205,7 @@ def _watched(axis: Any, logs: Sequence[RunLog], key: str, colours: dict[str, str
         axis.plot(steps, values, "o" if len(steps) == 1 else "-", color=colours[log.name], linewidth=0.9, markersize=3)
     axis.set_title(WATCHED[key], fontsize=9)
     axis.set_ylim(bottom=0)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.tick_params(labelsize=7)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    _over_steps(axis, 7)
 
 
 def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
@@ -218,11 +215,16 @@ def _losses(axis: Any, logs: Sequence[RunLog], colours: dict[str, str]) -> None:
         dot = "o" if len(steps) == 1 else ""  # one point makes no line
         axis.plot(steps, smooth(loss), dot + "-", color=colours[log.name], linewidth=1.6, label=log.name)
     axis.set_xlabel("step", fontsize=9)
+    _over_steps(axis, 8)
+    axis.legend(fontsize=8, frameon=False)
+
+
+def _over_steps(axis: Any, size: float) -> None:
+    """Ticks, grid and frame of a panel whose abscissa is the step."""
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.tick_params(labelsize=8)
+    axis.tick_params(labelsize=size)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
 
 
 def _read_run(path: Path) -> RunLog:

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lbr_dist.config import Recipe
 from lbr_dist.environment import SlurmStart, slurm_start
@@ -73,10 +73,14 @@ class Attempt:
 class Decision:
     """What becomes of a job whose run has ended."""
 
-    requeue: bool
+    verdict: Literal["requeue", "stop", "mistake", "complete"]
+    """The word for the scripts."""
     reason: str
-    complete: bool = False
-    mistake: bool = False
+
+    @property
+    def requeue(self) -> bool:
+        """Whether it is to start again."""
+        return self.verdict == "requeue"
 
 
 def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
@@ -89,14 +93,14 @@ def decide(code: int, *, asked: bool, idle: int, limit: int) -> Decision:
         limit: restarts without progress that are allowed.
     """
     if code == 0:
-        return Decision(False, "the run is complete", complete=True)
+        return Decision("complete", "the run is complete")
     if code == EXIT_USER_ERROR:
-        reason = "running again would end the same way: the message above says what to change"
-        return Decision(False, reason, mistake=True)
+        return Decision("mistake", "running again would end the same way: the message above says what to change")
     what = "stopped on request" if code == EXIT_RUN_AGAIN or asked else f"ended with code {code}"
     if idle > limit:
-        return Decision(False, f"{what}; {idle} starts without a new checkpoint are as many as LBR_MAX_RESTARTS allows")
-    return Decision(True, f"{what}; it goes on from its newest checkpoint")
+        spent = f"{idle} starts without a new checkpoint are as many as LBR_MAX_RESTARTS allows"
+        return Decision("stop", f"{what}; {spent}")
+    return Decision("requeue", f"{what}; it goes on from its newest checkpoint")
 
 
 def begin(recipe: Recipe, attempt: Attempt, resume: str = "auto") -> str:
@@ -223,8 +227,7 @@ def _run(given: argparse.Namespace) -> int:
             recipe = recipe.model_copy(update={"output": given.output})
         decision = end(recipe, Attempt.from_environment(os.environ), given.code, asked=given.asked)
         print(f"lbr: {decision.reason}", file=sys.stderr)
-        verdicts = {"requeue": decision.requeue, "complete": decision.complete, "mistake": decision.mistake}
-        print(next((verdict for verdict, holds in verdicts.items() if holds), "stop"))
+        print(decision.verdict)
     return 0
 
 

@@ -94,13 +94,13 @@ def test_that_a_run_is_complete_is_its_own_word(
         monkeypatch.setattr("lbr_dist.training.run.train", lambda *_, ended=ended, **__: ended)
         with pytest.raises(SystemExit):
             cli.main()
-        assert end(recipe, JOB, 0, asked=False).complete is (step == 2)
+        assert (end(recipe, JOB, 0, asked=False).verdict == "complete") is (step == 2)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for code in (75, 0):
-        assert not end(recipe, later, 0, asked=False).complete
+        assert end(recipe, later, 0, asked=False).verdict != "complete"
         monkeypatch.setattr(ray_stage, "run_stage", lambda *_, code=code, **__: code)
         ray_stage.main("generative", [str(file)])
-    assert end(recipe, later, 0, asked=False).complete
+    assert end(recipe, later, 0, asked=False).verdict == "complete"
 
 
 def test_starts_that_had_no_end_count_too(recipe: Recipe) -> None:
