@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -88,6 +89,17 @@ def make_model(
     model.save_pretrained(folder)
     make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _log_as_imported() -> None:
+    """A run that an earlier test trained in this process has left its handlers at the log."""
+    log = logging.getLogger("lbr")
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

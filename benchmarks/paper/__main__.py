@@ -9,7 +9,8 @@
 
 `search` chooses the learning rates and has to come first (a domain without a search of its own uses medicine's; the
 scale few-steps has none), then, for `joint` alone, `search-joint`. The experiments are table1 to table6, table5-long,
-figure3, pooling, directions, adaptive and joint; runs are shared between them, kept in --work, and not repeated.
+figure3, pooling, bottleneck, directions, adaptive and joint; runs are shared between them, kept in --work, and not
+repeated.
 Results go to benchmarks/results/paper/SCALE/, never in the place of results of more seeds. With `--from-seed` they take
 the seeds before it from there, so that seeds are added to what another machine has run.
 `separation` and `overview` (a picture) read what table3 wrote for each domain.

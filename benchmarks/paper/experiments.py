@@ -58,6 +58,9 @@ EXPERIMENTS = {
         ("cl", "cl_last", "cl_bottleneck", "gl_cl", "gl_cl_last", "lbr"),
         bm25=False,
     ),
+    "bottleneck": Experiment(
+        "The bottleneck with and without stage 1", ("cl", "cl_bottleneck", "lbr"), bm25=False
+    ),
     "directions": Experiment(
         "Beyond the paper: stage 1 from question to answer, or both ways",
         ("gl", "ib_gl", "gl_both", "ib_gl_both", "gl_cl", "lbr", "gl_both_cl", "lbr_both"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -175,8 +174,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_not_used_though_it_is_named(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lbr"), "propagate", True)
+def test_a_damaged_checkpoint_is_not_used_though_it_is_named(tmp_path, caplog):
     save(writer(tmp_path), 1, 2)
     newest = tmp_path / "checkpoints" / "step-000002"
     assert resolve(newest) == resolve(tmp_path) == newest
@@ -230,9 +228,8 @@ def test_whoever_wants_the_weights_reads_no_optimizer(tmp_path):
     assert find_resumable(tmp_path)[0] == tmp_path / "checkpoints" / "step-000001"
 
 
-def test_a_checkpoint_that_is_being_written_is_no_warning(tmp_path, caplog, monkeypatch):
+def test_a_checkpoint_that_is_being_written_is_no_warning(tmp_path, caplog):
     """`lbr eval RUN` may be called while the run trains."""
-    monkeypatch.setattr(logging.getLogger("lbr"), "propagate", True)
     save(writer(tmp_path), 1)
     (tmp_path / "checkpoints" / ".tmp-step-000002-abc").mkdir()
     assert resolve(tmp_path).name == "step-000001"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,11 +72,7 @@ def test_a_resumed_run_takes_back_later_rows_and_a_torn_one(tmp_path: Path) -> N
     assert [found["loss"] for found in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 40]
 
 
-def test_an_output_that_cannot_be_made_is_the_users_and_no_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("handlers", []), ("propagate", True), ("level", logging.INFO)):  # put back afterwards
-        monkeypatch.setattr(logging.getLogger("lbr"), name, value)
+def test_an_output_that_cannot_be_made_is_the_users_and_no_fault(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "run" / "log.txt").mkdir(parents=True)
@@ -135,7 +130,6 @@ def test_wandb_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=r"wandb_project lbr: .*No API key.*wandb_mode=offline"):
         make_tracker(tmp_path, **settings)
     monkeypatch.setattr(wandb, "init", online_fails(CommError("timed out")))
-    monkeypatch.setattr("lbr_dist.training.tracking.log.propagate", True)
     tracker = make_tracker(tmp_path, **settings)
     tracker.close()
     assert "wandb does not answer (timed out): goes on offline" in caplog.text
@@ -152,7 +146,6 @@ def test_a_wandb_that_dies_does_not_end_the_run(tmp_path: Path, monkeypatch: pyt
 
     dying = SimpleNamespace(id="abc", **{"log": lambda *_, **__: None, "finish": lambda: None, call: fail})
     monkeypatch.setattr(wandb, "init", lambda **_: dying)
-    monkeypatch.setattr("lbr_dist.training.tracking.log.propagate", True)
     tracker = make_tracker(tmp_path, wandb_project="lbr")
     for step in range(1, 7):
         tracker.row(row(step))
