@@ -11,7 +11,7 @@ from typing import Literal
 
 PLAIN = ("bottleneck.enabled=false", "contrastive.pooling=mean")
 LAST = ("bottleneck.enabled=false", "contrastive.pooling=last")
-TURNED = ("data.sets=[{path: data/swapped}]",)
+STRATA = ("data.sets=[{path: data/strata}]",)
 TEXT = ("data.sets=[{path: data/text_apart}]",)
 HALVES = ("data.sets=[{path: data/halves}]",)
 BOTH = ("data.sets=[{path: data/domain}, {path: data/swapped}]",)
@@ -90,7 +90,7 @@ for _ratio in LONG_RATIOS:
         "bottleneck.tokens=null", f"bottleneck.ratio={_ratio}", f"bottleneck.max_tokens={-(-368 // _ratio)}",
         "data.max_x_tokens=368", "data.max_y_tokens=96",
     )  # fmt: skip
-    ARMS[f"long_{_ratio}"] = Arm(f"R = {_ratio}, IB-GL", "generative", settings=(*_long, *TURNED), rate="ib_gl")
+    ARMS[f"long_{_ratio}"] = Arm(f"R = {_ratio}, IB-GL", "generative", settings=(*_long, *STRATA), rate="ib_gl")
     ARMS[f"long_{_ratio}_cl"] = Arm(f"R = {_ratio}, IB-GL + CL", "contrastive", f"long_{_ratio}", _long, "lbr")
 for _share in SHARES:
     for _name, _kind, _settings, _rates in (

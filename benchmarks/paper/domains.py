@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,10 @@ from lbr_dist.errors import UserError
 
 ENTITY = r"id~^(.*):[^:]*$"
 CL_SHARE = "0.25"
+VERSION = 2
+"""Of what `make_data` makes from the same rows."""
+BANDS = (92, 184, 368)
+"""Longest question, in tokens, of each band of `strata` but the last."""
 TEXT_ROWS = 40_000
 """Most raw documents that are prepared; the runs read fewer."""
 WORDS = re.compile(r"\w+")
@@ -53,7 +58,7 @@ def hold_out(rows: list[Row], dev: int, test: int) -> tuple[list[Row], list[Row]
 
 
 def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
-    """Prepare `data/domain`, `halves`, `swapped`, `text`, `text_apart`, `dev` and `test` in the command's folder."""
+    """Prepare `domain`, `halves`, `swapped`, `strata`, `text`, `text_apart`, `dev` and `test` in the folder `data`."""
     out = lbr.folder
     everything = jsonl.read(find(source, f"{domain}.jsonl"))
     dev, test, rest = hold_out(everything, scale.dev, scale.test)
@@ -76,6 +81,7 @@ def make_data(lbr: Lbr, source: Path, domain: str, scale: Scale) -> None:
             share,
         )
     make_swapped(lbr, common)
+    make_strata(lbr, common)
     held = {entity(row) for row in (*dev, *test)}
     texts = raw_text(source, domain, out, rest)
     for name, wanted in (("text", None), ("text_apart", naming_none(row for row in everything if entity(row) in held))):
@@ -101,6 +107,29 @@ def make_swapped(lbr: Lbr, common: tuple[str, ...]) -> None:
     )
     jsonl.write(lbr.folder / "swapped.jsonl", rows)
     lbr("prepare-swapped", "prepare", "swapped.jsonl", "--out", "data/swapped", *common, "--cl", "0")
+
+
+def make_strata(lbr: Lbr, common: tuple[str, ...]) -> None:
+    """Prepare `data/strata`: as many rows of `data/swapped` from each band of question length as the smallest has."""
+    index = open_set(lbr.folder / "data" / "swapped").index("gl")
+    chosen = {index.ids[number] for number in stratified([int(length) for length in index.question_tokens])}
+    rows = (row for row in jsonl.read(lbr.folder / "swapped.jsonl") if row["id"] in chosen)
+    jsonl.write(lbr.folder / "strata.jsonl", rows)
+    lbr("prepare-strata", "prepare", "strata.jsonl", "--out", "data/strata", *common, "--cl", "0")
+
+
+def stratified(lengths: list[int]) -> list[int]:
+    """Numbers of rows, equally many from each band of length, drawn at random; always the same. A band with less than a
+    tenth of the rows is one with the band below it."""
+    bands: list[list[int]] = [[] for _ in (*BANDS, None)]
+    for number, length in enumerate(lengths):
+        bands[bisect_left(BANDS, length)].append(number)
+    for upper in range(len(bands) - 1, 0, -1):
+        if len(bands[upper]) < len(lengths) / 10:
+            bands[upper - 1] += bands.pop(upper)
+    count = min(map(len, bands))
+    chance = random.Random(0)
+    return sorted(number for band in bands for number in chance.sample(sorted(band), count))
 
 
 def raw_text(source: Path, domain: str, out: Path, rows: Iterable[Row]) -> list[str]:

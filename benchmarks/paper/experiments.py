@@ -35,12 +35,14 @@ class Experiment:
 
 EXPERIMENTS = {
     "table1": Experiment("Table 1: against baselines", ("base", "gl", "cl", "gl_cl", "lbr"), peers=True),
-    "table2": Experiment("Table 2: retrieval and generation", ("base", "gl", "cl", "ib_gl"), bm25=False, generate=True),
+    "table2": Experiment(
+        "Table 2: retrieval and generation", ("base", "gl", "cl", "ib_gl", "gl_cl", "lbr"), bm25=False, generate=True
+    ),
     "table3": Experiment("Table 3: stage by stage", STAGES),
     "table4": Experiment("Table 4: causal or bidirectional CL after IB-GL", ("lbr", "lbr_bidirectional"), bm25=False),
     "table5": Experiment("Table 5: compression ratio, stage 1 only", tuple(f"ratio_{r}" for r in RATIOS), bm25=False),
     "table5-long": Experiment(
-        "Table 5 with long inputs: from answer to question, stage 1 and both",
+        "Table 5 with long inputs, stratified by length: from answer to question, stage 1 and both",
         tuple(f"long_{r}{then}" for then in ("", "_cl") for r in LONG_RATIOS),
         bm25=False,
     ),

@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.commands import Lbr
 from benchmarks.paper import adaptive
 from benchmarks.paper.arms import ARMS, Arm, rate_name
-from benchmarks.paper.domains import find, make_data
+from benchmarks.paper.domains import VERSION, find, make_data
 from benchmarks.paper.scales import LANGUAGE_MODEL, SCALES, Scale
 from lbr_dist.disk import file_xxh128
 from lbr_dist.errors import UserError
@@ -40,7 +40,7 @@ class Workplace:
         """Nothing is made yet.
 
         Raises:
-            UserError: the domain is not in `source`, or the data here were made from other files or sizes.
+            UserError: the domain is not in `source`, or the data here are not what it and `scale` make.
         """
         self.scale, self.domain, self.jobs, self._source = SCALES[scale], domain, jobs, source
         self.folder = (work / scale / domain).resolve()
@@ -187,8 +187,8 @@ class Workplace:
         other = sorted(key for key in {**was, **self._origin} if was.get(key) != self._origin.get(key))
         if other:
             raise UserError(
-                f"{self.folder}: its data were made from other files or sizes ({', '.join(other)}) than --data "
-                f"{self._source} gives now; give the --data of then, or another --work"
+                f"{self.folder}: its data are not what --data {self._source} and this version make ({', '.join(other)} "
+                "differ); give the --data of then, or another --work"
             )
 
     def _backbone(self, seed: int) -> None:
@@ -222,7 +222,7 @@ class Workplace:
 
 
 def origin(source: Path, domain: str, scale: Scale) -> dict[str, str | int]:
-    """What the data of a domain follow from: checksums of its files, and the sizes of the scale.
+    """What the data of a domain follow from: checksums of its files, the sizes of the scale, and what makes them.
 
     Raises:
         UserError: its rows are not there.
@@ -233,7 +233,8 @@ def origin(source: Path, domain: str, scale: Scale) -> dict[str, str | int]:
         raise UserError(f"--data: {missing}") from None
     with contextlib.suppress(UserError):
         files.append(find(source, f"{domain}.corpus.txt"))
-    return {**{file.name: file_xxh128(file) for file in files}, "dev": scale.dev, "test": scale.test}
+    sums = {file.name: file_xxh128(file) for file in files}
+    return {**sums, "version": VERSION, "dev": scale.dev, "test": scale.test}
 
 
 def cost(metrics: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from benchmarks.paper import __main__ as paper
 from benchmarks.paper import adaptive, backbone, prediction, tables, workplace
 from benchmarks.paper.__main__ import curves
 from benchmarks.paper.arms import ARMS, SHARES, rate_name
-from benchmarks.paper.domains import ENTITY, drawn, entity, hold_out, naming_none
+from benchmarks.paper.domains import ENTITY, drawn, entity, hold_out, naming_none, stratified
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.scales import SCALES
 from benchmarks.paper.search import LEARN, search
@@ -109,6 +109,14 @@ def test_text_apart_names_nothing_that_is_held_out():
     assert [apart(text) for text in texts] == [False, False, True, True]
     assert [row["text"] for row in drawn(texts, apart)] == texts[2:]
     assert len(list(drawn(texts, None))) == 4
+
+
+def test_strata_have_equally_many_of_each_length():
+    lengths = [*range(1, 93)] * 4 + [*range(100, 180)] + [*range(200, 300)] + [400] * 10
+    chosen = [lengths[number] for number in stratified(lengths)]
+    low, middle, high = (sum(a < length <= b for length in chosen) for a, b in ((0, 92), (92, 184), (184, 400)))
+    assert low == middle == high == 80, "the few longest are one band with those below"
+    assert stratified([7] * 20) == [*range(20)]
 
 
 def toy(tmp_path, monkeypatch, experiment, arms):
@@ -395,11 +403,11 @@ def test_data_made_from_other_files_or_sizes_are_refused(tmp_path, monkeypatch):
             fake_place(tmp_path, monkeypatch)
 
     (tmp_path / "medicine.corpus.txt").write_text("fever\n")
-    refused(r"sizes \(medicine.corpus.txt\) than --data .* or another --work")
+    refused(r"make \(medicine.corpus.txt differ\); give the --data of then, or another --work")
     (tmp_path / "medicine.corpus.txt").unlink()
     with monkeypatch.context() as larger:
         larger.setitem(SCALES, "small", replace(SCALES["small"], test=2000))
-        refused(r"sizes \(test\)")
+        refused(r"make \(test differ\)")
     marker.write_text("")
     refused("does not say what its data were made from .* or give another --work")
     marker.write_text(made)
