@@ -61,8 +61,8 @@ def _rank(rank: int, world: int, port: int, million: int, repeats: int, folder: 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     from lbr_dist import config
-    from lbr_dist.training.checkpoint import Checkpointer
-    from lbr_dist.training.checkpoint_format import verify
+    from lbr_dist.training.checkpoint.checkpointer import Checkpointer
+    from lbr_dist.training.checkpoint.format import verify
 
     engine = _engine(million * 10**6, world)
     run = Path(folder)

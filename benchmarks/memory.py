@@ -108,8 +108,8 @@ def measure(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     import yaml
 
     from lbr_dist.recipes import parse_recipe
-    from lbr_dist.training.estimate import estimate
-    from lbr_dist.training.memory_model import GIB
+    from lbr_dist.training.cost.estimate import estimate
+    from lbr_dist.training.cost.memory_model import GIB
 
     with tempfile.TemporaryDirectory(dir=folder) as place:
         raw = recipe_of(folder, run, Path(place) / "run")

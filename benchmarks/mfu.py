@@ -6,8 +6,8 @@
 A step is 8 micro-batches of at most 4,096 packed tokens with the lengths of real rows (`benchmarks/lengths.py`),
 forward and backward through the bottleneck, gradient clipping and fused AdamW, in bfloat16 with random weights, on one
 device and without DeepSpeed (its sharding and float32 master weights are not part of this figure). MFU counts what the
-model needs (`lbr_dist/training/flops.py`: recomputation does not count, hidden attention cells do not count) against
-the dense bfloat16 peak of the data sheet.
+model needs (`training/cost/flops.py`: recomputation does not count, hidden attention cells do not count) against the
+dense bfloat16 peak of the data sheet.
 
 Variants change one thing each against `base`: `compile` compiles the MLPs and norms of the decoder layers, the parts
 without attention; `checkpointing` recomputes layers in the backward pass; `logits` applies the head as one matrix with
@@ -35,8 +35,8 @@ from lbr_dist.data.plan.base import PlannedSample, SampleRef
 from lbr_dist.data.plan.packing import best_fit
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import PackedBatch, Sample, pack
-from lbr_dist.training.flops import FlopCounter
-from lbr_dist.training.machines import peak_flops
+from lbr_dist.training.cost.flops import FlopCounter
+from lbr_dist.training.cost.machines import peak_flops
 
 VARIANTS = ("base", "checkpointing", "logits", "compile")
 KINDS = {

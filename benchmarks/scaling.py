@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks import common
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.estimate import communication
-from lbr_dist.training.machines import MACHINES
-from lbr_dist.training.memory_model import GIB, Shape, memory
+from lbr_dist.training.cost.estimate import communication
+from lbr_dist.training.cost.machines import MACHINES
+from lbr_dist.training.cost.memory_model import GIB, Shape, memory
 
 SHAPES = {
     "1.5B": Shape(layers=28, width=1536, query=1536, key=256, inner=8960, vocabulary=151936, tied=True),

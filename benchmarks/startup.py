@@ -36,7 +36,7 @@ PARTS = (
     ("model load", "lbr_dist.model.bottleneck", "LbrModel.build"),
     ("DeepSpeed engine", "lbr_dist.training.session", "make_engine"),
     ("checkpoint: verify", "lbr_dist.training.session", "choose"),
-    ("checkpoint: load", "lbr_dist.training.checkpoint", "Checkpointer.load"),
+    ("checkpoint: load", "lbr_dist.training.checkpoint.checkpointer", "Checkpointer.load"),
     ("first step", "lbr_dist.training.run", "_Loop._step"),
 )
 """Name of the part; module; function in it, or None: the import of the module itself."""

@@ -12,7 +12,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.disk import file_xxh128
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import parse_recipe, save_recipe
-from lbr_dist.training.checkpoint_format import (
+from lbr_dist.training.checkpoint.format import (
     FORMAT,
     FileEntry,
     Manifest,
@@ -21,7 +21,7 @@ from lbr_dist.training.checkpoint_format import (
     encode_manifest,
     step_name,
 )
-from lbr_dist.training.tensor_file import NAMES, TensorSpec, write_tensors
+from lbr_dist.training.checkpoint.tensor_file import NAMES, TensorSpec, write_tensors
 
 
 def make_run(folder: Path, model_dir: Path, *, step: int = 10, seed: int = 0, **settings: Any) -> Path:

@@ -16,8 +16,8 @@ app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_h
 @app.command("list")
 def list_checkpoints(run: Annotated[Path, typer.Argument(callback=place, help="Run folder.")]) -> None:
     """The checkpoints of a run, newest first."""
-    from lbr_dist.training.checkpoint_format import checkpoints_folder
-    from lbr_dist.training.checkpoint_format import list_checkpoints as found
+    from lbr_dist.training.checkpoint.format import checkpoints_folder
+    from lbr_dist.training.checkpoint.format import list_checkpoints as found
 
     if not checkpoints_folder(run).is_dir():
         raise UserError(f"{run}: no run folder (it has no checkpoints/)")
@@ -30,9 +30,9 @@ def verify(
     path: Annotated[Path, typer.Argument(callback=place, help="Checkpoint, or run folder: all of its checkpoints.")],
 ) -> None:
     """Read every byte and compare it with the checksums; exit code 1 if anything is wrong."""
-    from lbr_dist.training.checkpoint_format import MANIFEST, checkpoints_folder, is_checkpoint, misnamed, read_manifest
-    from lbr_dist.training.checkpoint_format import list_checkpoints as found
-    from lbr_dist.training.checkpoint_format import verify as problems_of
+    from lbr_dist.training.checkpoint.format import MANIFEST, checkpoints_folder, is_checkpoint, misnamed, read_manifest
+    from lbr_dist.training.checkpoint.format import list_checkpoints as found
+    from lbr_dist.training.checkpoint.format import verify as problems_of
 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run or one of its checkpoints")
@@ -60,14 +60,14 @@ def consolidate(
     max_shard_gib: Annotated[float, typer.Option(callback=positive, help="Largest file, in GiB.")] = 4,
 ) -> None:
     """Write the weights as plain safetensors shards."""
-    from lbr_dist.training.weights import consolidate as write
+    from lbr_dist.training.checkpoint.weights import consolidate as write
 
     for shard in write(path, out, dtype_option(dtype), max_shard_gib):
         print(f"written: {shard}")
 
 
 def _describe(path: Path, manifest: Any) -> str:
-    from lbr_dist.training.checkpoint_format import misnamed
+    from lbr_dist.training.checkpoint.format import misnamed
 
     if manifest is None:
         return "incomplete: cannot be resumed from"

@@ -68,7 +68,7 @@ def plan(
 ) -> None:
     """Check a recipe without starting it: steps, tokens, memory per rank, time."""
     from lbr_dist.recipes import load_recipe
-    from lbr_dist.training.estimate import estimate
+    from lbr_dist.training.cost.estimate import estimate
 
     print("\n".join(estimate(load_recipe(recipe, overrides), world=world_size, gpu=gpu).lines))
 

@@ -25,7 +25,7 @@ from lbr_dist.export.tokens import fixed_tokens
 from lbr_dist.inference.model_folder import EXPORT_RECIPE
 from lbr_dist.model.tokenizer import BEGINNINGS, Tokenization
 from lbr_dist.recipes import load_recipe, save_recipe
-from lbr_dist.training.resolved import with_checkpoint
+from lbr_dist.training.checkpoint.chosen import with_checkpoint
 
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe

@@ -87,7 +87,7 @@ def load_run(path: str | Path, device: str = "cpu", checkpoint: str | Path | Non
     Raises:
         UserError: there is no complete checkpoint, or it does not fit its recipe.
     """
-    from lbr_dist.training.resolved import with_checkpoint
+    from lbr_dist.training.checkpoint.chosen import with_checkpoint
 
     return with_checkpoint(
         path if checkpoint is None else checkpoint, lambda found: _load_checkpoint(Path(path), found, device)
@@ -97,7 +97,7 @@ def load_run(path: str | Path, device: str = "cpu", checkpoint: str | Path | Non
 def _load_checkpoint(path: Path, checkpoint: Path, device: str) -> Run:
     from lbr_dist.model.bottleneck import LbrModel
     from lbr_dist.model.tokenizer import Tokenization
-    from lbr_dist.training.weights import iterate_weights
+    from lbr_dist.training.checkpoint.weights import iterate_weights
 
     recipe = load_recipe(checkpoint / "recipe.yaml", kept=True)
     here = recipe
@@ -147,7 +147,7 @@ def pinned(spec: str) -> str:
     path, dim = split_dim(spec)
     if not is_run(path):
         return spec
-    from lbr_dist.training.checkpoint_format import resolve
+    from lbr_dist.training.checkpoint.format import resolve
 
     checkpoint = str(resolve(path))
     return checkpoint if dim is None else f"{checkpoint}?dim={dim}"
@@ -166,7 +166,7 @@ def check_spec(spec: str) -> None:
     if path.startswith("hf:"):
         path = _hf_options(path)[0]
     elif is_run(path):
-        from lbr_dist.training.checkpoint_format import resolve
+        from lbr_dist.training.checkpoint.format import resolve
 
         resolve(path, kinds=())
         return
@@ -214,7 +214,7 @@ def model_fingerprint(spec: str) -> str:
     """
     path, dim = split_dim(spec)
     if is_run(path):
-        from lbr_dist.training.resolved import with_checkpoint
+        from lbr_dist.training.checkpoint.chosen import with_checkpoint
 
         mark = b"" if dim is None else str(dim).encode()
         manifest = with_checkpoint(path, lambda checkpoint: (checkpoint / "manifest.json").read_bytes())
@@ -264,7 +264,7 @@ def _commit(name: str) -> str:
 def _check_surprisal_model(checkpoint: Path, path: str) -> None:
     """The model must have the weights that the run was planned by."""
     from lbr_dist.data.information import model_fingerprint
-    from lbr_dist.training.checkpoint_format import read_manifest
+    from lbr_dist.training.checkpoint.format import read_manifest
 
     found, identity = model_fingerprint(path), read_manifest(checkpoint).state.get("identity", {})
     planned = [value for key, value in identity.items() if key.endswith("bottleneck.surprisal")]

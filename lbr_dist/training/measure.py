@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lbr_dist.training.flops import FlopCounter
-from lbr_dist.training.machines import peak_flops
+from lbr_dist.training.cost.flops import FlopCounter
+from lbr_dist.training.cost.machines import peak_flops
 from lbr_dist.training.tracking import METRICS, duration
 
 if TYPE_CHECKING:

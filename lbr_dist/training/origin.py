@@ -51,7 +51,7 @@ def _with_model(folder: Path) -> Path | None:
 
     A damaged one is passed over, or refused, when all of it is read.
     """
-    from lbr_dist.training.checkpoint_format import MANIFEST, is_sound, list_checkpoints
+    from lbr_dist.training.checkpoint.format import MANIFEST, is_sound, list_checkpoints
 
     known = [folder] if (folder / MANIFEST).is_file() else [path for path, _ in list_checkpoints(folder)]
     return next((path for path in known if is_sound(path, "model")), None)
@@ -80,7 +80,7 @@ def check_start(recipe: Recipe, allow_change: Sequence[str] = ()) -> None:
     Raises:
         UserError: it is missing, or its model's configuration or tokenizer is another, or see `check_settings`.
     """
-    from lbr_dist.training.resolved import with_checkpoint
+    from lbr_dist.training.checkpoint.chosen import with_checkpoint
 
     def check(start: Path) -> None:
         before = load_run_recipe(start)
@@ -155,7 +155,7 @@ def _last_names(modules: Sequence[str]) -> set[str]:
 
 def origin(checkpoint: Path) -> dict[str, Any]:
     """What tells a checkpoint from others, wherever it lies: its step, and the start of the run that wrote it."""
-    from lbr_dist.training.checkpoint_format import read_manifest
+    from lbr_dist.training.checkpoint.format import read_manifest
 
     manifest = read_manifest(checkpoint)
     return {"step": manifest.step, "attempt": manifest.attempt}
@@ -168,7 +168,7 @@ def outdated(recipe: Recipe, checkpoint: Path) -> str:
         recipe: of the run.
         checkpoint: one of its own.
     """
-    from lbr_dist.training.checkpoint_format import read_manifest, resolve
+    from lbr_dist.training.checkpoint.format import read_manifest, resolve
 
     began_with, start = read_manifest(checkpoint).state.get("began_with"), recipe.model.start_from
     if began_with is None or start is None:

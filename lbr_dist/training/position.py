@@ -17,8 +17,8 @@ from lbr_dist.disk import usable_folder
 from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder, run_recipe
 from lbr_dist.training.audit import last_attempt
-from lbr_dist.training.checkpoint import Checkpointer
-from lbr_dist.training.checkpoint_format import (
+from lbr_dist.training.checkpoint.checkpointer import Checkpointer
+from lbr_dist.training.checkpoint.format import (
     checkpoints_folder,
     find_resumable,
     list_checkpoints,
@@ -26,10 +26,10 @@ from lbr_dist.training.checkpoint_format import (
     read_manifest,
     verify,
 )
+from lbr_dist.training.checkpoint.random_state import random_state
 from lbr_dist.training.collective import on_rank_zero
 from lbr_dist.training.origin import check_resumed_model, outdated
 from lbr_dist.training.preflight import Job
-from lbr_dist.training.random_state import random_state
 
 log = logging.getLogger("lbr")
 

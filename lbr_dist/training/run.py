@@ -156,7 +156,7 @@ def _storage_named(run_dir: Path) -> Iterator[None]:
 
 class _Loop:
     def __init__(self, session: Session, stop: StopRequest, watchdog: Watchdog) -> None:
-        from lbr_dist.training.checkpoint_writer import SLOWEST_WRITE
+        from lbr_dist.training.checkpoint.writer import SLOWEST_WRITE
         from lbr_dist.training.measure import Meter
 
         self._s, self._stop, self._watchdog = session, stop, watchdog
@@ -252,7 +252,7 @@ class _Loop:
 
     def _wait_for_writer(self) -> Exception | None:
         """Return when the last checkpoint is committed, or why it was not; its writer has more time than a step."""
-        from lbr_dist.training.checkpoint_writer import StorageError
+        from lbr_dist.training.checkpoint.writer import StorageError
 
         self._watchdog.alive("waiting for the last checkpoint to be written", self._write_s)
         failed = None
@@ -264,9 +264,9 @@ class _Loop:
         return failed
 
     def _save(self, wait: bool) -> None:
+        from lbr_dist.training.checkpoint.random_state import random_state
         from lbr_dist.training.collective import on_rank_zero
         from lbr_dist.training.position import loop_state
-        from lbr_dist.training.random_state import random_state
 
         s = self._s
         there = on_rank_zero(s.lock.check)

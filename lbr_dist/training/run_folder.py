@@ -3,7 +3,7 @@
     recipe.yaml       resolved recipe
     metrics.jsonl     one row per logged step
     audit/rank-N.jsonl    which samples each step used
-    checkpoints/      see checkpoint_format
+    checkpoints/      see checkpoint/format.py
     log.txt           what rank 0 says
     stacks/, bad-step-N-rank-R.json    written when something went wrong
     stop              empty; a line in it asks the run to stop (see signals)

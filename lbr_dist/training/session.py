@@ -26,13 +26,13 @@ from lbr_dist.recipes import recipe_text
 from lbr_dist.training import run_folder
 from lbr_dist.training.audit import AuditLog, last_attempt
 from lbr_dist.training.chain import check_ahead
-from lbr_dist.training.checkpoint import Checkpointer, start_from
+from lbr_dist.training.checkpoint.checkpointer import Checkpointer, start_from
+from lbr_dist.training.checkpoint.random_state import restore_random_state, seed_rank
 from lbr_dist.training.collective import on_all_ranks, on_rank_zero
 from lbr_dist.training.engine import make_engine, start_distributed
 from lbr_dist.training.origin import changed_model, origin
 from lbr_dist.training.position import choose, go_back
 from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, same_everywhere
-from lbr_dist.training.random_state import restore_random_state, seed_rank
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.run_recipe import RECIPE
 from lbr_dist.training.steps import Objective, make_objective

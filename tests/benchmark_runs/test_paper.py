@@ -413,7 +413,7 @@ def test_data_made_from_other_files_or_sizes_are_refused(tmp_path, monkeypatch):
     marker.write_text(made)
     fake_place(tmp_path, monkeypatch)
     (tmp_path / "medicine.jsonl").write_text("another\n")
-    refused(r"sizes \(medicine.jsonl\)")
+    refused(r"make \(medicine.jsonl differ\)")
     (tmp_path / "medicine.jsonl").rename(tmp_path / "other.jsonl")
     with pytest.raises(UserError, match=r"medicine.jsonl\[.gz\] is not there"):
         Workplace(tmp_path / "work", "small", "medicine", tmp_path, 1)

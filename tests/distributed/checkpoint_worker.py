@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lbr_dist import config
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint import Checkpointer, start_from
+from lbr_dist.training.checkpoint.checkpointer import Checkpointer, start_from
 
 if TYPE_CHECKING:
     import deepspeed

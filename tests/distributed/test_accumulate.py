@@ -20,8 +20,8 @@ def summed(rank: int, world: int, regime: str) -> dict[str, list[float]]:
     import deepspeed.ops
 
     from lbr_dist.training.accumulate import accumulate
+    from lbr_dist.training.checkpoint.zero_state import open_engine
     from lbr_dist.training.ds_config import load_regime
-    from lbr_dist.training.zero_state import open_engine
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would compile for two minutes
     raw: dict[str, Any] = {"stage": "generative", "output": "out", "deepspeed": regime}

@@ -13,8 +13,8 @@ import torch
 from checkpoint_worker import perform_all
 from ranks import run_ranks
 
-from lbr_dist.training.checkpoint_format import find_resumable, verify
-from lbr_dist.training.weights import consolidate, iterate_weights, tied_names
+from lbr_dist.training.checkpoint.format import find_resumable, verify
+from lbr_dist.training.checkpoint.weights import consolidate, iterate_weights, tied_names
 
 pytestmark = pytest.mark.timeout(900)
 CASES = [("fp32", stage) for stage in (0, 1, 2, 3)] + [("bf16", stage) for stage in (1, 2, 3)]

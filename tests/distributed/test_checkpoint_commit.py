@@ -17,10 +17,10 @@ from ranks import run_ranks
 
 from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder
-from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, find_resumable, verify
-from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, StorageError, TensorFile
-from lbr_dist.training.resolved import same_on_all
-from lbr_dist.training.weights import iterate_weights
+from lbr_dist.training.checkpoint.chosen import same_on_all
+from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, find_resumable, verify
+from lbr_dist.training.checkpoint.weights import iterate_weights
+from lbr_dist.training.checkpoint.writer import CheckpointWriter, GlooTeam, Snapshot, StorageError, TensorFile
 
 
 class FullDisk(dict):

@@ -16,7 +16,7 @@ from training_runs import make_set, recipe, train_all
 
 from lbr_dist.logs import read_rows
 from lbr_dist.training.audit import audit
-from lbr_dist.training.weights import iterate_weights
+from lbr_dist.training.checkpoint.weights import iterate_weights
 
 pytestmark = pytest.mark.timeout(1200)
 CUT = 2

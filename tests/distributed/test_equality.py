@@ -15,7 +15,7 @@ import torch
 from ranks import run_ranks
 from training_runs import make_set, recipe, train_all
 
-from lbr_dist.training.weights import iterate_weights
+from lbr_dist.training.checkpoint.weights import iterate_weights
 
 pytestmark = pytest.mark.timeout(900)
 STAGES = {0: "zero0", 2: "zero2", 3: "zero3"}

@@ -23,9 +23,9 @@ from training_runs import cut_off, losses, make_set, recipe, train_all
 
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import parse_recipe
+from lbr_dist.training.checkpoint.weights import iterate_weights
 from lbr_dist.training.ds_config import FOLDER, load_regime
 from lbr_dist.training.preflight import check_nvme
-from lbr_dist.training.weights import iterate_weights
 
 pytestmark = pytest.mark.timeout(1800)
 STEPS = {"epochs": None, "steps": 6}

@@ -21,9 +21,9 @@ from lbr_dist.logs import read_rows
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import load_recipe, parse_recipe
 from lbr_dist.training.audit import audit
+from lbr_dist.training.checkpoint.weights import iterate_weights
 from lbr_dist.training.run_folder import claim
 from lbr_dist.training.signals import request_stop
-from lbr_dist.training.weights import iterate_weights
 
 pytestmark = pytest.mark.timeout(1200)
 

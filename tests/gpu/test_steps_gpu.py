@@ -23,12 +23,12 @@ from lbr_dist.model.layout import pack
 from lbr_dist.model.surprisal import Scorer
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.objectives.infonce import info_nce
-from lbr_dist.training.checkpoint_writer import GlooTeam
+from lbr_dist.training.checkpoint.random_state import random_state, restore_random_state
+from lbr_dist.training.checkpoint.weights import pack_rank_state, read_rank_state
+from lbr_dist.training.checkpoint.writer import GlooTeam
 from lbr_dist.training.collective import on_all_ranks, on_rank_zero
 from lbr_dist.training.engine import start_distributed
 from lbr_dist.training.gradcache import prepare
-from lbr_dist.training.random_state import random_state, restore_random_state
-from lbr_dist.training.weights import pack_rank_state, read_rank_state
 
 DEVICE = "cuda"
 

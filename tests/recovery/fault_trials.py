@@ -29,8 +29,8 @@ from training_runs import make_set, recipe, train_all
 
 from lbr_dist.logs import read_rows
 from lbr_dist.training.audit import audit
-from lbr_dist.training.checkpoint_format import list_checkpoints
-from lbr_dist.training.weights import iterate_weights
+from lbr_dist.training.checkpoint.format import list_checkpoints
+from lbr_dist.training.checkpoint.weights import iterate_weights
 
 EXACT, CLEAR = "exact resume", "clear error"
 WORLD = 2

@@ -51,7 +51,7 @@ def train_with(rank: int, world: int, fault: str, recipes: list[dict[str, Any]])
 
 
 def _unwritten(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from lbr_dist.training import checkpoint_writer
+    from lbr_dist.training.checkpoint import writer as checkpoint_writer
 
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "weights")
     effects = itertools.chain([full], itertools.repeat(mock.DEFAULT))

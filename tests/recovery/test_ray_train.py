@@ -24,8 +24,8 @@ from lbr_dist.errors import EXIT_RUN_AGAIN
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe, save_recipe
 from lbr_dist.training.audit import audit
-from lbr_dist.training.checkpoint_format import list_checkpoints
-from lbr_dist.training.weights import iterate_weights
+from lbr_dist.training.checkpoint.format import list_checkpoints
+from lbr_dist.training.checkpoint.weights import iterate_weights
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 
 from lbr_dist.disk import file_xxh128
 from lbr_dist.errors import UserError
-from lbr_dist.training import tensor_file as files
-from lbr_dist.training.checkpoint_format import (
+from lbr_dist.training.checkpoint import tensor_file as files
+from lbr_dist.training.checkpoint.chosen import with_checkpoint
+from lbr_dist.training.checkpoint.format import (
     MANIFEST,
     OptimizerEntry,
     Parameter,
@@ -35,10 +36,15 @@ from lbr_dist.training.checkpoint_format import (
     resolve,
     verify,
 )
-from lbr_dist.training.checkpoint_writer import Alone, CheckpointWriter, Snapshot, TensorFile
-from lbr_dist.training.resolved import with_checkpoint
-from lbr_dist.training.rotation import remove_stale
-from lbr_dist.training.weights import SliceReader, consolidate, iterate_weights, pack_rank_state, read_rank_state
+from lbr_dist.training.checkpoint.rotation import remove_stale
+from lbr_dist.training.checkpoint.weights import (
+    SliceReader,
+    consolidate,
+    iterate_weights,
+    pack_rank_state,
+    read_rank_state,
+)
+from lbr_dist.training.checkpoint.writer import Alone, CheckpointWriter, Snapshot, TensorFile
 
 ELEMENTS = 50_000
 
@@ -195,7 +201,7 @@ def test_a_process_reads_a_checkpoint_once(tmp_path, monkeypatch):
     save(writer(tmp_path), 1)
     read = []
     monkeypatch.setattr(
-        "lbr_dist.training.checkpoint_format.file_xxh128", lambda path: read.append(path) or file_xxh128(path)
+        "lbr_dist.training.checkpoint.format.file_xxh128", lambda path: read.append(path) or file_xxh128(path)
     )
     checkpoint = resolve(tmp_path)
     count = len(read)
@@ -211,7 +217,7 @@ def test_a_file_that_could_not_be_read_once_is_read_again(tmp_path, monkeypatch)
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lbr_dist.training.checkpoint_format.file_xxh128", failing)
+        patched.setattr("lbr_dist.training.checkpoint.format.file_xxh128", failing)
         with pytest.raises(UserError, match=r"cannot be read \(Input/output error\)"):
             resolve(checkpoint)
     assert resolve(checkpoint) == checkpoint
@@ -269,7 +275,7 @@ def test_a_checkpoint_that_the_run_removes_while_it_is_read(tmp_path, monkeypatc
         return verify(path, **options)
 
     save(writer(tmp_path), 6, 7)
-    monkeypatch.setattr("lbr_dist.training.checkpoint_format.verify", rotate)
+    monkeypatch.setattr("lbr_dist.training.checkpoint.format.verify", rotate)
     assert resolve(tmp_path).name == "step-000008"
 
 
@@ -473,7 +479,7 @@ def test_consolidate_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr("lbr_dist.training.weights.replace_bytes", full)  # the last file
+    monkeypatch.setattr("lbr_dist.training.checkpoint.weights.replace_bytes", full)  # the last file
     with pytest.raises(UserError, match="No space left on device; nothing was left behind"):
         consolidate(tmp_path, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before

@@ -14,10 +14,12 @@ import torch
 
 from lbr_dist import config
 from lbr_dist.errors import UserError
-from lbr_dist.training import checkpoint, checkpoint_writer, run_folder
-from lbr_dist.training.checkpoint_files import write_bytes
-from lbr_dist.training.checkpoint_format import FileEntry, OptimizerEntry, Parameter, list_checkpoints
-from lbr_dist.training.checkpoint_writer import Alone, CheckpointWriter, Snapshot, StorageError, TensorFile
+from lbr_dist.training import run_folder
+from lbr_dist.training.checkpoint import checkpointer as checkpoint
+from lbr_dist.training.checkpoint import writer as checkpoint_writer
+from lbr_dist.training.checkpoint.files import write_bytes
+from lbr_dist.training.checkpoint.format import FileEntry, OptimizerEntry, Parameter, list_checkpoints
+from lbr_dist.training.checkpoint.writer import Alone, CheckpointWriter, Snapshot, StorageError, TensorFile
 
 
 class Failing(dict):

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from runs import write_manifest
 
-from lbr_dist.training.checkpoint_format import FileEntry, Parameter
-from lbr_dist.training.tensor_file import DTYPES, TensorSpec, write_tensors
-from lbr_dist.training.weights import consolidate, iterate_weights
+from lbr_dist.training.checkpoint.format import FileEntry, Parameter
+from lbr_dist.training.checkpoint.tensor_file import DTYPES, TensorSpec, write_tensors
+from lbr_dist.training.checkpoint.weights import consolidate, iterate_weights
 
 ELEMENTS = 2_000_000
 MIB = 2**20
 
 PEAK = """
 import resource, sys
-from lbr_dist.training.weights import consolidate
+from lbr_dist.training.checkpoint.weights import consolidate
 consolidate(sys.argv[1], sys.argv[2], sys.argv[3], 0.05)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """

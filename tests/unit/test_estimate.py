@@ -22,10 +22,10 @@ from lbr_dist.model.backbone import load_config
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.recipes import load_recipe, parse_recipe
-from lbr_dist.training.estimate import communication, estimate
-from lbr_dist.training.flops import FlopCounter
-from lbr_dist.training.machines import MACHINES, peak_flops
-from lbr_dist.training.memory_model import Shape, copied_elements, memory, trained_elements
+from lbr_dist.training.cost.estimate import communication, estimate
+from lbr_dist.training.cost.flops import FlopCounter
+from lbr_dist.training.cost.machines import MACHINES, peak_flops
+from lbr_dist.training.cost.memory_model import Shape, copied_elements, memory, trained_elements
 from lbr_dist.training.preflight import check
 from lbr_dist.training.run_folder import claim
 

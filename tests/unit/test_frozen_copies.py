@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from lbr_dist import config
-from lbr_dist.training import checkpoint as module
-from lbr_dist.training.checkpoint import Checkpointer
-from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter, find_resumable, verify
-from lbr_dist.training.checkpoint_writer import Alone
-from lbr_dist.training.engine_state import WEIGHT, Piece
+from lbr_dist.training.checkpoint import checkpointer as module
+from lbr_dist.training.checkpoint.checkpointer import Checkpointer
+from lbr_dist.training.checkpoint.engine_state import WEIGHT, Piece
+from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, find_resumable, verify
+from lbr_dist.training.checkpoint.writer import Alone
 
 NAME = "frozen-00000-of-00001.safetensors"
 

@@ -20,7 +20,7 @@ from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
 from lbr_dist.training import preflight
-from lbr_dist.training.checkpoint_format import encode_manifest, read_manifest
+from lbr_dist.training.checkpoint.format import encode_manifest, read_manifest
 from lbr_dist.training.ds_config import Regime
 from lbr_dist.training.origin import check_resumed_model
 from lbr_dist.training.position import _check_plan, choose, loop_state

@@ -24,7 +24,7 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from lbr_dist.training import collective, run, watchdog
-from lbr_dist.training.random_state import random_state
+from lbr_dist.training.checkpoint.random_state import random_state
 watchdog.START_S = watchdog.GRACE_S = 0.5
 
 def slow(*_, **__):

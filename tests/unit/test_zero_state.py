@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.engine_state import EngineShapeError, equal_run
-from lbr_dist.training.zero_state import SUPPORTED, open_engine
+from lbr_dist.training.checkpoint.engine_state import EngineShapeError, equal_run
+from lbr_dist.training.checkpoint.zero_state import SUPPORTED, open_engine
 
 
 def engine(kind: str, **attributes: object) -> SimpleNamespace:

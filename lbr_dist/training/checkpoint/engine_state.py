@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_format import OptimizerEntry, Parameter
-from lbr_dist.training.tensor_file import NAMES
+from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter
+from lbr_dist.training.checkpoint.tensor_file import NAMES
 
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 Family = Literal["adam", "sgd"]

@@ -24,12 +24,12 @@ import torch
 
 from lbr_dist.disk import DENIED, FULL, mark, sync
 from lbr_dist.errors import UserError
-from lbr_dist.training import checkpoint_files as files
-from lbr_dist.training import checkpoint_format as layout
-from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest
-from lbr_dist.training.rotation import remove_stale, rotate
+from lbr_dist.training.checkpoint import files as files
+from lbr_dist.training.checkpoint import format as layout
+from lbr_dist.training.checkpoint.format import FileEntry, Kind, Manifest
+from lbr_dist.training.checkpoint.rotation import remove_stale, rotate
+from lbr_dist.training.checkpoint.tensor_file import NAMES, TensorSpec, write_tensors
 from lbr_dist.training.run_folder import in_time
-from lbr_dist.training.tensor_file import NAMES, TensorSpec, write_tensors
 
 log = logging.getLogger("lbr")
 

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lbr_dist.disk import file_xxh128, mark
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_files import TEMPORARY
+from lbr_dist.training.checkpoint.files import TEMPORARY
 
 log = logging.getLogger("lbr")
 

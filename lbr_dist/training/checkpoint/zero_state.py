@@ -20,8 +20,8 @@ import torch
 from typing_extensions import override
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_format import OptimizerEntry
-from lbr_dist.training.engine_state import WEIGHT, EngineShapeError, EngineState, Piece, equal_run
+from lbr_dist.training.checkpoint.engine_state import WEIGHT, EngineShapeError, EngineState, Piece, equal_run
+from lbr_dist.training.checkpoint.format import OptimizerEntry
 
 SUPPORTED = "0.19.8"
 

@@ -1,7 +1,7 @@
 """`lbr plan`: what a recipe will need and take on N ranks, before anything is started.
 
-Steps and tokens are not estimated: the plan knows them. Memory is counted (memory_model.py); time is operations over an
-assumed share of the peak, next to what the network must carry. Shares and bandwidths are assumptions (machines.py).
+Steps and tokens are not estimated: the plan knows them. Memory is counted (`memory_model`); time is operations over an
+assumed share of the peak, next to what the network must carry. Shares and bandwidths are assumptions (`machines`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from lbr_dist.data.plan.base import MicroPlan, StepPlan
 from lbr_dist.data.plan.joint import JointStep
 from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
+from lbr_dist.training.cost.flops import FlopCounter
+from lbr_dist.training.cost.machines import MACHINES, Machine
+from lbr_dist.training.cost.memory_model import GIB, Memory, Shape, memory, trained_elements
 from lbr_dist.training.ds_config import load_regime
-from lbr_dist.training.flops import FlopCounter
-from lbr_dist.training.machines import MACHINES, Machine
-from lbr_dist.training.memory_model import GIB, Memory, Shape, memory, trained_elements
 from lbr_dist.training.preflight import Job, check
 from lbr_dist.training.tracking import duration
 

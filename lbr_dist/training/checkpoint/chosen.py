@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint_format import Kind, Manifest, gone, read_manifest, resolve
+from lbr_dist.training.checkpoint.format import Kind, Manifest, gone, read_manifest, resolve
 from lbr_dist.training.run_folder import in_time
 
 if TYPE_CHECKING:
-    from lbr_dist.training.checkpoint_writer import Team
+    from lbr_dist.training.checkpoint.writer import Team
 
 Result = TypeVar("Result")
 

@@ -1,7 +1,7 @@
 """Saving and restoring a run: the engine's slices, the loop's state and each rank's random state.
 
 Saving stops training only while this rank's slices are copied to host memory (buffers that are kept, so the memory is
-paid once: as much as the rank's share of weights and moments); the rest happens in `checkpoint_writer`. What a recipe
+paid once: as much as the rank's share of weights and moments); the rest happens in `writer`. What a recipe
 says (learning rates, weight decay, parameter groups) is not in a checkpoint and so cannot come back from one.
 """
 
@@ -16,18 +16,18 @@ import torch
 
 from lbr_dist.disk import mark
 from lbr_dist.errors import UserError
-from lbr_dist.training import checkpoint_format as layout
-from lbr_dist.training.checkpoint_format import FileEntry, Kind, Manifest, verify
-from lbr_dist.training.checkpoint_writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
-from lbr_dist.training.engine_state import WEIGHT, EngineState, Piece
-from lbr_dist.training.resolved import same_on_all
-from lbr_dist.training.weights import (
+from lbr_dist.training.checkpoint import format as layout
+from lbr_dist.training.checkpoint.chosen import same_on_all
+from lbr_dist.training.checkpoint.engine_state import WEIGHT, EngineState, Piece
+from lbr_dist.training.checkpoint.format import FileEntry, Kind, Manifest, verify
+from lbr_dist.training.checkpoint.weights import (
     SliceReader,
     pack_rank_state,
     read_rank_state,
     tensor_name,
 )
-from lbr_dist.training.zero_state import open_engine
+from lbr_dist.training.checkpoint.writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
+from lbr_dist.training.checkpoint.zero_state import open_engine
 
 if TYPE_CHECKING:
     from lbr_dist import config

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lbr_dist.training.checkpoint_files import CHUNK_BYTES, Sink, Written, flush
+from lbr_dist.training.checkpoint.files import CHUNK_BYTES, Sink, Written, flush
 
 DTYPES = {
     "F64": torch.float64,

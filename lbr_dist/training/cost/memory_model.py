@@ -12,7 +12,7 @@ from typing import Any
 
 from lbr_dist.config import Recipe
 from lbr_dist.model.head import CHUNK
-from lbr_dist.training.machines import MACHINES, Machine
+from lbr_dist.training.cost.machines import MACHINES, Machine
 
 GIB = 2.0**30
 LAYERS = "model.layers."
