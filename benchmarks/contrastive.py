@@ -211,7 +211,7 @@ def micro_batches(queries: list[list[int]], passages: list[list[int]], micro_tok
         side_S = torch.tensor([SIDES["query" if row < len(queries) else "passage"] for row in rows])
         known = torch.empty((0, 2), dtype=torch.int64)
         ids = [str(pair) for pair in pair_S.tolist()]
-        made.append(LocalBatch(packed, [None] * len(rows), ids, side_S, pair_S, pair_S, pair_S, pair_S, known))  # type: ignore[list-item]
+        made.append(LocalBatch(packed, [None] * len(rows), ids, side_S, pair_S, pair_S, pair_S, known))  # type: ignore[list-item]
     return made
 
 

@@ -3,9 +3,9 @@
 #
 #     benchmarks/gpu_all.sh [OUT]        # default: benchmarks/results
 #
-# Needs torch, transformers, pydantic, numpy, xxhash, peft and pytest; no DeepSpeed, webdataset, ray or mteb. Each part has
-# its own time limit, so that a slow one does not cost the results of the next (what it has written by then stays); the exit
-# code is that of the tests. FlexAttention's are apart, because compiling its kernels takes longer than all the others.
+# Needs torch, transformers, pydantic, numpy, pyarrow, xxhash, peft and pytest; no DeepSpeed, webdataset, ray or mteb. Each
+# part has its own time limit, so that a slow one does not cost the results of the next (what it has written by then stays);
+# the exit code is that of the tests. FlexAttention's are apart, because compiling its kernels takes longer than all others.
 set -u
 cd "$(dirname "$0")/.." || exit
 out=${1:-benchmarks/results}

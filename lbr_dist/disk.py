@@ -50,8 +50,8 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """A file beside `file` to write into, with the same ending, which becomes it at the end, and is on disk by then; if
-    anything fails `file` stays as it was. Not for files that several processes write."""
-    temporary = file.with_name(f".tmp-{file.name}")
+    anything fails `file` stays as it was. Of several processes that write one, the last has it, whole."""
+    temporary = file.with_name(f".tmp-{secrets.token_hex(4)}-{file.name}")
     try:
         yield temporary
         sync(temporary)

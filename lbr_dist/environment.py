@@ -1,7 +1,8 @@
 """Which rank this process is, whoever started it: torchrun, Ray, `lbr train --nproc`, srun, or nobody.
 
 All of them describe the same six numbers in environment variables of their own. They are read here, once and without
-torch, so that a wrong launch is refused before anything slow is imported. So is what tells that another rank is gone.
+torch, so that a wrong launch is refused before anything slow is imported. So is what tells that another rank is gone,
+or that there is no more memory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from lbr_dist.errors import UserError
 _ENV = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _BATCH_STEP = 4_294_967_290
 """Slurm's ids from here on are the batch script and other steps that srun did not start."""
+_GLOO = re.compile(r"\[[^\]]*\bgloo/[^\]]*\.(cc|h):\d+\]")
+"""The line of gloo's source with which its errors begin, wherever it is quoted."""
+_NO_MEMORY = re.compile(
+    r"CUDA( error:)? out of memory|Cuda failure 2 'out of memory'|"
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|unable to mmap .*Cannot allocate memory"
+)
+"""How torch and NCCL say it in errors of a general kind."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,14 @@ def lost_contact(error: RuntimeError) -> bool:
     """Whether an error of a collective call means that another rank is gone, or never came."""
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
+
+
+def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error is of memory that does not suffice: a GPU's, or the host's."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
 def _from_env(environ: Mapping[str, str]) -> Environment:

@@ -80,8 +80,6 @@ def quiet() -> None:
             setattr(sys, name, Path(os.devnull).open("w", errors="backslashreplace"))  # noqa: SIM115
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # their bars; ours look for the terminal themselves
-    if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it found none
 
 
 def _version(value: bool) -> None:

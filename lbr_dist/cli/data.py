@@ -30,7 +30,10 @@ def prepare(
         list[str] | None,
         typer.Option(help="ROLE=NAME for a field of another name, as question=prompt; ROLE= for none. Repeatable."),
     ] = None,
-    gl: Annotated[str | None, typer.Option(help="Size of the GL side: a count, a share, or 'rest'.")] = None,
+    gl: Annotated[
+        str | None,
+        typer.Option(help="Size of the GL side: a count, a share, or 'rest' (the default, unless another side is)."),
+    ] = None,
     cl: Annotated[str | None, typer.Option(help="Size of the CL side.")] = None,
     eval_: Annotated[str | None, typer.Option("--eval", help="Size of the evaluation side.")] = None,
     entity: Annotated[

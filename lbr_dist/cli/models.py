@@ -21,14 +21,14 @@ def evaluate(
     ],
     data: Annotated[
         str,
-        typer.Option(callback=place, help="Prepared set (its eval side is used), or FOLDER[@SPLIT] as BEIR has it."),
+        typer.Option(callback=place, help="Prepared set (its eval side is used), or FOLDER\\[@SPLIT] as BEIR has it."),
     ],
     out: Annotated[
         Path | None, typer.Option(callback=place, help="Folder for results; default: eval in the first run.")
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(callback=place, help="Further mteb task, or FOLDER[@SPLIT] as BEIR has it. Repeatable."),
+        typer.Option(callback=place, help="Further mteb task, or FOLDER\\[@SPLIT] as BEIR has it. Repeatable."),
     ] = None,
     distractors: Annotated[int, typer.Option(min=0, help="Passages from the training sides added to the corpus.")] = 0,
     generate: Annotated[int, typer.Option(min=0, help="Questions answered for BLEU-4 and ROUGE-L; 0: none.")] = 100,
@@ -80,7 +80,10 @@ def encode(
     out: Annotated[Path, typer.Argument(callback=place, help="Parquet file to make: id and embedding.")],
     side: Annotated[str, typer.Option(help="query or passage: which instruction the texts get.")] = "passage",
     field: Annotated[
-        str | None, typer.Option(help="Field that holds the text, or title,text for several; default: by side.")
+        str | None,
+        typer.Option(
+            help="Field that holds the text, or title,text for several; default: the side's in lbr prepare's record."
+        ),
     ] = None,
     dim: Annotated[
         int | None, typer.Option(min=1, help="Keep the first DIM numbers of each embedding (Matryoshka runs).")
@@ -111,7 +114,10 @@ def search(
     queries: Annotated[list[str], typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results per query.")] = 5,
     field: Annotated[
-        str | None, typer.Option(help="Field of the file that holds the text, or title,text for several.")
+        str | None,
+        typer.Option(
+            help="Field of the file that holds the text, or title,text for several; default: its answer or plain text."
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
 ) -> None:

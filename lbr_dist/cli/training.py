@@ -44,7 +44,7 @@ def train(
 
         sys.exit(launch(loaded, nproc, resume=resume, allow_change=allow_change or (), then=following))
     from lbr_dist.launch.slurm_words import FINISHED, leave, left
-    from lbr_dist.training.run import ContactLostError
+    from lbr_dist.training.faults import FaultError
     from lbr_dist.training.run import train as run
 
     try:
@@ -53,7 +53,7 @@ def train(
         if outcome.finished:
             leave(outcome.run_dir, FINISHED)
         sys.exit(outcome.exit_code)
-    except ContactLostError as error:  # a consequence: the rank that caused it has the traceback
+    except FaultError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -74,6 +74,13 @@ class Recipe(Section):
             raise ValueError(
                 f"{', '.join(other)}: has no effect with stage {self.stage!r}: set stage: joint, or leave it out"
             )
+        for number, data_set in enumerate(self.data.sets):
+            learned = self.stage == "generative" or (self.stage == "joint" and data_set.split != "cl")
+            if data_set.target is not None and not learned and not (info.context or {}).get("kept"):
+                raise ValueError(
+                    f"data.sets.{number}.target: has no effect on a set that the generative loss does not read: leave "
+                    "it out"
+                )
         if self.stage != "generative" and self.contrastive.pooling == "bottleneck" and not self.bottleneck.enabled:
             raise ValueError(
                 "contrastive.pooling is 'bottleneck' but bottleneck.enabled is false: "

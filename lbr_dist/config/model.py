@@ -75,8 +75,8 @@ class Bottleneck(Section):
     enabled: bool = True
     """Insert Z, and hide X from Y. False: plain generative learning, Y sees X; no Z in the sequence."""
     tokens: Positive | None = None
-    """A fixed number of bottleneck tokens; excludes `ratio` and `surprisal`. Needed for an export that plain libraries
-    can load."""
+    """A fixed number of bottleneck tokens; excludes `ratio` and `surprisal`. An export has a fixed number: where it
+    varies, `lbr export` needs `--tokens`, which is an approximation."""
     ratio: PositiveFloat | None = None
     """R = |X| / |Z| (paper section 3.2): |Z| = ceil(|X| / R). Default 500 where neither of the others is set."""
     surprisal: Surprisal | None = None

@@ -36,7 +36,6 @@ class LocalBatch:
         ids: record id of each sample, for the audit.
         side_S: code of the sample's role, see `SIDES`.
         pair_S: stage 2: pair among the rank's own pairs, from 0; -1 in stage 1 and in a dummy.
-        global_pair_S: stage 2: pair among those of all ranks; -1 likewise.
         answer_hash_S: hash of the record's normalised answer; a hard negative's own text. Equal: counts as the same.
         question_hash_S: of a query: hash of the normalised question; else 0.
         known_M2: stage 2: (pair as in `pair_S`, hash as in `answer_hash_S`) of each further text that is known to
@@ -49,7 +48,6 @@ class LocalBatch:
     ids: list[str]
     side_S: Tensor
     pair_S: Tensor
-    global_pair_S: Tensor
     answer_hash_S: Tensor
     question_hash_S: Tensor
     known_M2: Tensor
@@ -137,7 +135,6 @@ class Assembler:
             ids=ids,
             side_S=torch.tensor([SIDES[s.side] for s in job.samples]),
             pair_S=torch.tensor([s.pair - job.first_pair if s.pair >= 0 else -1 for s in job.samples]),
-            global_pair_S=torch.tensor([s.pair for s in job.samples]),
             answer_hash_S=torch.tensor(answers),
             question_hash_S=torch.tensor(questions),
             known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),
@@ -254,4 +251,4 @@ class Assembler:
         none = torch.tensor([-1])
         packed = self._pack([Sample([0], self._recipe.bottleneck.length(1))], task)
         known = torch.empty((0, 2), dtype=torch.int64)
-        return LocalBatch(packed, [], [], none, none, none, none, none, known, task)
+        return LocalBatch(packed, [], [], none, none, none, none, known, task)

@@ -37,6 +37,8 @@ TIMEOUT_S = 1800
 """Seconds to wait for one micro-batch: far longer than any fetch of a remote shard, so it means a hung process."""
 PROBES = 64
 """Samples on which the instructions are checked before step 0."""
+COUNTED = 8
+"""Steps whose micro-batches are counted to know how many a whole step has; they differ by few."""
 
 
 class Loader:
@@ -58,7 +60,8 @@ class Loader:
             plan: which samples form each step.
             readers: one for each set of the mixture.
             tokenization: the model's tokenizer.
-            recipe: settings; `data.workers` loader processes each prepare `data.prefetch` micro-batches ahead.
+            recipe: settings; `data.workers` loader processes each prepare `data.prefetch` micro-batches ahead, and
+                between them a whole step.
             rank: this data-parallel rank.
             world: number of ranks.
             start_step: first global step to yield.
@@ -84,7 +87,7 @@ class Loader:
         """Yield the steps.
 
         Raises:
-            UserError: a shard is damaged or gone (it is named), or is not that of its index.
+            UserError: a shard is damaged or gone (it is named), or is not that of its index; /dev/shm is full.
             OSError: storage failed, or a server of shards is away.
             RuntimeError: a loader process died or hangs.
         """
@@ -96,12 +99,13 @@ class Loader:
             batch_size=None,
             collate_fn=_as_is,
             num_workers=workers,
-            prefetch_factor=self._recipe.data.prefetch if workers else None,
+            prefetch_factor=self._ahead() if workers else None,
             timeout=TIMEOUT_S if workers else 0,
             worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else it draws from the global one, and a resumed run would differ
         )
         before = set(multiprocessing.active_children())
+        check_processes(workers)
         source = iter(batches)
         processes = set(multiprocessing.active_children()) - before
         try:
@@ -112,6 +116,12 @@ class Loader:
             del source
             for process in processes:  # they ignore SIGTERM, and one may be in the middle of a long fetch
                 process.kill()
+
+    def _ahead(self) -> int:
+        """Micro-batches that each loader process prepares ahead: a whole step has to be ready when one has trained."""
+        steps = (self._plan.step(number) for number in self._steps[:COUNTED])
+        most = max((len(step.micro_batches(self._rank, self._world)) for step in steps), default=0)
+        return max(self._recipe.data.prefetch, -(-most // self._recipe.data.workers))
 
 
 class _Jobs(Sampler[Job]):
@@ -164,6 +174,23 @@ def _unpack(data: bytes) -> LocalBatch:
     if isinstance(batch, str):
         raise UserError(batch)
     return batch
+
+
+def check_processes(workers: int) -> None:
+    """Check that so many loader processes can be had: they need semaphores, which Linux keeps in /dev/shm, and a
+    DataLoader that gets too few leaves a traceback behind its error.
+
+    Raises:
+        UserError: names the setting and what the system says.
+    """
+    context = multiprocessing.get_context()
+    try:
+        _ = [context.Lock() for _ in range(8 + 3 * workers if workers else 0)]
+    except OSError as error:
+        raise UserError(
+            f"data.workers is {workers}, but this machine allows no loader processes: a semaphore in /dev/shm cannot "
+            f"be made ({error.strerror}); mount it writable, with some room, or set data.workers=0"
+        ) from None
 
 
 def _as_is(batch: Any) -> Any:

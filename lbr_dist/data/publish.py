@@ -41,7 +41,7 @@ def check_target(out: Path) -> Path:
 
     Raises:
         UserError: it is no folder, or one that holds something else than a prepared set, or one that no rename can
-            replace.
+            replace, or lies in the folder of a prepared set, which is never replaced with something else in it.
     """
     try:
         place = out.resolve()
@@ -56,6 +56,10 @@ def check_target(out: Path) -> Path:
                 raise UserError(f"--out {out}: a file system is mounted there: name a folder to make in it")
         elif place.exists():
             raise UserError(f"--out {out}: is not a folder: choose another")
+        if holder := next((folder for folder in place.parents if manifest_of(folder) is not None), None):
+            raise UserError(
+                f"--out {out}: lies in the prepared set {holder}, which then could not be replaced: name another folder"
+            )
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise UserError(f"--out {out}: cannot be used ({error}): choose another folder") from None
     return place

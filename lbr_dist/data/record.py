@@ -3,7 +3,7 @@
 A record is either a question with its answer or a plain text. Records are small and frozen: rows stream through, and
 nothing downstream may change them. The normal form (`normalise`) is deliberately coarse, because it decides what may
 not be shared between training and evaluation: merging two texts that differ in case or in a final full stop costs
-nothing, missing such a pair is a leak.
+nothing, missing such a pair is a leak. Which answer is right is another question, for which there is `exact`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ BATCH = 2048
 """Most records that are hashed, tokenized or compared at once,"""
 BATCH_CHARACTERS = 1 << 20
 """and about how many characters: what bounds the memory of a preparation."""
-SPACELESS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-"""Scripts that have no spaces between words (Thai, Lao, Burmese, Khmer, kana, Han), for a pattern's set."""
+ALPHABETIC = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+"""Scripts of letters that have no spaces between words (Thai, Lao, Burmese, Khmer), for a pattern's set;"""
+SPACELESS = ALPHABETIC + "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""with kana and Han, all that have none."""
+MARKS = "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
+"""Marks that stand behind a letter, as the vowels of Hindi, and are none to Python, for a pattern's set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +120,59 @@ INVISIBLE = re.compile(
 """Soft hyphens, spaces of no width, marks of direction, variation selectors: Unicode's Default_Ignorable_Code_Point."""
 
 
+def _alike() -> dict[str, str]:
+    """Characters that are written for each other, each to the one that stands for all."""
+    groups = {
+        "'": "‘’‚‛′‵ʹʼ´",
+        '"': "“”„‟″‶",
+        "-": "‐‑‒–—―−",
+        "i": "ı",
+        "\u0627": "\u0622\u0623\u0625\u0671",  # alef
+        "\u064a": "\u0649\u06cc",  # yeh
+        "\u0643": "\u06a9",  # kaf
+        "": "\u0640",  # tatweel
+    }
+    found = {other: one for one, others in groups.items() for other in others}
+    found.update(
+        (digit, str(unicodedata.decimal(digit))) for digit in map(chr, range(0x660, 0xFF00)) if digit.isdecimal()
+    )
+    for character in map(chr, (*range(0x370, 0x400), *range(0x1F00, 0x2000))):  # Greek capitals have no accents
+        letter = unicodedata.normalize("NFD", character)[0]
+        if letter != character and letter.isalpha():
+            found[character] = letter
+    return found
+
+
+_ALIKE = _alike()
+_ANY_ALIKE = re.compile(f"i\u0307|[{re.escape(''.join(_ALIKE))}]")  # Turkish capital i, casefolded
+
+
+def _unify(text: str) -> str:
+    return _ANY_ALIKE.sub(lambda found: _ALIKE.get(found[0], "i"), text)
+
+
 def normalise(text: str) -> str:
     """Normal form for "is it the same text": NFKC, casefold, nothing invisible, single spaces, bare of end punctuation.
 
-    A text of punctuation only keeps it, so that "?" and "!" stay different and nothing becomes empty.
+    Quotes, hyphens and digits are those of ASCII, and letters that are written for each other are one: Turkish i with
+    and without its dot, Arabic and Persian yeh and kaf, forms of alef, Greek vowels with accents. A text of punctuation
+    only keeps it, so that "?" and "!" stay different and nothing becomes empty.
     """
     if text.isascii():
         folded = text.lower()
     else:
-        seen = INVISIBLE.sub("", text)
-        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold())
+        seen = _unify(INVISIBLE.sub("", text))
+        folded = _unify(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", seen).casefold()))
     collapsed = " ".join(folded.split())
     return collapsed.strip(_ENDS) or collapsed or text
+
+
+def exact(text: str) -> str:
+    """Strict form, for which of two texts is right: NFC, single spaces, none at the ends.
+
+    By case, superscripts or punctuation molecules, numbers and genes differ.
+    """
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def normalised_hash(text: str) -> int:

@@ -8,7 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lbr_dist.data import remote
 from lbr_dist.data.split_index import record_digest
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 REMEDY = "copy the set again, or prepare it with --overwrite"
 """What helps where a file of a set is damaged: without --overwrite nothing but its size is looked at."""
-OPEN_FILES = 64
-"""Shards that one reader keeps open."""
+OPEN_FILES = 256
+"""Shards that all readers of a process keep open: a quarter of the files that it may usually have open."""
+NO_MORE_FILES = (errno.EMFILE, errno.ENFILE)
+"""Errors of a process, or a machine, that has as many files open as it may."""
 STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO)
 """Faults of storage, that may be over when the run is started again."""
 
@@ -33,10 +35,12 @@ class ShardReader:
     process opens its own files.
     """
 
+    _open: ClassVar[OrderedDict[tuple[int, int], int]] = OrderedDict()
+    """Descriptors of all readers of the process, by reader and number of the shard; the last one read is last."""
+
     def __init__(
         self, opened: PreparedSet, split: str, cache_dir: str | Path | None = None, cache_gib: float = 20.0
     ) -> None:
-        self._open: OrderedDict[int, int] = OrderedDict()
         self.opened, self.split = opened, split
         self.index = opened.index(split)
         self.cache = remote.ShardCache(Path(cache_dir) if cache_dir else cache_folder("shards"), cache_gib)
@@ -53,11 +57,8 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the open shards; a later `read` opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": OrderedDict()}
+        for key in [key for key in self._open if key[0] == id(self)]:
+            os.close(self._open.pop(key))
 
     def __del__(self) -> None:
         self.close()
@@ -66,7 +67,7 @@ class ShardReader:
         number = int(self.index.shard[row])
         data, problem = self._record(row, number)
         if problem and self.opened.is_remote:  # the copy in the cache: its disk, or a machine that lost its power
-            os.close(self._open.pop(number))
+            os.close(self._open.pop((id(self), number)))
             self.cache.discard(self._shards[number].xxh128)
             data, problem = self._record(row, number)
         if problem:
@@ -94,27 +95,37 @@ class ShardReader:
         return self.opened.address(self._shards[number].name)
 
     def _descriptor(self, number: int) -> int:
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        shard, address = self._shards[number], self._address(number)
+        key = id(self), number
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        descriptor = self._newly_opened(number)
         if self.opened.is_remote:
-            descriptor = self.cache.open(address, size=shard.bytes, xxh128=shard.xxh128)
             self._close_evicted()
-        else:
-            try:
-                descriptor = os.open(address, os.O_RDONLY)
-            except OSError as error:
-                if error.errno in STORAGE:
-                    raise
-                raise UserError(f"{address}: {error.strerror}: the prepared set changed since it was opened") from error
-        self._open[number] = descriptor
+        self._open[key] = descriptor
         if len(self._open) > OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
         return descriptor
 
+    def _newly_opened(self, number: int) -> int:
+        shard, address = self._shards[number], self._address(number)
+        try:
+            if self.opened.is_remote:
+                return self.cache.open(address, size=shard.bytes, xxh128=shard.xxh128)
+            return os.open(address, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in NO_MORE_FILES and self._open:
+                while self._open:
+                    os.close(self._open.popitem()[1])
+                return self._newly_opened(number)
+            if error.errno in NO_MORE_FILES:
+                raise UserError(f"{address}: {error.strerror}: raise the limit (`ulimit -n`)") from error
+            if self.opened.is_remote or error.errno in STORAGE:
+                raise
+            raise UserError(f"{address}: {error.strerror}: the prepared set changed since it was opened") from error
+
     def _close_evicted(self) -> None:
         """Close what is in the cache no more: as long as it is open, its space on the disk is not free."""
-        for number, descriptor in list(self._open.items()):
+        for key, descriptor in list(self._open.items()):
             if os.fstat(descriptor).st_nlink == 0:
-                os.close(self._open.pop(number))
+                os.close(self._open.pop(key))

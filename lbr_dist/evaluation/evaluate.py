@@ -19,6 +19,7 @@ import numpy as np
 from lbr_dist.disk import replacing, usable_folder
 from lbr_dist.errors import UserError, printable
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
+from lbr_dist.evaluation.table import read_evaluation
 
 log = logging.getLogger("lbr")
 
@@ -45,7 +46,7 @@ def evaluate(
     Args:
         models: specifications as in `lbr_dist.inference.loading.load_encoder`, or `bm25`.
         data: a prepared set; its eval split is used. Or a folder in the layout of BEIR, `FOLDER` or `FOLDER@SPLIT`.
-        out: folder for the results; results of an earlier evaluation in it are replaced.
+        out: folder for the results; results of an earlier evaluation of the same data in it are replaced.
         tasks: further mteb tasks by name, and folders in the layout of BEIR, evaluated on the same models.
         distractors: passages to add to the corpus from the training splits.
         generate: questions to answer, by models that lbr trained; 0: none.
@@ -61,7 +62,8 @@ def evaluate(
 
     Raises:
         UserError: a number out of range, a model, a device, the set or a task that cannot be had, or an `out` that
-            cannot be written. What can be checked without loading a model is checked first.
+            cannot be written or holds the evaluation of other data. What can be checked without loading a model is
+            checked first.
     """
     from lbr_dist.evaluation.retrieval import check_data, named_task
     from lbr_dist.inference.loading import check_spec
@@ -74,6 +76,8 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; give a folder")
     held_out = load_held_out(data, distractors=distractors)
+    for name in ("eval.json", UNFINISHED):
+        _refuse_other(out / name, held_out)
     further = _titled({name: named_task(name) for name in tasks})
     for spec in models:
         if spec != "bm25":
@@ -138,6 +142,20 @@ def write_results(results: dict[str, Any], out: Path) -> None:
         file.write_text(markdown_table(results) + "\n", encoding="utf-8")
     with replacing(out / "eval.png") as file:
         plot(results, file)
+
+
+def _refuse_other(file: Path, data: HeldOut) -> None:
+    """See that no evaluation of other data, or of these over another corpus, would be lost."""
+    try:
+        known = read_evaluation(file, "")["data"]
+    except UserError:  # there is none
+        return
+    if (known["fingerprint"], known["passages"]) != (data.fingerprint, len(data.passages)):
+        raise UserError(
+            f"{file}: holds the evaluation of {known['name']} ({known['queries']:,} questions, {known['passages']:,} "
+            f"passages), not of this {data.name} ({len(data.queries):,}, {len(data.passages):,}): give --out another "
+            "folder, or move it away"
+        )
 
 
 def _write_json(results: dict[str, Any], file: Path) -> None:
@@ -213,6 +231,8 @@ def _evaluate_one(
         scores["generation"] = generation_scores(encoder, data, generate)
         scores["settings"]["generate"] = min(generate, len(data.queries))
         clock.lap("generation")
+    elif generate:
+        log.warning("%s: no answers are generated: only a run or checkpoint does, without ?dim", scores["model"])
     scores["tasks"] = {
         name: retrieval_scores(MtebEncoder(encoder, progress=progress), task) for name, task in tasks.items()
     }

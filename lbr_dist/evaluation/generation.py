@@ -46,13 +46,14 @@ def generation_scores(encoder: PackedEncoder, data: HeldOut, questions: int) -> 
 
 def answers(encoder: PackedEncoder, questions: Sequence[str], references: Sequence[str], hide_x: bool) -> list[str]:
     """Greedy answers, no longer than the longest reference and than the run's `data.max_y_tokens`, beyond which it has
-    not learned to go on; a question is cut to the positions that they leave it."""
+    not learned to go on; a question is cut to what they leave it of the model's positions or window."""
+    from lbr_dist.model.backbone import longest_context
     from lbr_dist.model.decoding import generate_answers
 
     tokenization = encoder.tokenization
     longest = max(len(ids) for ids in tokenization.encode(references)) + 1
     most = min(longest, NEW_TOKENS, encoder.recipe.data.max_y_tokens)
-    room = encoder.model.causal_lm.config.max_position_embeddings - most
+    room = longest_context(encoder.model.causal_lm.config) - most
     generated = generate_answers(
         encoder.model,
         [replace(sample, x=sample.x[: max(1, room - sample.z)]) for sample in encoder.samples(questions, None)],

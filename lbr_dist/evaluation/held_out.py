@@ -1,7 +1,8 @@
 """The held-out side of a prepared set, or a benchmark, as a retrieval problem: questions, a corpus, who answers what.
 
-Questions that read the same (normalised) are one query, and answers that read the same are one passage; so a query may
-have several right passages, and no right passage is ever counted as a miss. Distractors from the training splits make
+Equal questions are one query, and equal answers one passage; so a query may have several right passages, and no right
+passage is ever counted as a miss. Equal means the strict form (`exact`): by case alone two molecules differ, and the
+right one must be in the corpus. Distractors from the training splits make
 the corpus as large as a real one: the model has seen them, which makes them harder, not easier, to push away. A
 benchmark is taken as it is: its own corpus, its own queries, its grades.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from lbr_dist.data.record import normalise, normalised_hash
+from lbr_dist.data.record import exact, normalised_hash
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shards import PreparedSet, open_set
 from lbr_dist.data.sources import beir
@@ -116,13 +117,13 @@ def load_benchmark(path: str) -> HeldOut:
 def _add(held_out: HeldOut, record: dict[str, Any], query_of: dict[str, int], passage_of: dict[str, int]) -> None:
     if "text" in record:
         return
-    query = query_of.setdefault(normalise(record["question"]), len(held_out.queries))
+    query = query_of.setdefault(exact(record["question"]), len(held_out.queries))
     if query == len(held_out.queries):
         held_out.queries.append(record["question"])
         held_out.positives.append([])
         held_out.references.append(record["answer"])
     for answer in [record["answer"], *record.get("positives", [])]:
-        passage = passage_of.setdefault(normalise(answer), len(held_out.passages))
+        passage = passage_of.setdefault(exact(answer), len(held_out.passages))
         if passage == len(held_out.passages):
             held_out.passages.append(answer)
         if passage not in held_out.positives[query]:
@@ -130,7 +131,8 @@ def _add(held_out: HeldOut, record: dict[str, Any], query_of: dict[str, int], pa
 
 
 def _distractors(opened: PreparedSet, taken: set[str], count: int, seed: int) -> list[str]:
-    """Answers (or texts) of the training splits, drawn from both with `seed`, unlike each other and unlike `taken`."""
+    """Answers (or texts) of the training splits, drawn from both with `seed`, unlike each other and unlike `taken`:
+    by the coarse form, as all that keeps the sides apart."""
     readers = [ShardReader(opened, split) for split in ("gl", "cl") if opened.splits[split].records]
     hashes = np.concatenate([np.zeros(0, np.int64), *(reader.index.answer_hash for reader in readers)])
     seen = {normalised_hash(text) for text in taken}

@@ -139,15 +139,16 @@ def training_table(logs: Sequence[RunLog]) -> str:
     ]
     for log in logs:
         name = log.name.replace("|", r"\|")
-        steps, loss = log.curve("loss")
+        steps, loss = log.curve("step")[0], log.curve("loss")[1]
         if len(steps) == 0:
             lines.append(f"| {name} | {log.recipe.stage} | 0 | – | – | – | – |")
             continue
-        tail = loss[-max(1, len(loss) // 20) :].mean()
+        tail = loss[-max(1, len(loss) // 20) :]
         speed, seconds = log.curve("tokens_per_s")[1], log.curve("step_s")[1]
         samples = log.curve("samples")[1]
         lines.append(
-            f"| {name} | {log.recipe.stage} | {steps[-1]:,} | {_number(samples[-1:], ',.0f')} | {tail:.4f} | "
+            f"| {name} | {log.recipe.stage} | {steps[-1]:,} | {_number(samples[-1:], ',.0f')} | "
+            f"{_number(tail.mean(keepdims=True) if len(tail) else tail, '.4f')} | "
             f"{_number(np.median(speed, keepdims=True) if len(speed) else speed, ',.0f')} | "
             f"{_number(seconds.mean(keepdims=True) * steps[-1] / 3600 if len(seconds) else seconds, '.2f')} |"
         )

@@ -249,15 +249,21 @@ class BM25Search:
         A passage without a word of the query is not found. Filling up with such would credit the first of the corpus,
         which in a held-out set are the answers.
         """
-        k = len(self._ids) if top_ranked is not None else top_k
-        rows_QK, scores_QK = self._bm25.search(list(queries["text"]), k)
+        if top_ranked is not None:
+            return self._named(queries, top_ranked)
+        rows_QK, scores_QK = self._bm25.search(list(queries["text"]), top_k)
+        return {
+            query: {self._ids[row]: float(score) for row, score in zip(rows_K, scores_K, strict=True) if score > 0}
+            for query, rows_K, scores_K in zip(queries["id"], rows_QK, scores_QK, strict=True)
+        }
+
+    def _named(self, queries: Any, top_ranked: Any) -> dict[str, dict[str, float]]:
+        """Scores of the passages that the task names for each query."""
+        row_of = {name: row for row, name in enumerate(self._ids)}
         results = {}
-        for query, rows_K, scores_K in zip(queries["id"], rows_QK, scores_QK, strict=True):
-            ranked = {self._ids[row]: float(score) for row, score in zip(rows_K, scores_K, strict=True)}
-            if top_ranked is None:
-                results[query] = {name: score for name, score in ranked.items() if score > 0}
-            else:
-                results[query] = {name: ranked[name] for name in top_ranked[query]}
+        for query, text in zip(queries["id"], queries["text"], strict=True):
+            scores_P = self._bm25.scores(text)
+            results[query] = {name: float(scores_P[row_of[name]]) for name in top_ranked[query]}
         return results
 
 

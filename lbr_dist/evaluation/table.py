@@ -165,11 +165,25 @@ def cells(models: Sequence[dict[str, Any]], metrics: Sequence[Metric]) -> list[l
 
 
 def titles(models: Sequence[dict[str, Any]]) -> list[str]:
-    """The models' names; where models of one name were typed differently, with what was typed."""
+    """The models' names; where models of one name were typed differently, with what was typed, and where they are
+    several checkpoints of what was typed, with the checkpoint (of one name too: with its digest's start)."""
     typed: dict[str, set[str]] = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for model in models:
         typed.setdefault(model["name"], set()).add(model.get("model", ""))
-    return [f"{m['name']} ({m.get('model', '')})" if len(typed[m["name"]]) > 1 else m["name"] for m in models]
+        if digest := model.get("checkpoint", {}).get("digest"):
+            known = found.setdefault((model["name"], model.get("model", "")), {})
+            known[digest] = model["checkpoint"].get("name", "")
+    shown = []
+    for model in models:
+        name, spec, digest = model["name"], model.get("model", ""), model.get("checkpoint", {}).get("digest", "")
+        known = found.get((name, spec), {})
+        more = [spec] * (len(typed[name]) > 1)
+        if digest and len(known) > 1:
+            alike = list(known.values()).count(known[digest]) > 1
+            more.append(known[digest] + f" {digest[:8]}" * alike)
+        shown.append(f"{name} ({', '.join(more)})" if more else name)
+    return shown
 
 
 def markdown_table(results: dict[str, Any]) -> str:

@@ -8,17 +8,15 @@ write no spaces (Chinese, Japanese, Thai ...) go by character.
 from __future__ import annotations
 
 import re
-import unicodedata
 from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lbr_dist.data.record import normalise
+from lbr_dist.data.record import MARKS, SPACELESS, normalise
 
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_MARKS = "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
-_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W_{UNSPACED}]|[{_MARKS}])+")  # to Python _ is a letter, a mark (Hindi) none
+UNSPACED = SPACELESS
+_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W_{UNSPACED}]|[{MARKS}])+")  # to Python _ is a letter, a mark (Hindi) none
 
 
 def words(text: str) -> list[str]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 OTHER_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".txt", ".npy", ".npz", ".arrow", ".feather", ".gz", ".zst")
 """What a reader would not open as Parquet."""
-VERSION = 6
+VERSION = 7
 """Raised when the same input and settings give other blocks, ids or texts: parts of two versions are not joined."""
 
 
@@ -63,8 +63,8 @@ def encode_file(
         out: Parquet file to make, with the columns `id` (the row's own, or its number) and `embedding` (float32 list of
             fixed size, unit length), in the order of the input.
         side: query or passage: which instruction the texts get.
-        field: field that holds the text, named as in `read_texts`; default: by side the first of question, query,
-            text, or of answer, text, passage, document that the first row has.
+        field: field that holds the text, named as in `read_texts`; default: by side the question, or the answer or
+            text, that `lbr prepare` reads in the row.
         device: default: CUDA where there is one.
         block: texts in a part.
         progress: a bar on a terminal.

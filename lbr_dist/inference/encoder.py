@@ -152,7 +152,8 @@ class PaddedEncoder:
                 f"model hf:{path}: is a {settings.model_type}, and not a causal language model of text alone: name one "
                 "that is"
             )
-        positions = getattr(settings, "max_position_embeddings", None) or max_tokens
+        limit = getattr(settings, "max_position_embeddings", None)
+        positions = limit if limit and limit > 0 else max_tokens  # XLNet says -1
         learned: Any = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         if getattr(learned, "padding_idx", None) is not None:  # RoBERTa's begin behind it
             positions -= learned.padding_idx + 1

@@ -62,7 +62,7 @@ def search(
         corpus: a prepared set (its answers and texts, every split), or a file as `lbr encode` takes.
         queries: what to look for.
         k: results per query; fewer where the corpus has fewer.
-        field: of a file: field that holds the text.
+        field: of a file: field that holds the text; default: as `lbr encode` has it for passages.
         device: default: CUDA where there is one.
         cache_dir: where vectors of corpora are kept; default: `lbr_dist/search` in the user's cache folder.
         progress: bars on a terminal.

@@ -208,7 +208,8 @@ def worker(file: str, resume: str, *allow_change: str) -> int:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives a killed launcher
     if os.getppid() != int(os.environ["LBR_LAUNCHER_PID"]):
         return 1
-    from lbr_dist.training.run import ContactLostError, train
+    from lbr_dist.training.faults import FaultError
+    from lbr_dist.training.run import train
 
     try:
         then = Path(file).with_name(THEN)
@@ -217,7 +218,7 @@ def worker(file: str, resume: str, *allow_change: str) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except ContactLostError as error:
+    except FaultError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

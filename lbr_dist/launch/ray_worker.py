@@ -36,7 +36,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         `step`, `total_steps` and `exit_code` of the outcome.
 
     Raises:
-        UserError, ContactLostError: see `resume_from` and `train`.
+        UserError, FaultError: see `resume_from` and `train`.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
     go_to(config["here"])

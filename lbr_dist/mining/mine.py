@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from lbr_dist.data.execute import Executor, Here, current
-from lbr_dist.data.manifest import manifest_of
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.shard_reader import ShardReader
@@ -37,7 +36,7 @@ from lbr_dist.mining.report import example_queries, markdown
 from lbr_dist.mining.vectors import embed, texts
 from lbr_dist.mining.write import write_mined
 
-VERSION = 4
+VERSION = 5
 """Raised when the same input and settings give other output."""
 QUERIES = 2048
 """Queries whose negatives are committed together,"""
@@ -128,7 +127,6 @@ def mine(
     place = check_target(Path(out))
     if place == Path(data).resolve():
         raise UserError(f"--out {out}: is the set itself, which mining does not change: name another folder")
-    _refuse_inside_a_set(place, out)
     given = Path(model).is_file()
     if given:
         _refuse_search(skip=skip, depth=depth, share=share, margin=margin, index=index)
@@ -252,19 +250,6 @@ class _Job:
         (target / "report.json").write_text(text, encoding="utf-8")
         (target / "report.md").write_text(markdown(facts, notes.counts, notes.examples), encoding="utf-8")
         return report
-
-
-def _refuse_inside_a_set(place: Path, out: str | Path) -> None:
-    """A prepared set with something else in its folder is never replaced.
-
-    Raises:
-        UserError: `place`, where `out` really lies, is in the folder of one.
-    """
-    for folder in place.parents:
-        if manifest_of(folder) is not None:
-            raise UserError(
-                f"--out {out}: lies in the prepared set {folder}, which then could not be replaced: name another folder"
-            )
 
 
 def _refuse_search(**settings: float | str | None) -> None:

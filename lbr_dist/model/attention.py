@@ -43,7 +43,8 @@ def choose_backend(setting: str, device: torch.device, dtype: torch.dtype) -> Ba
         UserError: the setting asks for a kernel that this device or type does not have.
     """
     if setting == "auto":
-        return "varlen" if device.type == "cuda" and dtype != torch.float32 else "sdpa"
+        flash = device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "varlen" if flash else "sdpa"
     if setting in ("varlen", "flex") and device.type != "cuda":
         raise UserError(f"model.attention={setting} needs a CUDA device; set model.attention=auto")
     if setting == "varlen" and dtype == torch.float32:

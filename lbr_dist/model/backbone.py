@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lbr_dist import config
-from lbr_dist.environment import lost_contact
+from lbr_dist.environment import lost_contact, out_of_memory
 from lbr_dist.errors import UserError
 from lbr_dist.model import attention
 from lbr_dist.model.head import LossHead
@@ -36,6 +36,10 @@ log = logging.getLogger("lbr")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""One of these files is in every folder that transformers reads weights from."""
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
@@ -51,8 +55,8 @@ def load_backbone(
         seed: of the adapters' initial weights.
 
     Raises:
-        UserError: not a model folder, an unsupported family, quantized weights, too few positions, missing, broken or
-            contradictory weights, LoRA settings that do not fit the model.
+        UserError: not a model folder, an adapter in it, an unsupported family, quantized weights, too few positions,
+            missing, broken or contradictory weights, LoRA settings that do not fit the model.
         RuntimeError: another rank is gone (weights are loaded sharded by collective calls), or memory does not suffice.
     """
     from transformers import AutoModelForCausalLM
@@ -76,9 +80,10 @@ def load_backbone(
             dtype=DTYPES[model.dtype],
             attn_implementation=attention.NAME,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and (lost_contact(error) or _out_of_memory(error)):
+        if isinstance(error, RuntimeError) and (lost_contact(error) or out_of_memory(error)):
             raise
         raise UserError(
             f"model {model.path}: its weights cannot be loaded ({_line(error)}); download it again"
@@ -114,7 +119,25 @@ def equip(backbone: PreTrainedModel, model: config.Model, seed: int) -> PreTrain
     if model.activation_checkpointing:
         old = backbone.gradient_checkpointing_enable  # its name until transformers 5.22, which 5.23 warns of
         getattr(backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
-    return backbone if model.lora is None else _with_lora(backbone, model, model.lora, seed)
+    if model.lora is None:
+        return backbone
+    if whole := _trained_whole(backbone, model.lora.train_modules):
+        log.info("model.lora.train_modules: trained whole: %s", whole)
+    return _with_lora(backbone, model, model.lora, seed)
+
+
+def check_adapters(model: config.Model, settings: PretrainedConfig) -> None:
+    """Put the recipe's adapters on a model that is made from its configuration alone, without weights.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if model.lora is not None:
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(settings)
+        _with_lora(bare, model, model.lora, seed=0)
 
 
 def load_config(path: str, longest: int) -> PretrainedConfig:
@@ -123,19 +146,21 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
     Raises:
         UserError: see `load_backbone`.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     try:
-        settings = cached_first(AutoConfig.from_pretrained, path)
+        _check_no_adapter(path)
+        family = cached_first(PretrainedConfig.get_config_dict, path)[0].get("model_type")
+        if family is None or family in FAMILIES:  # others may be unknown to transformers, and bring code of their own
+            settings = cached_first(AutoConfig.from_pretrained, path, trust_remote_code=False)
+            family = settings.model_type
     except (OSError, ValueError, KeyError) as error:
         elsewhere = "" if Path(path).exists() else ", nor a hub name in its cache or on the hub"
         raise UserError(
             f"model {path}: not a model folder{elsewhere} ({_line(error)}); give a folder with config.json and weights"
         ) from None
-    if settings.model_type not in FAMILIES:
-        raise UserError(
-            f"model {path}: family {settings.model_type} is not supported; use a model of {', '.join(FAMILIES)}"
-        )
+    if family not in FAMILIES:
+        raise UserError(f"model {path}: family {family} is not supported; use a model of {', '.join(FAMILIES)}")
     quantized = settings.to_dict().get("quantization_config")
     if quantized:
         raise UserError(
@@ -154,15 +179,37 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
             "lower data.max_x_tokens or data.max_y_tokens, or set sliding_window to null in its config.json (Qwen: "
             "use_sliding_window to false)"
         )
-    rope: dict[str, Any] = settings.to_dict().get("rope_parameters") or {}
-    short = rope.get("original_max_position_embeddings", 0)
-    if rope.get("rope_type") == "longrope" and longest > short:
+    short = _original_length(settings)
+    if short is not None and longest > short:
         raise UserError(
             f"model {path}: with longrope a text's positions depend on whether its batch holds a sequence of more than "
             f"{short} tokens, and one may take {longest}; lower data.max_x_tokens or data.max_y_tokens"
         )
     settings.attention_dropout = 0.0
     return settings
+
+
+def longest_context(settings: PretrainedConfig) -> int:
+    """Tokens of the longest sequence whose parts all see each other, at positions that are its own."""
+    limits = (settings.max_position_embeddings, _window(settings), _original_length(settings))
+    return min(limit for limit in limits if limit is not None)
+
+
+def _check_no_adapter(path: str) -> None:
+    """transformers by itself puts an adapter that lies in the folder on the weights, and freezes these."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if cached_first(find_adapter_config_file, path) is None:
+        return
+    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in WEIGHTS):
+        raise UserError(
+            f"model {path}: is an adapter (adapter_config.json) without the weights that it belongs to; merge it into "
+            "them (peft's merge_and_unload), and give the folder of the merged model"
+        )
+    raise UserError(
+        f"model {path}: has an adapter (adapter_config.json) beside its weights, which would be put on them, again if "
+        "they were merged with it; save the merged model in a folder of its own, or move adapter_config.json away"
+    )
 
 
 def _head_of_its_own(path: str) -> bool:
@@ -207,6 +254,12 @@ def _window(settings: PretrainedConfig) -> int | None:
     return settings.sliding_window if "sliding_attention" in layers else None
 
 
+def _original_length(settings: PretrainedConfig) -> int | None:
+    """Tokens up to which longrope gives a text the same positions in every batch, None with other positions."""
+    rope: dict[str, Any] = settings.to_dict().get("rope_parameters") or {}
+    return rope.get("original_max_position_embeddings", 0) if rope.get("rope_type") == "longrope" else None
+
+
 def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora, seed: int) -> PeftModel:
     from peft import LoraConfig, get_peft_model
 
@@ -217,8 +270,6 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
             f"model.lora.train_modules: {min(tied)} is tied to the other end of model {model.path}, and would be torn "
             "from it; train another module, or all weights (no model.lora)"
         )
-    if whole := _trained_whole(backbone, lora.train_modules):
-        log.info("model.lora.train_modules: trained whole: %s", whole)
     adapters = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -227,7 +278,8 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
         modules_to_save=lora.train_modules or None,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    own = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # by default every GPU is taken
+    with torch.random.fork_rng(own), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks by the old name
         torch.manual_seed(seed)
         try:
@@ -271,10 +323,6 @@ def causal_lm(backbone: nn.Module) -> Any:
     """The transformers model itself, adapters (if any) inside its layers."""
     peft = sys.modules.get("peft")  # not imported, which takes half a second, for a model that cannot be of it
     return backbone.get_base_model() if peft and isinstance(backbone, peft.PeftModel) else backbone
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # of a GPU, of the host
 
 
 def _line(error: Exception) -> str:

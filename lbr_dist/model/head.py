@@ -2,8 +2,9 @@
 
 L positions times a vocabulary of 150,000 is gigabytes of logits, and as much again of their gradient. Here the rows go
 through in chunks; since the loss is a plain sum, each chunk's gradients are final as soon as its logits exist, and are
-made in the forward pass. What stays is the two gradients that the backward pass returns anyway. torch 2.13's
-`linear_cross_entropy` has the same idea (and is the oracle in the tests), but older versions lack it.
+made in the forward pass. What stays is the two gradients that the backward pass returns anyway, in float32 until it has
+multiplied them: numbers that are bfloat16 already have that factor rounded away, one and the same for all of them.
+torch 2.13's `linear_cross_entropy` has the same idea (and is the oracle in the tests), but older versions lack it.
 
 `LossHead` takes the place of `lm_head` and keeps its parameter and its name, so that checkpoints, weight tying and
 plain transformers see no difference, and ZeRO-3 gathers the weight for the call of the module that uses it.
@@ -55,8 +56,9 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, targets_L: Tensor, rows: int) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        grad_hidden_LD = torch.empty_like(hidden_LD) if need_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        grad_hidden_LD = torch.zeros_like(hidden_LD, dtype=wide) if need_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
         loss = hidden_LD.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets_L), rows):
             hidden_CD, targets_C1 = hidden_LD[start : start + rows], targets_L[start : start + rows, None]
@@ -68,10 +70,10 @@ class _LinearCrossEntropy(Function):
             low_CV = log_CV.exp_().to(weight_VD.dtype)
             low_CV.scatter_(1, targets_C1, own_C1.expm1().to(weight_VD.dtype))
             if grad_hidden_LD is not None:
-                torch.mm(low_CV, weight_VD, out=grad_hidden_LD[start : start + rows])
+                _accumulate(grad_hidden_LD[start : start + rows], low_CV, weight_VD)
             if grad_weight_VD is not None:
-                _accumulate(grad_weight_VD, low_CV, hidden_CD)
-        ctx.grads = (grad_hidden_LD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype))
+                _accumulate(grad_weight_VD, low_CV.t(), hidden_CD)
+        ctx.grads, ctx.dtype = (grad_hidden_LD, grad_weight_VD), weight_VD.dtype
         return loss
 
     @staticmethod
@@ -80,15 +82,15 @@ class _LinearCrossEntropy(Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("the head's gradients were made in the forward pass and serve one backward pass only")
-        hidden, weight = (None if g is None else g.mul_(grad.to(g.dtype)) for g in grads)
+        hidden, weight = (None if g is None else g.mul_(grad).to(ctx.dtype) for g in grads)
         return hidden, weight, None, None
 
 
-def _accumulate(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """total += grad.T @ hidden, summed over chunks in float32 whatever the inputs' type."""
-    if grad_CV.dtype == torch.float32:
-        total_VD.addmm_(grad_CV.t(), hidden_CD)
-    elif total_VD.is_cuda:  # the product itself adds to the float32 total, which a product beside it would cross twice
-        torch.addmm(total_VD, grad_CV.t(), hidden_CD, out_dtype=torch.float32, out=total_VD)
+def _accumulate(total_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """total += left @ right, in float32 whatever the factors' type."""
+    if left_MK.dtype == total_MN.dtype:
+        total_MN.addmm_(left_MK, right_KN)
+    elif total_MN.is_cuda:  # the product itself adds to the float32 total, which a product beside it would cross twice
+        torch.addmm(total_MN, left_MK, right_KN, out_dtype=torch.float32, out=total_MN)
     else:
-        total_VD.add_(grad_CV.t() @ hidden_CD)
+        total_MN.addmm_(left_MK.float(), right_KN.float())

@@ -30,7 +30,9 @@ def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> A
     """
     try:
         with without_report():
-            model, info = cached_first(kind.from_pretrained, path, dtype="float32", output_loading_info=True)
+            model, info = cached_first(
+                kind.from_pretrained, path, dtype="float32", output_loading_info=True, trust_remote_code=False
+            )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what}: cannot be loaded ({reason})") from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log, log2
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,12 +52,17 @@ class Scorer:
                 f"surprisal model {path}: its attention is bidirectional (is_causal: false in its config.json), so it "
                 "sees the tokens that it is to predict: name the model that it was trained from, or another causal one"
             )
+        if _looks_ahead(self._model):
+            raise UserError(
+                f"surprisal model {path}: its attention is bidirectional (family {settings.model_type}), so it sees "
+                "the tokens that it is to predict: name a causal language model"
+            )
         self._path = path
         self._start = tokenization.bos or ([] if tokenization.eos_id is None else [tokenization.eos_id])
         vocabulary = settings.vocab_size
         self._first = 0.0 if self._start else log2(vocabulary)  # of a token that nothing comes before
-        positions = getattr(settings, "max_position_embeddings", None)  # BLOOM has no such limit
-        self._window = min(WINDOW, positions - len(self._start)) if positions else WINDOW
+        positions = getattr(settings, "max_position_embeddings", None)  # BLOOM has no such limit, XLNet -1
+        self._window = min(WINDOW, positions - len(self._start)) if positions and positions > 0 else WINDOW
         self._batch_tokens = LOGITS[self._model.device.type] // vocabulary
 
     def bits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -83,3 +89,13 @@ class Scorer:
         targets_BT = ids_BT[:, 1:]
         nats_BT = logits_BTV.logsumexp(-1)[:, :-1] - logits_BTV[:, :-1].gather(-1, targets_BT[..., None])[..., 0]
         return (nats_BT * mask_BT[:, 1:]).sum(1).cpu().numpy() / log(2) + self._first
+
+
+@torch.inference_mode()
+def _looks_ahead(model: Any) -> bool:
+    """Whether a text's last token moves the logits before it, by more than a mixture of experts is exact to."""
+    ids_BT = torch.arange(8, device=model.device).repeat(2, 1) % model.config.vocab_size
+    ids_BT[1, -1] = 0
+    logits_BTV = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False).logits[:, :-1]
+    moved = (logits_BTV[0] - logits_BTV[1]).abs().max()
+    return bool(moved > 1e-4 * logits_BTV.abs().max())

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import xxhash
 from tokenizers import Tokenizer
 
 from lbr_dist.errors import UserError
-from lbr_dist.model.hub import cached_first
+from lbr_dist.model.hub import cached_first, snapshot
 
 PAD = "<|lbr_pad|>"
 """Text of the padding token in the exported vocabulary of a tokenizer without any special token."""
@@ -34,7 +35,8 @@ BEGINNINGS = (
     "मधुमेह एक चयापचय रोग है",
     "🧪🧬 H₂O → CO₂ ½ ﬁ",
 )
-"""Texts by which an instruction is judged: behind one that may be exported, each has the tokens that it has alone."""
+"""Texts by which an instruction is judged: behind one that may be exported, each has the tokens that it has alone.
+And a tokenizer: most have the tokens that its file gives them."""
 _OWN, _Z = "<|lbr_", "<|lbr_z_{}|>"
 _DECORATION = ("post_processor", "padding", "truncation")
 
@@ -67,12 +69,14 @@ class Tokenization:
         """Load the tokenizer of a model folder (or by a hub name).
 
         Raises:
-            UserError: there is no tokenizer, or only a slow one.
+            UserError: there is no tokenizer, only a slow one, or its file is not what transformers makes of it.
         """
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = cached_first(AutoTokenizer.from_pretrained, path)
+            tokenizer = cached_first(
+                AutoTokenizer.from_pretrained, path, needs="tokenizer.json", trust_remote_code=False
+            )  # without that file Qwen2Tokenizer has one token, and is content
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
@@ -82,6 +86,7 @@ class Tokenization:
             raise UserError(
                 f"tokenizer {path}: has no fast version (tokenizer.json), which lbr needs; convert it first"
             )
+        _check_obeyed(path, tokenizer)
         text = tokenizer.backend_tokenizer.to_str()
         return cls(str(path), _fingerprint(text), _prefix(text), tokenizer.eos_token_id, text)
 
@@ -134,6 +139,34 @@ class Tokenization:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": []}
+
+
+def _check_obeyed(path: str, tokenizer: Any) -> None:
+    """See that most texts have the tokens that they have by tokenizer.json.
+
+    Of a family that transformers has a class for (Qwen2), or by the class that tokenizer_config.json names, it takes
+    no more than vocabulary and merges from the file. A few texts may differ, by how such a class normalises.
+
+    Raises:
+        UserError: they have others.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(path) if Path(path).is_dir() else snapshot(path)
+    file, made = (folder or Path(path)) / "tokenizer.json", type(tokenizer)
+    if made is PreTrainedTokenizerFast or not file.is_file():  # that one is what the file says
+        return
+    both = Tokenizer.from_file(str(file)), Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    for one in both:
+        one.no_truncation()
+        one.no_padding()
+    by_file, loaded = ([one.encode(text, add_special_tokens=False).ids for text in BEGINNINGS] for one in both)
+    if sum(a != b for a, b in zip(by_file, loaded, strict=True)) > len(BEGINNINGS) / 2:
+        raise UserError(
+            f"tokenizer {path}: its tokenizer.json is of another kind than the {made.__name__} that transformers makes "
+            "of it; set tokenizer_class to PreTrainedTokenizerFast in its tokenizer_config.json, or where the family "
+            "does not allow that (qwen2) use a model with its family's own tokenizer"
+        )
 
 
 def _fingerprint(text: str) -> str:

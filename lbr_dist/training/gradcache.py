@@ -16,48 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lbr_dist.training.accumulate import Reduce, accumulate
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
-
 Micro = TypeVar("Micro")
 Stats = TypeVar("Stats")
-
-
-def cached_step(
-    engine: DeepSpeedEngine,
-    micro_batches: Sequence[Micro],
-    embed: Callable[[Micro], Tensor],
-    loss_of: Callable[[Sequence[Tensor]], tuple[Tensor, Stats]],
-    *,
-    reduce: Reduce = "auto",
-    cache: bool | None = None,
-) -> tuple[Tensor, Stats]:
-    """Leave the exact gradient of a loss over all micro-batches in the engine; the caller then calls `engine.step()`.
-
-    Args:
-        engine: see `accumulate`.
-        micro_batches: as many on every rank.
-        embed: runs the engine's module on one micro-batch and returns its embeddings [S, D]; rows that the loss does
-            not use (a dummy micro-batch) get a gradient of zero.
-        loss_of: from the micro-batches' embeddings, in order, to the loss and anything else. It runs once per step, on
-            every rank; communication between ranks belongs here. As in `accumulate`, gradients are averaged over ranks
-            (`info_nce` has the factor that this needs).
-        reduce: see `accumulate`.
-        cache: None: only if there is more than one micro-batch. False: keep all activations, in one backward.
-
-    Returns:
-        The loss, detached, and what else `loss_of` returned.
-    """
-    closures, result = prepare(micro_batches, embed, loss_of, cache=cache)
-    accumulate(engine, closures, reduce=reduce)
-    return result()
 
 
 def prepare(
@@ -67,10 +32,21 @@ def prepare(
     *,
     cache: bool | None = None,
 ) -> tuple[list[Callable[[], Tensor]], Callable[[], tuple[Tensor, Stats]]]:
-    """Pass 1 and the loss of `cached_step`: what is left is to `accumulate`, alone or beside other losses' closures.
+    """Pass 1 and the loss: what is left is to `accumulate`, alone or beside other losses' closures.
+
+    The engine then has the exact gradient of the loss over all micro-batches.
+
+    Args:
+        micro_batches: as many on every rank.
+        embed: runs the engine's module on one micro-batch and returns its embeddings [S, D]; rows that the loss does
+            not use (a dummy micro-batch) get a gradient of zero.
+        loss_of: from the micro-batches' embeddings, in order, to the loss and anything else. It runs once per step, on
+            every rank; communication between ranks belongs here. As in `accumulate`, gradients are averaged over ranks
+            (`info_nce` has the factor that this needs).
+        cache: None: only if there is more than one micro-batch. False: keep all activations, in one backward.
 
     Returns:
-        The closures of pass 2, and what gives the loss and the rest once they have run.
+        The closures of pass 2, and what gives the loss, detached, and what else `loss_of` returned once they have run.
     """
     if cache is None:
         cache = len(micro_batches) > 1

@@ -7,7 +7,6 @@ Runs on every rank alike and reads only small files (indexes, the model's config
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import time
@@ -17,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lbr_dist.config import Recipe
+from lbr_dist.data.loader import check_processes
 from lbr_dist.data.plan import Plan, open_data
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shards import check_file
@@ -26,7 +26,7 @@ from lbr_dist.model.hub import cached_first
 from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.training.ds_config import Regime, load_regime, name_accelerator
 from lbr_dist.training.origin import NOT_THE_MODEL, check_resumed_model, check_start
-from lbr_dist.training.run_folder import check_folder
+from lbr_dist.training.run_folder import check_folder, has_run
 from lbr_dist.training.run_recipe import FOLDERS, SET_PATH, covered, flat
 
 OWN = ("output", "data.workers", "data.prefetch", "data.cache_dir", "data.cache_gib", "tracking", *FOLDERS)
@@ -78,7 +78,7 @@ def check(
         allow_change: see `train`.
         then: see `train`; it is checked later, once the ranks have met.
         ahead: whether what is in `model.start_from` is still to be made.
-        refused: gets why a start in the output folder would be refused; None: that is an error.
+        refused: gets why a start in an output folder that holds a run would be refused; None: that is an error.
 
     Raises:
         UserError: the first thing found that cannot work, with the remedy.
@@ -86,7 +86,7 @@ def check(
     import torch
 
     cuda = torch.cuda.is_available()
-    with _noting(refused):
+    with _noting(refused if has_run(Path(recipe.output)) else None):
         check_folder(recipe, resume=resume, allow_change=allow_change)
     if "contrastive" in recipe.tasks and recipe.batch.global_batch == 1 and not recipe.contrastive.hard_negatives:
         raise UserError(
@@ -95,7 +95,7 @@ def check(
         )
     regime = load_regime(recipe, world=environment.world, cuda=cuda)
     check_nvme(recipe, regime)
-    check_loader_processes(recipe)
+    check_processes(recipe.data.workers)
     tokenization = _check_model(recipe)
     if not refused:
         with _noting(refused):
@@ -148,7 +148,7 @@ def resumes(recipe: Recipe, resume: str) -> bool:
 
 
 def _check_model(recipe: Recipe) -> Tokenization:
-    from lbr_dist.model.backbone import load_config
+    from lbr_dist.model.backbone import check_adapters, load_config
     from lbr_dist.model.bottleneck import longest_sequence
 
     settings = load_config(recipe.model.path, longest_sequence(recipe))
@@ -164,6 +164,7 @@ def _check_model(recipe: Recipe) -> Tokenization:
             f"model {recipe.model.path}: its tokenizer has {tokenization.vocabulary} tokens and the model "
             f"{settings.vocab_size}: the folder mixes two models"
         )
+    check_adapters(recipe.model, settings)
     return tokenization
 
 
@@ -181,22 +182,6 @@ def _check_end(path: str) -> None:
             f"model {path}: its config.json has eos_token_id {named}, but its tokenizer names no end-of-sequence "
             "token: tokenizer_config.json is missing there, or has no eos_token; copy the model's own"
         )
-
-
-def check_loader_processes(recipe: Recipe) -> None:
-    """Check that loader processes can be had: they need semaphores, which Linux keeps in /dev/shm.
-
-    Raises:
-        UserError: names the setting and what the system says.
-    """
-    try:
-        if recipe.data.workers:
-            multiprocessing.get_context().Lock()
-    except OSError as error:
-        raise UserError(
-            f"data.workers is {recipe.data.workers}, but this machine allows no loader processes: a semaphore in "
-            f"/dev/shm cannot be made ({error.strerror}); mount it writable, with some room, or set data.workers=0"
-        ) from None
 
 
 def check_nvme(recipe: Recipe, regime: Regime) -> None:
@@ -259,6 +244,7 @@ def same_everywhere(job: Job) -> dict[str, str]:
     Versions, recipe fields, the data and its order, the model's configuration, the tokens around a text and what
     DeepSpeed is given.
     """
+    name_accelerator()
     import deepspeed
     import torch
 

@@ -11,17 +11,17 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.config import Recipe
-from lbr_dist.disk import DENIED, FULL
-from lbr_dist.environment import Environment, detect, lost_contact
+from lbr_dist.environment import Environment, detect
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
 from lbr_dist.training import tracking
+from lbr_dist.training.faults import explained, storage_named
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.schedule import factor
 from lbr_dist.training.signals import StopRequest
@@ -36,6 +36,7 @@ log = logging.getLogger("lbr")
 
 COPY_S = 600.0
 """Seconds that the copy of a checkpoint to host memory may take, if a step may not take longer."""
+UNDAMAGED = "use a model that is not damaged"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Outcome:
 
     run_dir: Path
     step: int
-    """Finished optimizer steps."""
+    """Finished optimizer steps; 0 where it was stopped before it had begun."""
     total_steps: int
 
     @property
@@ -54,12 +55,8 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0, or 75 where a signal stopped the run after a checkpoint: run again to go on."""
+        """0, or 75 where a signal stopped the run, after a checkpoint or before it had begun: run again to go on."""
         return 0 if self.finished else EXIT_RUN_AGAIN
-
-
-class ContactLostError(RuntimeError):
-    """Another rank ended, or never came: a consequence, not a cause."""
 
 
 def train(
@@ -85,7 +82,9 @@ def train(
         on_claim: called on rank 0 when the run folder is this run's: its lock is held, and a stop request is for it.
 
     Raises:
-        UserError: something cannot work, or a loss is not finite; the message names it.
+        UserError: something cannot work, a loss is not finite, or memory does not suffice for the run's
+            first step; the message names it.
+        FaultError: memory did not suffice for a later one.
         ContactLostError: another rank ended, or never came.
     """
     began = time.monotonic()
@@ -94,8 +93,10 @@ def train(
     signals = StopRequest(run_dir if environment.rank == 0 else None)
     from lbr_dist.training import preflight
 
-    with _storage_named(run_dir):
+    with storage_named(run_dir):
         job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change, then=then)
+        if environment.rank == 0:
+            tracking.check_wandb(recipe.tracking)
     tracking.start_log(run_dir, environment.rank)
     log.info("%s: %s", run_dir, environment.describe())
 
@@ -105,53 +106,24 @@ def train(
             on_claim()
 
     watch = Watchdog(run_dir, environment.rank, recipe.step_timeout)
-    with _storage_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir) as lock:
+    with storage_named(run_dir), signals as stop, watch as watchdog, RunLock(run_dir, stop.signalled) as lock:
         from lbr_dist.training.session import start
 
         session = None
         try:
             session = start(job, resume, lock, claimed, on_row)
+            if session is None:
+                log.info("stopped by %s before the run had begun; run again to go on", stop.signalled() or "a signal")
+                return Outcome(run_dir, 0, job.total_steps)
             log.info("ready after %s", tracking.duration(time.monotonic() - began))
             return _Loop(session, stop, watchdog).run()
-        except RuntimeError as error:
-            if environment.world > 1 and lost_contact(error):
-                raise _contact_lost(environment, error) from error
+        except (RuntimeError, MemoryError) as error:
+            if told := explained(error, job, None if session is None else session.done):
+                raise told from error
             raise
         finally:
             if session is not None:
                 session.close()
-
-
-def _contact_lost(environment: Environment, error: RuntimeError) -> ContactLostError:
-    import torch.distributed as dist
-
-    rank, reason = f"rank {environment.rank}", str(error).splitlines()[0][:200]
-    if not dist.is_initialized():
-        remedy = "set another MASTER_PORT" if "EADDRINUSE" in str(error) else "see the others' logs"
-        return ContactLostError(
-            f"{rank}: the {environment.world} ranks did not meet at {environment.meeting} ({reason}): {remedy}"
-        )
-    return ContactLostError(
-        f"{rank} lost contact with the other ranks ({reason}): one of them ended or hangs; its own log has the cause"
-    )
-
-
-@contextmanager
-def _storage_named(run_dir: Path) -> Iterator[None]:
-    """A full disk, and what belongs to another user, are met by each further start as well."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL:
-            remedy = "more can be written there"
-        elif error.errno in DENIED:
-            remedy = "this user may read and write there"
-        else:
-            raise
-        raise UserError(
-            f"{error.filename or run_dir}: {error.strerror}: see to it that {remedy}, and run again; "
-            "the run goes on from its newest checkpoint"
-        ) from error
 
 
 class _Loop:
@@ -212,22 +184,43 @@ class _Loop:
             norm, applied = apply_gradients(s.engine)
         except DegenerateEmbeddingError as error:
             if error.every and s.done == s.skipped:
-                start, path = recipe.model.start_from, recipe.model.path
-                weights = f"model.path {path}" if start is None else f"model.start_from {start}"
-                why = f"all there are, before any update: {weights} itself gives no usable embedding"
-                remedy = "use a model that is not damaged"
+                why = f"all there are, before any update: {self._model} itself gives no usable embedding"
+                remedy = UNDAMAGED
             else:
                 why = "the weights have diverged (lower optim.lr) or these samples are broken"
             cause = f" ({error}; {why})"
             s.engine.zero_grad()
             reached = self._meter.gather(None, batches, **self._news())
             norm, applied = math.nan, False
+        else:
+            if not (applied or math.isfinite(reached.loss)) and s.done == s.skipped and self._damaged:
+                cause = f" (before any update: {self._model} has a weight that is not finite, {self._damaged})"
+                remedy = UNDAMAGED
         s.done, s.samples, self._applied = plan.step + 1, s.samples + plan.samples, applied
         if not (applied and math.isfinite(reached.loss)):
             self._not_finite(plan, batches, f"loss {reached.loss:g}, gradient norm {norm:g}{cause}", applied, remedy)
         s.audit.step(plan.step, plan.epoch, batches)
         self._meter.log(plan, reached, norm, share * recipe.optim.lr, figures, skipped=not applied)
         return reached.stop, reached.unsaved
+
+    @property
+    def _model(self) -> str:
+        """Whose weights the run began with, as messages name it."""
+        model = self._recipe.model
+        return f"model.path {model.path}" if model.start_from is None else f"model.start_from {model.start_from}"
+
+    @cached_property
+    def _damaged(self) -> str:
+        """The first weight that is not finite; "": none is. Collective."""
+        import deepspeed
+        import torch
+
+        engine = self._s.engine
+        for name, parameter in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+                if not torch.isfinite(parameter).all():
+                    return str(name)
+        return ""
 
     def _news(self) -> dict[str, bool]:
         """What this rank has to tell the others, as late in a step as can be."""

@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -40,9 +41,15 @@ def holder(folder: Path) -> str:
 
 
 class RunLock:
-    """Context that gives the lock back, if `take` was called."""
+    """Context that gives the lock back, if `take` was called.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the run.
+        asked: who asked this start to stop, "" for nobody; one that waits for the lock obeys.
+    """
+
+    def __init__(self, folder: Path, asked: Callable[[], str] = lambda: "") -> None:
+        self._asked = asked
         self._folder, self._path = folder, folder / LOCK
         self._file: IO[str] | None = None
         start = slurm_start(os.environ)
@@ -59,8 +66,8 @@ class RunLock:
             self._file.close()
             self._file = None
 
-    def take(self) -> None:
-        """Hold the lock, after waiting for it if need be.
+    def take(self) -> bool:
+        """Hold the lock, after waiting for it if need be; False: asked to stop before that was over.
 
         Raises:
             UserError: another run is in progress in the folder.
@@ -88,8 +95,11 @@ class RunLock:
             if not here and now - seen > GONE_S:
                 log.info("%s: no sign of life of %s for %.0f s; taking over", self._folder, holder, now - seen)
                 self._path.unlink(missing_ok=True)
+            if self._asked():
+                return False
             time.sleep(0.2)
         threading.Thread(target=self._live, name="run-lock", daemon=True).start()
+        return True
 
     def check(self) -> bool:
         """Whether the run folder is still there, for a run that holds its lock; True for any other.

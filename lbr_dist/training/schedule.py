@@ -1,7 +1,6 @@
-"""Learning rate, temperature and joint weight as pure functions of how far the run is, in samples.
+"""Learning rate, temperature and joint weight as pure functions of how far the run is, in steps.
 
-Stated in samples and not in steps, and without state: the value of a step is the same at any world size, after any
-restart, and for a last step that is only partly full.
+A step is a global batch, and there is no state: its value is the same at any world size and after any restart.
 """
 
 from __future__ import annotations
@@ -11,19 +10,19 @@ import math
 from lbr_dist.config import Optim
 
 
-def factor(optim: Optim, seen: float, total: float) -> float:
-    """Share of the peak learning rate for the step that ends at `seen` samples.
+def factor(optim: Optim, done: float, total: float) -> float:
+    """Share of the peak learning rate for a step.
 
     Args:
         optim: `warmup` (share of `total`), `schedule` and `final_lr` are read.
-        seen: samples used up to and including this step, so that the first step has a rate above 0. Any unit serves
-            (the loop counts global batches), as only the ratio to `total` is used.
-        total: samples of the whole run, in the same unit.
+        done: steps up to and including this one, so that the first step has a rate above 0; only the share of `total`
+            counts.
+        total: steps of the whole run.
 
     Returns:
         Linear from 0 to 1 over the warm-up, then cosine or linear from 1 to `final_lr`, or constant 1.
     """
-    progress = min(1.0, seen / total)
+    progress = min(1.0, done / total)
     if progress < optim.warmup:
         return progress / optim.warmup
     if optim.schedule == "constant" or optim.warmup == 1:

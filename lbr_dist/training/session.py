@@ -96,8 +96,11 @@ def start(
     lock: RunLock,
     on_claim: Callable[[], object],
     on_row: Callable[[dict[str, Any]], None] | None = None,
-) -> Session:
+) -> Session | None:
     """Bring the run to where it goes on; `on_claim` and `on_row` as for `train`. Collective.
+
+    Returns:
+        None: this start was asked to stop while it waited for the run folder.
 
     Raises:
         UserError: a damaged set, checkpoint or model, a checkpoint of another run, a run folder that is in use, or
@@ -106,7 +109,8 @@ def start(
     recipe, environment = job.recipe, job.environment
     device = _meet(environment, recipe.step_timeout + 600)
     choose_backend(recipe.model.attention, device, DTYPES[recipe.model.dtype])  # refused before the load
-    on_rank_zero(lock.take)
+    if not on_rank_zero(lock.take):
+        return None
     on_rank_zero(on_claim)
     _check_agreement(job)
     on_rank_zero(lambda: check_ahead(job, resumes=resumes(recipe, resume)))

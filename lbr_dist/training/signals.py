@@ -102,6 +102,10 @@ class StopRequest:
             self._signal.asked = stop_requested(self._run_dir)
         return self._signal.asked
 
+    def signalled(self) -> str:
+        """The signal that asked this rank to stop; "": none. Before `begin` the file is for the run before."""
+        return self._signal.asked
+
     def begin(self) -> None:
         """The folder is this run's now: what its file asked of an earlier start, before this was made, is forgotten."""
         if self._run_dir is not None and mark(self._run_dir / FILE) == self._older:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from lbr_dist.config import Recipe
+from lbr_dist.config import Recipe, Tracking
 from lbr_dist.disk import DENIED, FULL, replacing
 from lbr_dist.errors import UserError
 from lbr_dist.logs import open_log, read_rows
@@ -224,6 +224,32 @@ def _number(value: Any) -> Any:
     return value
 
 
+def check_wandb(tracking: Tracking) -> None:
+    """Check that wandb has a key where it is to go online; its server is not asked.
+
+    Raises:
+        UserError: it has none.
+    """
+    if tracking.wandb_project is None or tracking.wandb_mode == "offline":
+        return
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from wandb.errors import AuthenticationError, UsageError
+
+    try:
+        wandb.login(verify=False)
+    except (UsageError, AuthenticationError) as error:
+        raise _no_wandb(tracking, error) from None
+
+
+def _no_wandb(tracking: Tracking, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"tracking.wandb_project {tracking.wandb_project}: wandb does not start ({reason}): run `wandb login`, or "
+        "set tracking.wandb_mode=offline"
+    )
+
+
 def _start_wandb(recipe: Recipe, run_dir: Path, run_id: str | None) -> Any:
     tracking = recipe.tracking
     if tracking.wandb_project is None:
@@ -244,11 +270,7 @@ def _start_wandb(recipe: Recipe, run_dir: Path, run_id: str | None) -> Any:
     try:
         return begin(mode=tracking.wandb_mode)
     except (UsageError, AuthenticationError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"tracking.wandb_project {tracking.wandb_project}: wandb does not start ({reason}): run `wandb login`, or "
-            "set tracking.wandb_mode=offline"
-        ) from None
+        raise _no_wandb(tracking, error) from None
     except CommError as error:
         reason = " ".join(str(error).split())[:200]
         log.warning(

@@ -20,7 +20,8 @@ from lbr_dist.training import run_folder
 from lbr_dist.training.checkpoint.chosen import same_on_all
 from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, find_resumable, verify
 from lbr_dist.training.checkpoint.weights import iterate_weights
-from lbr_dist.training.checkpoint.writer import CheckpointWriter, GlooTeam, Snapshot, StorageError, TensorFile
+from lbr_dist.training.checkpoint.writer import SLOWEST_WRITE, CheckpointWriter, Snapshot, StorageError, TensorFile
+from lbr_dist.training.collective import GlooTeam
 
 
 class FullDisk(dict):
@@ -58,7 +59,7 @@ def share(step: int, rank: int, kind: type[dict] = dict) -> Snapshot:
 
 def write(rank: int, world: int, run: str) -> list[str]:
     """Rank 1 meets a full disk at step 2, and is killed at step 4; what each rank was told, in order."""
-    writer = CheckpointWriter(Path(run), GlooTeam(), keep_last=9, keep_every=None)
+    writer = CheckpointWriter(Path(run), GlooTeam(SLOWEST_WRITE), keep_last=9, keep_every=None)
     told = []
     for step, kind in ((1, dict), (2, FullDisk), (3, dict), (4, Deadly)):
         writer.submit(share(step, rank, kind if rank == 1 else dict))
@@ -119,7 +120,7 @@ def test_a_killed_rank_leaves_nothing_to_resume_from(run):
 def part(rank: int, world: int, folder: str) -> list[str]:
     """Rank 1 gets a copy of the run folder, as of its first checkpoint, and then no storage; what each was told."""
     run_folder.SEEN_AFTER_S = 0.5
-    team, shared = GlooTeam(), Path(folder) / "shared"
+    team, shared = GlooTeam(SLOWEST_WRITE), Path(folder) / "shared"
     first = CheckpointWriter(shared, team, keep_last=1, keep_every=None)
     told = []
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
-from test_gradcache import engine_of
+from test_gradcache import cached_step, engine_of
 
 from lbr_dist.data.assemble import SIDES, LocalBatch
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.objectives.contrastive import contrastive_loss
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.gradcache import cached_step, prepare
+from lbr_dist.training.gradcache import prepare
 
 PAIRS, MICROS = (5, 2), 3
 # float32 through a whole model, in another order of summation: up to 1.3e-6 seen. That it is rounding and nothing else
@@ -75,7 +75,7 @@ def local(chosen, first_pair):
     packed = pack(samples, bottleneck_vectors=2, hide_x=False)
     none, unknown = torch.tensor([-1]), torch.empty((0, 2), dtype=torch.int64)
     if not chosen:
-        return LocalBatch(packed, [], [], none, none, none, none, none, unknown)
+        return LocalBatch(packed, [], [], none, none, none, none, unknown)
     pairs = torch.tensor([pair for _, pair, _ in chosen])
     sides = torch.tensor([SIDES[side] for side, _, _ in chosen])
     known = [(pair - first_pair, 2) for side, pair, _ in chosen if side == "query" and pair in (1, 5)]
@@ -85,7 +85,6 @@ def local(chosen, first_pair):
         ids=[f"id-{pair}" for _, pair, _ in chosen],
         side_S=sides,
         pair_S=pairs - first_pair,
-        global_pair_S=pairs,
         answer_hash_S=torch.where(sides == SIDES["negative"], 1000 + torch.arange(len(pairs)), pairs % 6),  # 0 and 6
         question_hash_S=100 + pairs,
         known_M2=torch.tensor(known, dtype=torch.int64).view(-1, 2),

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lbr_dist.objectives.infonce import info_nce
 from lbr_dist.training.accumulate import accumulate
-from lbr_dist.training.gradcache import cached_step
+from lbr_dist.training.gradcache import prepare
 
 WIDTH, MICROS = 12, 3
 PAIRS = {1: (11,), 2: (7, 4), 3: (5, 3, 4), 4: (4, 3, 1, 5)}
@@ -92,6 +92,13 @@ def full(engine, gradient=False):
 
 def flat(parts):
     return torch.cat([part.flatten().clone() for part in parts])
+
+
+def cached_step(engine, micro_batches, embed, loss_of, *, reduce="auto", cache=None):
+    """Leaves the gradient in the engine, as `steps.Contrastive` does; the loss and what else `loss_of` returned."""
+    closures, result = prepare(micro_batches, embed, loss_of, cache=cache)
+    accumulate(engine, closures, reduce=reduce)
+    return result()
 
 
 def step_of(engine, world, rank, step, two_way, **settings):

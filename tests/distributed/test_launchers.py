@@ -21,7 +21,8 @@ from lbr_dist.recipes import parse_recipe, save_recipe
 from lbr_dist.training import session
 from lbr_dist.training.audit import audit
 from lbr_dist.training.engine import start_distributed
-from lbr_dist.training.run import ContactLostError, train
+from lbr_dist.training.faults import ContactLostError
+from lbr_dist.training.run import train
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -91,5 +92,9 @@ def test_a_rank_that_does_not_come(
         train(parse_recipe(raw, "test"), environment=here)
     with socket.create_server(("", master[1])), pytest.raises(ContactLostError, match=r"set another MASTER_PORT$"):
         train(parse_recipe(raw, "test"), environment=here)
+    alone = Environment(0, 1, 0, 1, master, "test")
+    said = rf"^rank 0: the one rank did not meet at {here.meeting} \(.*\): set another MASTER_PORT$"
+    with socket.create_server(("", master[1])), pytest.raises(ContactLostError, match=said):
+        train(parse_recipe(raw, "test"), environment=alone)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"waiting for the other ranks to come to {here.meeting}, for 2400 s in all" in log

@@ -6,23 +6,30 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from training_runs import CUT, copied, cut_off, losses, make_set, recipe, train_all
 
+from lbr_dist.errors import EXIT_RUN_AGAIN
 from lbr_dist.logs import read_rows
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.recipes import load_recipe, parse_recipe
+from lbr_dist.training import steps
 from lbr_dist.training.audit import audit
 from lbr_dist.training.checkpoint.weights import iterate_weights
 from lbr_dist.training.run_folder import claim
+from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.signals import request_stop
 
 pytestmark = pytest.mark.timeout(1200)
@@ -125,6 +132,60 @@ def test_a_rank_that_dies_while_the_model_loads_is_no_fault_of_the_model(place: 
         RuntimeError, match=r"error-0: (.|\n)*\n\S*ContactLostError: rank 0 lost contact with the other"
     ):
         run_ranks(dies_while_it_loads, 2, here, recipe(folder / "dies", *inputs, deepspeed="cpu"), timeout=300)
+
+
+def short_of_memory(rank: int, world: int, step: int, raw: dict[str, Any]) -> list[dict[str, Any]]:
+    """The last rank has none left in a step."""
+    real = steps.Generative.__call__
+
+    def spent(self: Any, plan: Any, batches: Any) -> Any:
+        if rank == world - 1 and plan.step + 1 == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(self, plan, batches)
+
+    with mock.patch.object(steps.Generative, "__call__", spent):
+        return train_all(rank, world, [raw])
+
+
+def test_memory_that_does_not_suffice_is_one_line(place: tuple[Path, Path, Path]) -> None:
+    """In the first step it is the recipe's; later, what a restart may get over."""
+    folder, *inputs = place
+    for number in (1, 2):
+        (folder / f"ranks-spent-{number}").mkdir()
+    first, later = recipe(folder / "spent-1", *inputs), recipe(folder / "spent-2", *inputs)
+    (results,) = run_ranks(short_of_memory, 1, folder / "ranks-spent-1", 1, first)
+    assert results[0]["error"].startswith("rank 0: out of memory in step 1, with micro-batches of up to 160 tokens (CU")
+    with pytest.raises(RuntimeError, match=r"\n\S*FaultError: rank 1: out of memory after step 1, with micro-batches"):
+        run_ranks(short_of_memory, 2, folder / "ranks-spent-2", 2, later)
+
+
+def test_weights_that_are_not_finite_are_told_from_bad_samples(place: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, model, data = place
+    damaged = shutil.copytree(model, tmp_path / "model")
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, damaged / "model.safetensors", {"format": "pt"})
+    stop = recipe(tmp_path / "stop", damaged, data)
+    skip = recipe(tmp_path / "skip", damaged, data, on_nan="skip", max_skips=1, deepspeed="zero2")
+    said = rf": loss nan, .* \(before any update: model.path {damaged} has a weight that is not finite, \S+up_proj"
+    for result in run_ranks(train_all, 2, tmp_path, [stop, skip])[1]:
+        assert re.search(said, result["error"])
+        assert "optim.lr" not in result["error"]
+
+
+def stopped_in_time(rank: int, world: int, raw: dict[str, Any]) -> list[dict[str, Any]]:
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return train_all(rank, world, [raw])
+
+
+def test_a_start_that_waits_for_the_folder_stops_on_request(place: tuple[Path, Path, Path]) -> None:
+    folder, *inputs = place
+    (here := folder / "ranks-waits").mkdir()
+    with RunLock(folder / "waits") as lock:
+        lock.take()
+        results = run_ranks(stopped_in_time, 2, here, recipe(folder / "waits", *inputs), timeout=60)
+    assert results == [[{"step": 0, "code": EXIT_RUN_AGAIN}]] * 2
+    assert "stopped by SIGTERM before the run had begun; run again to go on" in (folder / "waits/log.txt").read_text()
 
 
 def after_step(step: int, change: Callable[[], object], row: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ from lbr_dist.model.tokenizer import Tokenization
 from lbr_dist.objectives.infonce import info_nce
 from lbr_dist.training.checkpoint.random_state import random_state, restore_random_state
 from lbr_dist.training.checkpoint.weights import pack_rank_state, read_rank_state
-from lbr_dist.training.checkpoint.writer import GlooTeam
-from lbr_dist.training.collective import on_all_ranks, on_rank_zero
+from lbr_dist.training.checkpoint.writer import SLOWEST_WRITE
+from lbr_dist.training.collective import GlooTeam, on_all_ranks, on_rank_zero
 from lbr_dist.training.engine import start_distributed
 from lbr_dist.training.gradcache import prepare
 
@@ -135,7 +135,7 @@ def test_one_rank_meets_itself_over_nccl(monkeypatch) -> None:
         assert (device, dist.get_backend()) == (torch.device("cuda", 0), "nccl")
         assert on_rank_zero(lambda: {"step": 7}) == {"step": 7}
         on_all_ranks(lambda: None)
-        assert GlooTeam().gather("x") == ["x"]
+        assert GlooTeam(SLOWEST_WRITE).gather("x") == ["x"]
         dist.all_reduce(ones := torch.ones(5, dtype=torch.float64, device=device))
         assert ones.tolist() == [1.0] * 5
         loss, exact = (info_nce_gradients(where, torch.float32, 64)[0] for where in (DEVICE, "cpu"))

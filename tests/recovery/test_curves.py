@@ -17,6 +17,7 @@ from ranks import run_ranks
 from training_runs import losses, make_set, recipe, train_all
 
 from lbr_dist.errors import EXIT_RUN_AGAIN
+from lbr_dist.logs import read_rows
 from lbr_dist.training.audit import audit
 
 pytestmark = pytest.mark.timeout(1800)
@@ -62,6 +63,8 @@ def test_the_curve_goes_on_at_other_world_sizes_and_stages(
     curves: dict[str, tuple[dict[str, Any], dict[str, Any]]], case: str
 ) -> None:
     whole, moved = (losses(raw["output"]) for raw in curves[case])
+    rates = [[row["lr"] for row in read_rows(Path(raw["output"]) / "metrics.jsonl")] for raw in curves[case]]
+    assert rates[0] == rates[1] != rates[0][:1] * STEPS
     assert len(whole) == len(moved) == STEPS
     assert sum(whole[-5:]) < 0.95 * sum(whole[:5]), "nothing was learned"
     for step, (expected, found) in enumerate(zip(whole, moved, strict=True), start=1):

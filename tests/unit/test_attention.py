@@ -111,10 +111,12 @@ def test_it_never_guesses_the_packing():
         )
 
 
-def test_backend_follows_device_and_setting():
+def test_backend_follows_device_and_setting(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose_backend("auto", cpu, torch.float32) == "sdpa"
-    assert choose_backend("auto", cuda, torch.bfloat16) == "varlen"
+    for capability, backend in (((7, 5), "sdpa"), ((8, 0), "varlen"), ((9, 0), "varlen")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert choose_backend("auto", cuda, torch.bfloat16) == backend
     assert choose_backend("auto", cuda, torch.float32) == "sdpa"
     for setting in ("varlen", "flex"):
         with pytest.raises(UserError, match=f"model.attention={setting} needs a CUDA device"):

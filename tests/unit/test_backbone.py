@@ -66,6 +66,27 @@ def test_unsupported_family(folder):
     refused(folder, "family gpt2 is not supported; use a model of llama, mistral, qwen2, qwen3")
 
 
+def test_a_family_with_code_of_its_own_is_never_asked_for(folder, monkeypatch):
+    """transformers asks on a terminal whether to run it, for a family that it does not know."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("was asked"))
+    classes = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
+    edit(folder, auto_map=classes)
+    LbrModel.build(recipe(folder))
+    edit(folder, model_type="internlm9")
+    (folder / "configuration_x.py").write_text("raise RuntimeError('was run')")
+    refused(folder, "family internlm9 is not supported; use a model of llama, mistral, qwen2, qwen3")
+
+
+def test_an_adapter_in_the_folder(folder):
+    """transformers would put it on the weights, merged with it or not, and train nothing."""
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "has an adapter .* beside its weights.*a folder of its own, or move adapter_config.json away")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "is an adapter .* without the weights that it belongs to; merge it")
+    (folder / "config.json").unlink()
+    refused(folder, "is an adapter .* without the weights that it belongs to; merge it")
+
+
 def test_too_few_positions(folder):
     LbrModel.build(recipe(folder, x=410))  # 410 + 2 + 100 = 512, the model's
     refused(folder, "512 positions, but a sequence may take 513", x=411)

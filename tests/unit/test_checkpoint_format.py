@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Alone
 from safetensors.torch import load_file
 
 from lbr_dist.disk import file_xxh128
@@ -44,7 +45,7 @@ from lbr_dist.training.checkpoint.weights import (
     pack_rank_state,
     read_rank_state,
 )
-from lbr_dist.training.checkpoint.writer import Alone, CheckpointWriter, Snapshot, TensorFile
+from lbr_dist.training.checkpoint.writer import CheckpointWriter, Snapshot, TensorFile
 
 ELEMENTS = 50_000
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Alone
 
 from lbr_dist import config
 from lbr_dist.errors import UserError
@@ -19,7 +20,7 @@ from lbr_dist.training.checkpoint import checkpointer as checkpoint
 from lbr_dist.training.checkpoint import writer as checkpoint_writer
 from lbr_dist.training.checkpoint.files import write_bytes
 from lbr_dist.training.checkpoint.format import FileEntry, OptimizerEntry, Parameter, list_checkpoints
-from lbr_dist.training.checkpoint.writer import Alone, CheckpointWriter, Snapshot, StorageError, TensorFile
+from lbr_dist.training.checkpoint.writer import CheckpointWriter, Snapshot, StorageError, TensorFile
 
 
 class Failing(dict):

@@ -16,9 +16,10 @@ import pytest
 import typer
 from runs import write_manifest
 
-from lbr_dist.cli import app, main
+from lbr_dist.cli import app, main, quiet
 from lbr_dist.cli.options import place
 from lbr_dist.recipes.settings import settings
+from lbr_dist.training.ds_config import name_accelerator
 
 HEAVY = ("torch", "transformers", "deepspeed", "ray", "mteb", "datasets", "webdataset", "sentence_transformers")
 
@@ -199,6 +200,19 @@ def commands(of: typer.Typer) -> Iterator[tuple[str, Callable[..., None]]]:
         yield command.name or command.callback.__name__, command.callback
     for group in of.registered_groups:
         yield from commands(group.typer_instance)
+
+
+@pytest.mark.parametrize(("cuda", "named"), [(True, None), (False, "cpu")])
+def test_whether_there_is_a_gpu_is_what_torch_says(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, named: str | None
+) -> None:
+    """WSL2 has one, and none of the devices that other machines have."""
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"})
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    quiet()
+    name_accelerator()
+    assert os.environ.get("DS_ACCELERATOR") == named
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,14 @@ def test_round_trip_of_the_resolved_recipe(tmp_path: Path) -> None:
         ({"contrastive": {"matryoshka": {"dims": [8, 8]}}}, ["matryoshka.dims", "twice"]),
         ({"contrastive": {"matryoshka": {"dims": [8], "weights": [1, 2]}}}, ["2 values", "dims has 1"]),
         ({"joint": {"final_weight": 0.1}}, ["joint.schedule", "joint.final_weight"]),
+        (
+            {"stage": "contrastive", "data": {"sets": [{"path": "s", "target": "prefix"}]}},
+            ["sets.0.target: has no effect"],
+        ),
+        (
+            {"stage": "joint", "data": {"sets": [{"path": "s"}, {"path": "s", "split": "cl", "target": "sft"}]}},
+            ["sets.1.target: has no effect"],
+        ),
         ({"joint": {"bins": 8, "weight": 0.9}}, ["joint.bins, joint.weight: has no effect", "set stage: joint"]),
         ({"stage": "joint", "data": {"sets": [{"path": "a", "split": "gl"}]}}, ["no set", "contrastive loss"]),
         ({"stage": "contrastive", "bottleneck": {"enabled": False}}, ["contrastive.pooling", "bottleneck.enabled"]),

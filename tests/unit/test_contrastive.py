@@ -34,7 +34,7 @@ def batch_of(rows):
     packed = pack([Sample([3], 1)] * max(1, len(rows)), bottleneck_vectors=1, hide_x=False)
     if not rows:
         none = torch.tensor([-1])
-        return LocalBatch(packed, [], [], none, none, none, none, none, known_of([]))
+        return LocalBatch(packed, [], [], none, none, none, none, known_of([]))
     pairs = torch.tensor([TEXTS[row][1] for row in rows])
     return LocalBatch(
         packed=packed,
@@ -42,7 +42,6 @@ def batch_of(rows):
         ids=[f"id-{pair}" for pair in pairs.tolist()],
         side_S=torch.tensor([SIDES[TEXTS[row][0]] for row in rows]),
         pair_S=pairs,
-        global_pair_S=pairs,
         answer_hash_S=HASHES[rows],
         question_hash_S=pairs,
         known_M2=known_of([row for row in KNOWN if ("query", row[0]) in [TEXTS[r] for r in rows]]),

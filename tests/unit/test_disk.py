@@ -121,6 +121,17 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_of_two_that_replace_a_file_the_last_has_it(tmp_path: Path) -> None:
+    out = tmp_path / "eval.json"
+    with replacing(out) as last:
+        last.write_text("the last, and longer")
+        with replacing(out) as first:
+            first.write_text("the first")
+        assert out.read_text() == "the first"
+    assert out.read_text() == "the last, and longer"
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_folder_that_will_be_written_is_tried_first(tmp_path: Path) -> None:
     usable_folder(tmp_path / "a" / "b", "--out a/b")
     assert (tmp_path / "a" / "b").is_dir()

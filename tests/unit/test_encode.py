@@ -335,13 +335,16 @@ def test_killed_and_resumed(tmp_path, run):
         ('{"text": "a"}\n{"text": ', {}, "in.jsonl: line 2: the line is not valid JSON .*; repair or remove it"),
         ('{"text": "a"}\n\n[1]\n', {}, "line 3: the line is not a JSON object"),
         ('{"text": "a"}\n{"text": ' + "[" * 100_000, {}, "line 2: the line is not valid JSON"),
-        ('{"text": "a"}\n{"text": 3}\n', {}, "line 2: field 'text' is a number, not a text"),
-        ('{"text": "a"}\n{"text": null}\n', {}, "line 2: field 'text' is null"),
-        ('{"text": "a"}\n{"id": 3}\n', {}, "line 2: field 'text' is missing"),
+        ('{"text": "a"}\n{"text": 3}\n', {}, "line 2: text is a number, not a text.*; repair the row, or name another"),
+        ('{"text": "a"}\n{"text": null}\n', {}, r"line 2: a field is empty \(text is null\)"),
+        ('{"text": "a"}\n{"id": 3}\n', {}, "line 2: `lbr prepare` would say: a field is missing .no text: .* has id"),
+        ('{"text": "a"}\n{"text": 3}\n', {"field": "text"}, "line 2: field 'text' is a number, not a text"),
+        ('{"text": "a"}\n{"text": null}\n', {"field": "text"}, "line 2: field 'text' is null"),
+        ('{"answer": "a"}\n{"id": 3}\n', {}, "line 2: field 'answer' is missing"),
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', {}, r"line 2: the text is not valid UTF-8 \(text, character 0\)"),
         ('{"text": "a", "id": "\\ud83d"}\n', {}, r"line 1: the text is not valid UTF-8 \(id, character 0\)"),
         ('{"text": "a", "id": [1]}\n', {}, "line 1: id is a list, not a text or a whole number"),
-        ('{"body": "a"}\n', {}, "no field 'answer' or .* which has body; name one with --field"),
+        ('{"note": "a"}\n', {}, "no field 'answer' or .* which has note; name one with --field"),
         ('{"body": "a"}\n', {"field": "txet"}, "no field 'txet' in its first row, which has body"),
         ('{"body": "a"}\n', {"field": "text=body"}, "which has body; give the name alone: --field body$"),
     ],
@@ -352,6 +355,62 @@ def test_bad_input_is_named(tmp_path, content, options, message):
         source.write_text(content)
     with pytest.raises(UserError, match=message):
         list(read_texts(source, "passage", **options))
+
+
+CHOICE = {"question": "which pumps", "options": ["vein", "heart"], "answer": "B"}
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        (CHOICE, "which pumps\nA. vein\nB. heart", "heart"),
+        ({**CHOICE, "answer": "  "}, "which pumps\nA. vein\nB. heart", None),
+        ({"question": "2 + 2", "answer": 4}, "2 + 2", "4"),
+        ({"question": "who", "answer": ["me", "I"]}, "who", "me"),
+        ({"question": "who", "answers": {"text": ["me"], "answer_start": [0]}}, "who", "me"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "q", "a"),
+        ({"instruction": "say", "input": "it", "output": "so"}, "say\nit", "so"),
+        ({"QUESTION": "is it", "LONG_ANSWER": "it is"}, "is it", "it is"),
+        ({"_id": "1", "title": "T", "abstract": ["one.", "two."]}, "one.\ntwo.", "one.\ntwo."),
+        ({"questions": [["what"]], "answers": ["that"]}, "what", "that"),
+        ({"questions": ["what", "which"], "answers": ["that"]}, None, "that"),
+        ({"question": "q", "answer": ""}, "q", ""),
+        ({"question": "", "text": "t"}, "", None),
+        ({"question": "q", "answer": "a", "label": 0}, "q", None),
+        ({"query": "q", "code": 3}, "q", "3"),
+        ({"question": "q", "options": ["a", "b"]}, "q\nA. a\nB. b", None),
+        ({"options": ["vein", "heart"], "answer": "B"}, None, None),
+        ({"text": "t", "answer": "a"}, "t", "a"),
+    ],
+)
+def test_a_row_is_read_as_prepare_reads_it(tmp_path, row, question, answer):
+    source = write_jsonl(tmp_path / "in.jsonl", [row])
+    for side, expected in (("query", question), ("passage", answer)):
+        if expected is None:
+            with pytest.raises(UserError, match=r"in\.jsonl: line 1: "):
+                list(read_texts(source, side))
+        else:
+            assert [text for _, text in read_texts(source, side)] == [expected]
+
+
+def test_a_row_of_several_questions_has_no_vector_of_one(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"questions": ["what", "which"], "answers": ["that"]}])
+    with pytest.raises(UserError, match=r"line 1: the row has 2 questions, of which `lbr prepare` makes as many rec"):
+        list(read_texts(source, "query"))
+
+
+def test_rows_of_another_kind_than_the_first(tmp_path):
+    """The letter of a right option is never taken for its text."""
+    source = write_jsonl(tmp_path / "in.jsonl", [{"answer": "a"}, {"question": "q", "answer": 2}, CHOICE])
+    rows = read_texts(source, "passage")
+    assert [next(rows), next(rows)] == [("0", "a"), ("1", "2")]
+    with pytest.raises(UserError, match="line 3: `lbr prepare` would say: the row has options"):
+        next(rows)
+
+
+def test_cells_of_a_table(tmp_path):
+    (tmp_path / "t.csv").write_text('question,answers\na,"[""x"", ""y""]"\nb,\n,\n')
+    assert list(read_texts(tmp_path / "t.csv", "passage")) == [("0", "x"), ("1", "")]
 
 
 def test_a_row_without_an_id_gets_its_number(tmp_path):

@@ -172,6 +172,28 @@ def test_hf_models_cut_to_their_positions_and_no_others(tmp_path, tiny_model_dir
         load_encoder(f"hf:{other}", "cpu")
 
 
+def test_hf_models_that_say_they_have_no_limit_cut_to_none(tmp_path, tiny_model_dir):
+    """XLNet has -1 positions."""
+    from transformers import AutoTokenizer, XLNetConfig, XLNetModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
+    tokenizer.save_pretrained(tmp_path)
+    XLNetModel(XLNetConfig(vocab_size=416, d_model=8, n_layer=1, n_head=2, d_inner=8)).save_pretrained(tmp_path)
+    encoder = load_encoder(f"hf:{tmp_path}?max_tokens=20", "cpu")
+    assert np.linalg.norm(encoder.encode(texts(3)), axis=1) == pytest.approx(1)
+    assert encoder.max_tokens == 20
+
+
+def test_an_hf_model_s_own_code_is_never_asked_for(tmp_path, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("was asked"))
+    folder = shutil.copytree(tiny_model_dir("llama"), tmp_path / "m")
+    own = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.X"}
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "model_type": "internlm9", "auto_map": own}))
+    with pytest.raises(UserError, match=r"hf:.*m: cannot be loaded .*contains custom code"):
+        load_encoder(f"hf:{folder}", "cpu")
+
+
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_hf_models_have_the_template_of_their_tokenizer(tmp_path, tiny_model_dir, family, pooling):

@@ -7,7 +7,16 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-from lbr_dist.environment import Environment, SlurmStart, detect, hosts, job_port, slurm_start
+from lbr_dist.environment import (
+    Environment,
+    SlurmStart,
+    detect,
+    hosts,
+    job_port,
+    lost_contact,
+    out_of_memory,
+    slurm_start,
+)
 from lbr_dist.errors import UserError
 from lbr_dist.launch.ports import PORTS
 from lbr_dist.training.engine import start_distributed
@@ -149,3 +158,34 @@ def test_ranks_may_meet_at_an_ipv6_address(monkeypatch: pytest.MonkeyPatch) -> N
     start_distributed(Environment(0, 2, 0, 2, ("fd00::7", 29500), "env://"), 60)
     meeting = urlsplit(given["init_method"])
     assert (meeting.hostname, meeting.port) == ("fd00::7", 29500)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:17"), True),
+        (RuntimeError("[enforce fail at /b/third_party/gloo/gloo/context.cc:27] size > 0. "), True),
+        (RuntimeError("not committed: [/b/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting"), True),
+        (torch.distributed.DistNetworkError("The server socket has failed to listen"), True),
+        (RuntimeError("[/data/gloom/run, /data/gloo/run]: Input/output error"), False),
+    ],
+)
+def test_which_errors_are_of_a_rank_that_is_gone(error: RuntimeError, lost: bool) -> None:
+    """A run folder may be called as a library is."""
+    assert lost_contact(error) is lost
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (torch.distributed.DistBackendError("NCCL error. Last error:\nCuda failure 2 'out of memory'"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried"), True),
+        (MemoryError(), True),
+        (RuntimeError("/out of memory/run: Input/output error"), False),
+    ],
+)
+def test_which_errors_are_of_memory(error: RuntimeError | MemoryError, short: bool) -> None:
+    assert out_of_memory(error) is short

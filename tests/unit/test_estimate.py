@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def test_flops_are_those_that_torch_counts(tiny_lbr: Callable[..., Any]) -> None
         model(batch, "generate").backward()
     counts = counter.get_flop_counts()["Global"]
     settings, targets = model.causal_lm.config, sum(y for _, _, y in lengths)
-    unseen = 2 * settings.vocab_size * settings.hidden_size * targets  # the head's `mm(..., out=)`
+    unseen = 2 * 2 * settings.vocab_size * settings.hidden_size * targets  # the head's `addmm_`
     products = unseen + sum(n for op, n in counts.items() if "attention" not in str(op))
     flops = FlopCounter.of(settings, make())
     planned = [PlannedSample(SampleRef(0, i), *sizes) for i, sizes in enumerate(lengths)]
@@ -238,6 +239,36 @@ def test_what_cannot_work_is_refused(prepared: dict[str, Any], tmp_path: Path) -
     huge = {**prepared, "batch": {"global_batch": 2, "micro_tokens": 10**9}}
     with pytest.raises(UserError, match=r"does not fit 80 GiB: try .*batch\.micro_tokens"):
         estimate(make(**huge))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": {"target_modules": ["nope"]}}, "target_modules: no module is called nope"),
+        ({"lora": {"target_modules": []}}, r"model\.lora: does not fit .* or to all-linear"),
+        ({"lora": {"target_modules": ["mlp"]}}, r"model\.lora: does not fit .* or to all-linear"),
+        ({"lora": {"train_modules": ["nope"]}}, "train_modules: no module is called nope"),
+        ({"lora": {"train_modules": ["embed_tokens"]}}, "embed_tokens is tied"),
+        ({"lora": {"train_modules": ["norm", "layers.1.mlp"]}}, None),
+        ({"attention": "varlen"}, r"model\.attention=varlen needs a CUDA device"),
+        ({"attention": "flex"}, r"model\.attention=flex needs a CUDA device"),
+    ],
+)
+def test_of_the_model_is_refused_what_train_refuses(
+    prepared: dict[str, Any], changes: dict[str, Any], said: str | None
+) -> None:
+    recipe = make(**{**prepared, "model": {**prepared["model"], **changes}})
+    with pytest.raises(UserError, match=said) if said else contextlib.nullcontext():
+        estimate(recipe, gpu="cpu")
+    if "attention" in changes:
+        assert estimate(recipe, gpu="h100").lines
+
+
+def test_an_output_that_no_run_could_have_is_refused(prepared: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output, said in (("file", "is a file"), ("set", "is not empty and holds no run of lbr")):
+        with pytest.raises(UserError, match=f"output {tmp_path}/{output}: {said}; choose another output"):
+            estimate(make(**{**prepared, "output": str(tmp_path / output)}))
 
 
 def test_the_readme_s_own_data_suits_the_shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from runs import make_run
 
+from lbr_dist.cli import main
 from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.errors import UserError
 from lbr_dist.evaluation.evaluate import default_out, evaluate
@@ -41,7 +42,7 @@ def data(tmp_path_factory, tiny_model_dir):
     return folder / "set"
 
 
-def test_everything_in_one_table(tmp_path, tiny_model_dir, data):
+def test_everything_in_one_table(tmp_path, tiny_model_dir, data, caplog):
     base = tiny_model_dir("llama")
     run = make_run(tmp_path / "run", base)
     exported = export(run, tmp_path / "exported", check=False)
@@ -59,6 +60,8 @@ def test_everything_in_one_table(tmp_path, tiny_model_dir, data):
     assert "separation" not in bm25
     assert set(ours["generation"]) == {"bottleneck", "full"}
     assert "generation" not in plain
+    assert caplog.text.count(f"{exported}: no answers are generated: only a run") == 1
+    assert caplog.text.count("no answers are generated") == 2  # the other is hf:
     assert hf["name"].endswith("(mean)")
     assert ours["checkpoint"] == load_encoder(str(run), "cpu").checkpoint
     assert ours["checkpoint"]["name"] == "step-000010"
@@ -140,6 +143,25 @@ def test_names_are_checked_before_any_model_runs(tmp_path, data, monkeypatch):
         evaluate(["bm25"], data, tmp_path / "file" / "out", progress=False)
 
 
+@pytest.mark.parametrize("name", ["eval.json", "eval.unfinished.json"])
+def test_results_of_other_data_are_not_replaced(tmp_path, data, name):
+    """Another set, another corpus; nor what is left of an evaluation that failed."""
+    shown = {"name": "other", "fingerprint": "f", "queries": 8, "answers": 8, "passages": 8}
+    before = json.dumps({"data": shown, "models": [{"name": "BM25"}]})
+    (tmp_path / name).write_text(before)
+    told = rf"{name}: holds the evaluation of other \(8 questions, 8 passages\), not of this toy \(50, 50\): give --out"
+    with pytest.raises(UserError, match=told):
+        evaluate(["never-loaded"], data, tmp_path, progress=False)
+    assert (tmp_path / name).read_text() == before
+    shown.update(name="toy", fingerprint=load_held_out(data).fingerprint, passages=80)
+    (tmp_path / name).write_text(json.dumps({"data": shown, "models": [{"name": "BM25"}]}))
+    with pytest.raises(UserError, match=r"holds the evaluation of toy \(.*80 passages\), .* \(50, 50\)"):
+        evaluate(["never-loaded"], data, tmp_path, progress=False)
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate(["never-loaded"], data, tmp_path, distractors=30, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeypatch):
     def fail(*_):
         raise MemoryError
@@ -153,6 +175,7 @@ def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeyp
     assert "| BM25 |" in report([kept], tmp_path / "report")
     evaluate(["bm25"], data, tmp_path / "out", progress=False)
     assert not kept.exists()
+    evaluate(["bm25"], data, tmp_path / "out", progress=False)  # of the same data, takes their place
 
 
 def test_a_full_disk_does_not_cost_the_results(tmp_path, data, monkeypatch):
@@ -231,6 +254,15 @@ def test_a_model_that_gives_no_numbers_is_not_measured(tmp_path, data, monkeypat
     monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: Broken())
     with pytest.raises(UserError, match=r"model broken: its embedding of .* is not finite"):
         evaluate(["broken"], data, tmp_path / "out", progress=False)
+
+
+def test_what_is_in_brackets_is_in_the_help_too(monkeypatch, capsys):
+    """rich would take it for a style."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr("sys.argv", ["lbr", "eval", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.count("FOLDER[@SPLIT] as BEIR has it") == 2
 
 
 def test_results_lie_in_the_first_run(tmp_path, tiny_model_dir):

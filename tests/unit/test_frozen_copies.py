@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from runs import Alone
 
 from lbr_dist import config
 from lbr_dist.training.checkpoint import checkpointer as module
 from lbr_dist.training.checkpoint.checkpointer import Checkpointer
 from lbr_dist.training.checkpoint.engine_state import WEIGHT, Piece
 from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, find_resumable, verify
-from lbr_dist.training.checkpoint.writer import Alone
 
 NAME = "frozen-00000-of-00001.safetensors"
 

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 from runs import make_run
@@ -49,11 +52,25 @@ def test_answers_through_the_bottleneck_and_with_the_question_in_sight(tmp_path,
     assert all(np.isfinite(value) for mode in scores.values() for value in mode.values())
 
 
-def test_questions_leave_the_answers_positions(tmp_path, tiny_model_dir, data, monkeypatch):
-    """A contrastive run's longest text may take all of the model's, which has 512."""
-    encoder = load_run(
-        make_run(tmp_path / "r", tiny_model_dir("llama"), data={"max_x_tokens": 510, "max_y_tokens": 40})
-    ).encoder()
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+    "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "positions"),
+    [("llama", {}, 512), ("mistral", {"sliding_window": 100}, 100), ("llama", {"rope_parameters": LONGROPE}, 128)],
+)
+def test_questions_leave_the_answers_positions(
+    tmp_path, tiny_model_dir, data, monkeypatch, family, settings, positions
+):
+    """A contrastive run's longest text may take all of the model's; decoding knows no window, nor longrope's length."""
+    model = shutil.copytree(tiny_model_dir(family), tmp_path / "model")
+    saved = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**saved, **settings}))
+    lengths = {"max_x_tokens": positions - 2, "max_y_tokens": 40}
+    encoder = load_run(make_run(tmp_path / "r", model, data=lengths)).encoder()
     asked = []
     monkeypatch.setattr(
         "lbr_dist.model.decoding.generate_answers",
@@ -62,7 +79,7 @@ def test_questions_leave_the_answers_positions(tmp_path, tiny_model_dir, data, m
     answers(encoder, [*data.queries, "blood " * 600], ["a drug " * 30], hide_x=True)
     ((*short, long), most) = asked[0]
     assert most == 40  # the reference has more tokens; the run has learned none as long
-    assert len(long.x) + long.z + most == 512
+    assert len(long.x) + long.z + most == positions
     assert short == encoder.samples(data.queries, None)
 
 

@@ -53,6 +53,19 @@ def test_bfloat16_inputs_are_summed_in_float32():
         assert (got - want).norm() < 0.005 * want.norm()  # 3% where the 512 chunks are added in bfloat16
 
 
+@pytest.mark.parametrize("factor", [1 / 1023, 1 / 2056, 2 / 771])
+def test_a_factor_of_the_loss_is_not_rounded_with_the_gradient(factor):
+    """Numbers that are bfloat16 stay as they are under a factor near 1: the whole gradient was off by it."""
+    hidden, weight, targets = problem(1024, torch.bfloat16, vocabulary=500, width=64)
+    losses = (linear_cross_entropy_sum(hidden, weight, targets, chunk_elements=256 * 500) for _ in range(2))
+    plain, scaled = (
+        torch.autograd.grad(loss * by, [hidden, weight]) for loss, by in zip(losses, (1, factor), strict=True)
+    )
+    for one, other in zip(plain, scaled, strict=True):
+        wanted = one.double() * factor
+        assert abs((other * wanted).sum() / wanted.square().sum() - 1) < 1e-4
+
+
 def test_logits_are_never_whole():
     class Largest(TorchDispatchMode):
         numel = 0

@@ -19,8 +19,8 @@ import torch
 from conftest import make_tokenizer
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.assemble import SIDES, LocalBatch
-from lbr_dist.data.loader import Loader, _Batches
+from lbr_dist.data.assemble import SIDES, Assembler, Job, LocalBatch
+from lbr_dist.data.loader import Loader, _Batches, check_processes
 from lbr_dist.data.plan import make_plan, open_data
 from lbr_dist.data.record import Record, normalised_hash
 from lbr_dist.data.remote import UnreachableError
@@ -29,7 +29,6 @@ from lbr_dist.data.shard_writer import write_set
 from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.training.preflight import check_loader_processes
 
 ROWS = 60
 EOS, BOS = 0, 2
@@ -198,10 +197,10 @@ def test_pairs_carry_sides_owners_and_hashes(made: Any) -> None:
             mine = step.pairs(rank, world)
             pairs: dict[int, dict[int, int]] = {}
             for batch in (b for b in batches if not b.is_dummy):
-                columns = (batch.side_S, batch.pair_S, batch.global_pair_S, batch.answer_hash_S)
-                for s, (side, local, everywhere, hashed) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+                columns = (batch.side_S, batch.pair_S, batch.answer_hash_S)
+                for s, (side, local, hashed) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
                     i, (x, _, y) = int(batch.ids[s][1:]), parts(batch)[s]
-                    assert everywhere == mine.start + local
+                    assert batch.samples[s].pair == mine.start + local
                     assert y == []
                     if side == SIDES["negative"]:
                         text, before = qa(i).negatives[batch.samples[s].choice], say
@@ -278,6 +277,37 @@ def test_a_shard_that_breaks_in_mid_epoch_is_named(made: Any, tmp_path: Path, ho
         for _ in steps:
             pass
     assert multiprocessing.active_children() == []
+
+
+class Counting:
+    """An assembler that notes every micro-batch that it has made."""
+
+    def __init__(self, assembler: Assembler, file: Path) -> None:
+        self.assembler, self.file = assembler, file
+
+    def batch(self, job: Job) -> LocalBatch:
+        made = self.assembler.batch(job)
+        with self.file.open("ab") as file:
+            file.write(b".")
+        return made
+
+
+@pytest.mark.parametrize(("stage", "global_batch"), [("generative", 6), ("contrastive", 30)])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_whole_step_is_made_while_one_trains(
+    made: Any, tmp_path: Path, stage: str, global_batch: int, workers: int
+) -> None:
+    root, tokens = made
+    data = {"workers": workers, "prefetch": 1}
+    loader = make_loader(make_recipe(root, stage, data=data, batch={"global_batch": global_batch}), tokens)
+    loader._assembler = Counting(loader._assembler, tmp_path / "made")  # type: ignore[assignment]
+    wanted = sum(len(loader._plan.step(number).micro_batches(0, 1)) for number in (0, 1))
+    steps = iter(loader)
+    next(steps)
+    deadline = time.monotonic() + 20
+    while (found := (tmp_path / "made").stat().st_size) < wanted and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found >= wanted
 
 
 def test_a_killed_loader_process_is_an_error_and_not_a_hang(made: Any) -> None:
@@ -416,16 +446,34 @@ def test_a_server_that_goes_away_in_mid_run_is_no_mistake():
         _Batches(Away())[None]
 
 
-def test_a_machine_without_loader_processes_is_named_before_the_start(
-    made: tuple[Path, Tokenization], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_loader_processes_is_named_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a read-only, full or missing /dev/shm."""
 
     def refused() -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    check_loader_processes(make_recipe(made[0], data={"workers": 2}))
+    check_processes(2)
     monkeypatch.setattr(multiprocessing.get_context(), "Lock", refused, raising=False)
-    check_loader_processes(make_recipe(made[0], data={"workers": 0}))
+    check_processes(0)
     with pytest.raises(UserError, match=r"data.workers is 2.*/dev/shm.*Read-only file system.*data.workers=0"):
-        check_loader_processes(make_recipe(made[0], data={"workers": 2}))
+        check_processes(2)
+
+
+@pytest.mark.parametrize("room", [0, 1, 13])
+def test_loader_processes_that_get_too_few_semaphores_are_named(
+    made: tuple[Path, Tokenization], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """As with a /dev/shm of a few KB, where the first few fit."""
+    made_ones, real = list[int](), multiprocessing.synchronize.SemLock.__init__
+
+    def limited(*given: Any, **named: Any) -> None:
+        if len(made_ones) == room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        made_ones.append(1)
+        real(*given, **named)
+
+    steps = iter(make_loader(make_recipe(made[0], data={"workers": 2}), made[1]))
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", limited)
+    with pytest.raises(UserError, match=r"data.workers is 2.*/dev/shm.*No space left on device.*data.workers=0"):
+        next(steps)
+    assert multiprocessing.active_children() == []

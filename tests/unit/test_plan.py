@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbr_dist.config import Bottleneck, Duration, Recipe
-from lbr_dist.data.plan import ContrastivePlan, GenerativePlan, Plan, SampleRef, Source
-from lbr_dist.data.plan.contrastive import ContrastiveStep, spread
+from lbr_dist.data.plan import ContrastivePlan, GenerativePlan, Plan, PlannedSample, SampleRef, Source
+from lbr_dist.data.plan.contrastive import SIDES, ContrastiveStep, spread
 from lbr_dist.data.plan.lengths import bottleneck_lengths
 from lbr_dist.data.plan.order import Stream, shuffled
 from lbr_dist.data.split_index import Ragged, SplitIndex
@@ -73,6 +73,16 @@ def make_plan(
 def epoch_refs(plan: Plan, epoch: int) -> list[SampleRef]:
     first = sum(plan.steps_per_epoch(e) for e in range(epoch))
     return [ref for step in range(first, first + plan.steps_per_epoch(epoch)) for ref in plan.step(step).refs()]
+
+
+def texts_of(step: ContrastiveStep) -> list[list[PlannedSample]]:
+    """Query, passage and hard negatives of each pair."""
+    texts: list[list[PlannedSample]] = [[] for _ in range(step.samples)]
+    for text in sorted(
+        (s for micro in step.micro_batches(0, 1) for s in micro.samples), key=lambda s: SIDES.index(s.side)
+    ):
+        texts[text.pair].append(text)
+    return texts
 
 
 def all_rows(*indexes: SplitIndex) -> Counter[SampleRef]:
@@ -323,10 +333,8 @@ def test_hard_negatives() -> None:
             step = plan.step(number)
             for world in (1, 3):
                 texts = [s for r in range(world) for micro in step.micro_batches(r, world) for s in micro.samples]
-                assert Counter((s.pair, s.side, s.choice) for s in texts) == Counter(
-                    (s.pair, s.side, s.choice) for pair in step.texts for s in pair
-                )
-            for pair, texts in enumerate(step.texts):
+                assert Counter(texts) == Counter(s for pair in texts_of(step) for s in pair)
+            for pair, texts in enumerate(texts_of(step)):
                 row, negatives = texts[0].ref.row, texts[2:]
                 assert [s.pair for s in texts] == [pair] * len(texts)
                 assert len(negatives) == min(2, len(index.negative_tokens[row]))
@@ -430,6 +438,20 @@ def test_every_rank_knows_the_fullest_one_without_packing_them_all(
             packed.clear()
             assert len(step.micro_batches(world - 1, world)) == most
             assert most > 1 or len(packed) <= 2  # its own, and the one of most tokens
+
+
+def test_a_rank_makes_the_texts_of_its_own_pairs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[PlannedSample] = []
+
+    def noting(*given: Any, **named: Any) -> PlannedSample:
+        made.append(PlannedSample(*given, **named))
+        return made[-1]
+
+    monkeypatch.setattr("lbr_dist.data.plan.contrastive.PlannedSample", noting)
+    step = make_plan(make_recipe("contrastive", 97, contrastive={"hard_negatives": 2}), [make_index(300)]).step(0)
+    micros = step.micro_batches(1, 8)
+    assert {text.pair for text in made} == set(step.pairs(1, 8))
+    assert len(made) == sum(len(micro.samples) for micro in micros)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import WORLDS, all_rows, epoch_refs, make_index, make_plan, make_recipe
+from test_plan import WORLDS, all_rows, epoch_refs, make_index, make_plan, make_recipe, texts_of
 
 from lbr_dist.data.plan import ContrastivePlan
 from lbr_dist.data.split_index import Ragged, SplitIndex
@@ -73,6 +73,27 @@ def test_groups_take_turns_over_the_epoch() -> None:
     assert plan.notes == ["batches of one set: 2 groups, the smallest batch has 20 pairs"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "domain", "why"),
+    [("set", "d", ""), ("domain", "d", ""), ("domain", "", ", since no record names a domain")],
+)
+def test_one_group_keeps_nothing_apart_and_is_noted(kind: str, domain: str, why: str) -> None:
+    index = make_index(50)
+    index.__dict__["domains"] = np.full(50, domain, dtype=object)
+    plan = make_plan(make_recipe("contrastive", 20, contrastive={"homogeneous": kind}), [index])
+    apart = f"contrastive.homogeneous={kind} keeps no pairs apart{why}"
+    assert plan.notes == [f"batches of one {kind}: 1 group, the smallest batch has 16 pairs; {apart}"]
+
+
+def test_positives_that_no_record_has_are_noted() -> None:
+    index, other = make_index(50), with_positives(make_index(50))
+    index.__dict__["positive_tokens"] = Ragged(np.zeros(0, dtype=np.int32), np.zeros(51, dtype=np.int64))
+    recipe = make_recipe("contrastive", sets=2, contrastive={"positives": "draw"})
+    note = "contrastive.positives=draw has no effect: no record of set0, set1 has `positives`"
+    assert make_plan(recipe, [index, index]).notes == [note]
+    assert make_plan(recipe, [index, other]).notes == []
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_pairs_are_cut_alike_at_any_world_size(world: int) -> None:
     indexes = [with_domains(make_index(200), 3)]
@@ -104,7 +125,7 @@ def test_a_set_without_the_columns_is_refused() -> None:
 
 def choices(plan: ContrastivePlan, epoch: int) -> dict[int, tuple[int, int]]:
     first = sum(plan.steps_per_epoch(e) for e in range(epoch))
-    texts = [pair for g in range(first, first + plan.steps_per_epoch(epoch)) for pair in plan.step(g).texts]
+    texts = [pair for g in range(first, first + plan.steps_per_epoch(epoch)) for pair in texts_of(plan.step(g))]
     return {passage.ref.row: (passage.choice, passage.x_len) for _, passage in texts}
 
 

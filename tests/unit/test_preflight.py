@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,18 @@ def test_ranks_must_agree_on_what_deepspeed_is_given(raw: dict[str, Any]) -> Non
     assert disagreement([with_zero(offload_param=one), with_zero(offload_param=two)]) == ""
     problem = disagreement([with_zero(overlap_comm=False), with_zero(overlap_comm=True)])
     assert "(DeepSpeed file: zero_optimization.overlap_comm is True and not False)" in problem
+
+
+def test_the_accelerator_is_named_before_deepspeed_is_imported(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = check(parse_recipe(raw, "test"), ENVIRONMENT)
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ImportError):
+        same_everywhere(job)
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
 
 
 def test_ranks_must_agree_on_the_tokens_around_a_text(raw: dict[str, Any]) -> None:
@@ -132,6 +146,17 @@ def test_what_the_first_refusal_of_a_change_names_is_enough(
         with pytest.raises(UserError, match="the order of the data changed"):
             _check_plan(dataclasses.replace(new, allow_change=(*others, "joint.weight", "specials")), checkpoint)
     _check_plan(dataclasses.replace(new, allow_change=tuple(fields)), checkpoint)
+
+
+@pytest.mark.parametrize("stage", ["generative", "joint"])
+def test_that_the_evaluation_side_is_learned_is_told(raw: dict[str, Any], stage: str) -> None:
+    path = raw["data"]["sets"][0]["path"]
+    assert check(parse_recipe(raw, "test"), ENVIRONMENT).plan.notes == []
+    sets = [{"path": path}, {"path": path, "split": "eval"}]
+    batch = {"global_batch": 4, "micro_tokens": 160}
+    learns = {**raw, "stage": stage, "data": {**raw["data"], "sets": sets}, "batch": batch}
+    notes = check(parse_recipe(learns, "test"), ENVIRONMENT).plan.notes
+    assert notes == [f"{path} (eval): is the side that `lbr eval` asks about, and this run learns it"]
 
 
 def test_a_folder_that_another_start_took_since_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:

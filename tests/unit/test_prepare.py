@@ -145,6 +145,13 @@ def test_folders_that_are_not_ours_are_left_alone(sources: list[str], tmp_path: 
     assert not run(sources, tmp_path / "empty").unchanged
 
 
+def test_no_set_is_made_in_another(sources: list[str], tmp_path: Path) -> None:
+    run(sources, tmp_path / "out")
+    for inside in ("out/more", "out/eval/more"):
+        with pytest.raises(UserError, match=r"more: lies in the prepared set .*: name another folder"):
+            run(sources, tmp_path / inside)
+
+
 def test_what_a_killed_run_left_is_cleared(sources: list[str], tmp_path: Path) -> None:
     stale = tmp_path / ".out.preparing"
     (stale / "set/gl").mkdir(parents=True)
@@ -517,6 +524,41 @@ def test_entity_fields_are_found_as_others_are(tmp_path: Path, entity: str) -> N
     sides = everything(tmp_path / "out")
     assert sum(len({int(row["id"]) // 4 for row in side}) for side in sides.values()) == 20
     assert report.data["components"]["without_entity"] == 0
+
+
+@pytest.mark.parametrize("other", ["Mu\u0308ller Nr. ", "MÜLLER NR. ", " müller  nr. "])
+def test_groups_are_one_in_any_form(tmp_path: Path, other: str) -> None:
+    rows = [
+        {"id": str(i), "question": f"q {i}", "answer": f"a {i}", "law": f"{['Müller Nr. ', other][i % 2]}{i // 2}"}
+        for i in range(80)
+    ]
+    path = write(tmp_path / "qa.jsonl", rows)
+    report = run([str(path)], tmp_path / "out", entity="law", sizes={"gl": 0.5, "cl": 0.25, "eval": 0.25})
+    sides = everything(tmp_path / "out")
+    assert sum(len({int(row["id"]) // 2 for row in side}) for side in sides.values()) == 40
+    assert report.lines[1] == f"{path}: question-answer (question = question, answer = answer)"
+
+
+def test_what_links_a_large_component_is_told(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    molecules = ["".join(rng.choices("ACDEFGHIKLMNPQRSTVWY", k=99)) for _ in range(100)]
+    asked = "Given the following protein please describe its molecular function and the process that it takes part in:"
+    rows = [
+        {"question": f"{asked} {one}", "own": one, "answer": f"a {i}", "x": i // 60} for i, one in enumerate(molecules)
+    ]
+    source = [str(write(tmp_path / "a.jsonl", rows))]
+    alike = r"most of the largest are near-duplicates: questions that share most .* \(--field question=NAME\)"
+    with pytest.raises(UserError, match=alike):
+        run(source, tmp_path / "out")
+    told = "note: the largest group of records that belong together has {} of {}, most of them linked by {}"
+    lines = run(source, tmp_path / "out", sizes={"gl": "rest", "cl": 0, "eval": 0}).lines
+    assert [line for line in lines if line.startswith(told.format(100, 100, "near-duplicates: questions that share"))]
+    lines = run(source, tmp_path / "x", fields={"question": "own"}, entity="x", sizes={"cl": 40, "eval": 0}).lines
+    assert told.format(60, 100, "--entity") in lines
+    assert not [line for line in run(source, tmp_path / "own", fields={"question": "own"}).lines if "largest" in line]
+    rows = [{**row, "question": "the same" if i < 30 else f"q {i}"} for i, row in enumerate(rows)]
+    lines = run([str(write(tmp_path / "b.jsonl", rows))], tmp_path / "same").lines
+    assert told.format(30, 100, "equal texts") in lines
 
 
 def test_a_side_that_is_short_of_what_was_asked_for_is_told(tmp_path: Path) -> None:

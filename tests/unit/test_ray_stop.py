@@ -102,6 +102,13 @@ class TestStopFile:
             assert stop.asked() == "maintenance"
         assert stop_requested(tmp_path) == ""
 
+    def test_a_start_that_waits_for_the_folder_hears_signals_alone(self, tmp_path: Path) -> None:
+        with StopRequest(tmp_path) as stop:
+            request_stop(tmp_path, "maintenance")
+            assert stop.signalled() == ""
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.signalled() == "SIGTERM"
+
     def test_a_second_start_leaves_it_to_the_first(self, tmp_path: Path) -> None:
         """A start forgets it only once it holds the run's lock (tests/distributed/test_train.py)."""
         request_stop(tmp_path, "maintenance")

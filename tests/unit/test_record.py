@@ -7,7 +7,7 @@ from uuid import UUID
 
 import pytest
 
-from lbr_dist.data.record import Record, batches, content_id, normalise, normalised_hash
+from lbr_dist.data.record import Record, batches, content_id, exact, normalise, normalised_hash
 from lbr_dist.data.sources.entity import Entity
 from lbr_dist.data.sources.field_names import check_fields
 from lbr_dist.data.sources.fields import Converter
@@ -31,6 +31,14 @@ def convert(row: dict, kind: str | None = None, fields: dict | None = None, max_
         ("acetyl\u00adsalicylic\u200b", "acetylsalicylic"),
         ("\u200fשלום", "שלום"),
         ("می\u200cخواهم", "میخواهم"),
+        ("“Crohn’s”, 5′ – 3′", "\"Crohn's\", 5' - 3'"),
+        ("COVID\u201119 at \u22125", "covid-19 at -5"),
+        ("İlaç", "ilaç"),
+        ("IŞIK", "ışık"),
+        ("ΔΙΑΒΗΤΗΣ", "διαβήτης"),
+        ("الأعـراض", "الاعراض"),
+        ("\u06a9\u062a\u0627\u0628\u06cc", "\u0643\u062a\u0627\u0628\u064a"),  # Persian and Arabic letters
+        ("٢٠ ملغ", "20 ملغ"),
     ],
 )
 def test_texts_that_count_as_the_same(a: str, b: str) -> None:
@@ -43,8 +51,14 @@ def test_texts_that_differ(a: str, b: str) -> None:
     assert normalise(a) != normalise(b)
 
 
+def test_the_strict_form_keeps_what_makes_an_answer_right() -> None:
+    assert exact(" cafe\u0301\tau  lait ") == "café au lait"
+    for text in ("C1CCCCC1", "c1ccccc1", "10²", "5!", "(0, 1)", "SHH", "don’t"):
+        assert exact(text) == text
+
+
 def test_normal_form_is_stable_and_never_empty() -> None:
-    for text in ["ŉ", "İstanbul.", "...", "„x“", "ﷺ", "e\u0301", "ΑΣ", "a . ", "\u200b"]:
+    for text in ["ŉ", "İstanbul.", "ΐ´s", "آ\u0654", "...", "„x“", "ﷺ", "e\u0301", "ΑΣ", "a . ", "\u200b"]:
         once = normalise(text)
         assert once
         assert normalise(once) == once
@@ -570,6 +584,25 @@ def test_named_fields_are_told_by_their_names() -> None:
     converter = Converter(None, {"question": "c,q", "answer": "a.value"}, max_chars=100)
     converter(row)
     assert converter.read_as(row) == "question-answer (question = c,q, answer = a.value)"
+
+
+@pytest.mark.parametrize("entity", ["gene", "Gene", "gene.name"])
+def test_the_field_of_the_group_is_used(entity: str) -> None:
+    row = {"question": "q", "answer": "a", "gene": {"name": "SHH"}, "more": 1}
+    converter = Converter(None, {}, max_chars=100)
+    converter(row)
+    assert converter.read_as(row, entity).endswith("; not used: more)")
+
+
+def test_a_field_whose_name_has_a_comma() -> None:
+    fields = {"question": "Frage, kurz", "answer": "a,b"}
+    assert convert({"Frage, kurz": "q", "a": "x", "b": "y"}, fields=fields).question == "q"
+    assert convert({"Frage, kurz": "q", "a": "x", "b": "y"}, fields=fields).answer == "x\ny"
+
+
+def test_names_of_a_domain_are_one_in_any_form() -> None:
+    for name in ("Me\u0301decine", "M\u00e9decine", " M\u00e9decine "):
+        assert convert({"question": "q", "answer": "a", "domain": name}).domain == "Médecine"
 
 
 def test_a_kind_that_an_earlier_row_told_is_named() -> None:

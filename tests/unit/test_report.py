@@ -180,6 +180,20 @@ def test_runs_of_one_name_are_told_apart(tmp_path, results, monkeypatch):
     assert titles([model("one", 0.1), model("two", 0.1)]) == ["one", "two"]
 
 
+def test_checkpoints_of_one_run_are_told_apart():
+    def at(step, digest, typed="runs/a"):
+        return {**model("a", 0.1), "model": typed, "checkpoint": {"name": f"step-{step}", "digest": digest}}
+
+    assert titles([at(10, "x"), at(10, "x")]) == ["a", "a"]
+    assert titles([at(10, "x"), at(20, "y")]) == ["a (step-10)", "a (step-20)"]
+    assert titles([at(10, "x"), at(20, "y"), at(10, "z", "b")]) == [
+        "a (runs/a, step-10)",
+        "a (runs/a, step-20)",
+        "a (b)",
+    ]
+    assert titles([at(10, "0" * 9), at(10, "1" * 9)]) == ["a (step-10 00000000)", "a (step-10 11111111)"]
+
+
 def test_panels_say_what_they_show(tmp_path, results, monkeypatch):
     """One set with and without distractors are two panels; and there is no step 2.5."""
     from matplotlib.figure import Figure
@@ -247,6 +261,14 @@ def test_a_run_that_has_not_logged_yet(tmp_path):
 def test_a_bar_in_a_name_makes_no_column(tmp_path):
     text = report([make_log(tmp_path / name, f"{name}|b", "generative", 3, 1.0) for name in "ac"], tmp_path / "out")
     assert r"| a\|b | generative | 3 | 24 |" in text
+
+
+def test_steps_are_those_of_all_rows_and_the_loss_of_those_that_have_one(tmp_path):
+    folder = make_log(tmp_path / "a", "a", "generative", 3, 1.0)
+    (folder / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\n{"step": 9, "loss": null}\n')
+    assert "| a | generative | 9 | – | 2.0000 |" in report([folder], tmp_path / "out")
+    (folder / "metrics.jsonl").write_text('{"step": 9, "loss": null}\n')
+    assert "| a | generative | 9 | – | – |" in report([folder], tmp_path / "out")
 
 
 def test_what_is_neither_is_named(tmp_path):

@@ -159,8 +159,10 @@ def test_bm25_is_not_credited_for_what_it_did_not_find():
     assert retrieval_scores(BM25Search(), held_out_task(data))["recall_at_100"] == 0
 
 
-def test_bm25_ranks_every_candidate_that_a_task_names():
+def test_bm25_ranks_every_candidate_that_a_task_names_and_no_other(monkeypatch):
     from datasets import Dataset
+
+    monkeypatch.delattr(BM25, "search")  # which would sort the corpus for each query
 
     search = BM25Search()
     search.index(Dataset.from_dict({"id": ["a", "b", "c"], "text": ["one two", "two", "three"]}))
@@ -168,6 +170,7 @@ def test_bm25_ranks_every_candidate_that_a_task_names():
     found = search.search(queries, top_k=1, top_ranked={"q": ["c", "a"]})
     assert set(found["q"]) == {"a", "c"}
     assert found["q"]["a"] > found["q"]["c"] == 0
+    assert list(found["q"]) == ["c", "a"]
 
 
 def test_an_unknown_task_names_itself():
@@ -218,7 +221,7 @@ def prepared(monkeypatch):
     splits = {
         "eval": [
             qa(0, "What is ADA?", "a disease"),
-            qa(1, "what is ada", "A deaminase."),
+            qa(1, " What is ADA? ", "A deaminase."),
             qa(2, "Sole?", "a disease", positives=["an illness"]),
             {"id": "t", "text": "a plain text"},
         ],
@@ -265,6 +268,15 @@ def test_same_questions_are_one_query_with_all_their_answers(prepared):
     assert data.passages == ["a disease", "A deaminase.", "an illness"]
     assert data.positives == [[0, 1], [0, 2]]
     assert data.references == ["a disease", "a disease"]
+
+
+def test_what_differs_by_case_or_punctuation_alone_is_another_answer(prepared):
+    prepared["eval"][:] = [qa(0, "benzene", "c1ccccc1"), qa(1, "cyclohexane", "C1CCCCC1"), qa(2, "10^2", "10²")]
+    prepared["eval"] += [qa(3, "102", "102"), qa(4, "Benzene", "it smells"), qa(5, "coffee", "cafe\u0301")]
+    prepared["eval"].append(qa(6, "bar", "caf\u00e9 "))
+    data = load_held_out("anywhere")
+    assert data.passages == ["c1ccccc1", "C1CCCCC1", "10²", "102", "it smells", "cafe\u0301"]
+    assert data.positives == [[0], [1], [2], [3], [4], [5], [5]]
 
 
 def test_distractors_are_unlike_any_answer_and_each_other(prepared):

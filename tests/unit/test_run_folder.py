@@ -13,7 +13,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.launch import ray_stage
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.run import _storage_named
+from lbr_dist.training.faults import storage_named
 from lbr_dist.training.run_folder import check_folder, check_same, claim
 
 
@@ -105,10 +105,15 @@ def test_a_start_that_failed_or_was_killed_while_it_claimed_the_folder(
 )
 def test_what_every_start_meets_again_is_a_mistake_and_not_a_fault(number: int, remedy: str) -> None:
     said = f"^run/lock: .*: see to it that {remedy}, and run again"
-    with pytest.raises(UserError, match=said), _storage_named(Path("run")):
+    with pytest.raises(UserError, match=said), storage_named(Path("run")):
         raise OSError(number, os.strerror(number), "run/lock")
-    with pytest.raises(OSError, match="run/lock"), _storage_named(Path("run")):
+    with pytest.raises(OSError, match="run/lock"), storage_named(Path("run")):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run/lock")
+    with (
+        pytest.raises(UserError, match=f"^run, the temporary folder or /dev/shm: .*: see to it that {remedy}"),
+        storage_named(Path("run")),
+    ):
+        raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0\0\0", b"stage: [", b"\xff\xfe"])

@@ -78,6 +78,17 @@ def test_a_start_waits_for_the_end_of_the_attempt_before(tmp_path: Path) -> None
         assert not waiting.is_alive()
 
 
+def test_a_start_that_waits_may_be_asked_to_stop(tmp_path: Path) -> None:
+    asked = [""]
+    with holder(tmp_path), RunLock(tmp_path, lambda: asked[0]) as lock:
+        threading.Timer(0.5, asked.__setitem__, (0, "SIGTERM")).start()
+        began = time.monotonic()
+        assert not lock.take()
+        assert 0.4 < time.monotonic() - began < 10
+    with RunLock(tmp_path, lambda: asked[0]) as lock:
+        assert lock.take(), "nothing to wait for: the loop obeys, after a step"
+
+
 def test_a_machine_that_is_gone_and_one_that_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both seem to be elsewhere; one of them touches its file."""
     monkeypatch.setattr(run_lock, "PATIENCE_S", 1.5)

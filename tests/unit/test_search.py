@@ -149,6 +149,12 @@ def test_a_model_that_gives_no_numbers_is_named(tmp_path, corpus, monkeypatch):
         assert not list(tmp_path.glob("passage/*"))
 
 
+def test_the_right_option_of_a_file_is_found(tmp_path):
+    row = {"question": "which pumps", "options": ["vein", "heart"], "answer": "B"}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    assert search("bm25", tmp_path / "c.jsonl", ["heart"])[0][0].text == "heart"
+
+
 def test_bm25_searches_too(corpus):
     assert search("bm25", corpus, ["failure of the heart"], k=1)[0][0].id == "r1"
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import tarfile
 import threading
 import time
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from prepared import Bytes
 
-from lbr_dist.data import remote
+from lbr_dist.data import remote, shard_reader
 from lbr_dist.data.record import Record, normalised_hash
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shard_writer import write_set
@@ -349,6 +350,53 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(prepared: Path, server: Se
     assert not list(copy.parent.glob(".*.partial"))
 
 
+def held_below(folder: Path) -> list[str]:
+    """Files of a folder that this process has open."""
+    held = (os.path.realpath(file) for file in Path("/proc/self/fd").iterdir())
+    return [file for file in held if file.startswith(str(folder))]
+
+
+def test_all_readers_of_a_process_share_one_bound_of_open_files(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_reader, "OPEN_FILES", 4)
+    readers = [ShardReader(open_set(prepared), "gl") for _ in range(3)]
+    expected = readers[0].read([0, 10, 25])
+    for _ in range(2):
+        assert [reader.read([0, 10, 25]) for reader in readers] == [expected] * 3
+        assert len(held_below(prepared)) == 4
+    readers.pop().close()
+    assert len(held_below(prepared)) == 1
+    del readers
+    assert held_below(prepared) == []
+
+
+def test_a_process_without_files_to_open_closes_its_shards_first(prepared: Path) -> None:
+    """It said that the set had changed."""
+    one, other = (ShardReader(open_set(prepared), "gl") for _ in range(2))
+    expected = one.read([0, 10])
+    assert other.index.digests is not None  # read from a file on first use
+    limits, taken = resource.getrlimit(resource.RLIMIT_NOFILE), list[int]()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+
+    def take_all() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+
+    try:
+        take_all()
+        assert other.read([0, 10]) == expected
+        other.close()
+        take_all()
+        with pytest.raises(UserError, match=r"gl/000000\.tar: Too many open files: raise the limit \(`ulimit -n`\)"):
+            other.read([0])
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_storage_that_fails_is_no_mistake(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(file: object, *_: object) -> bytes:
         raise OSError(errno.EIO, "Input/output error", file)
@@ -503,9 +551,9 @@ def test_a_reader_holds_no_file_open_that_left_the_cache(prepared: Path, tmp_pat
     shards, folder = opened.splits["gl"].shards, tmp_path / "cache"
     reader = ShardReader(opened, "gl", folder, (shards[0].bytes + shards[1].bytes) / (1 << 30))
     assert reader.read([0, 10, 25]) == ShardReader(open_set(prepared), "gl").read([0, 10, 25])
-    held = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
-    assert len([file for file in held if file.startswith(str(folder))]) == 2
-    assert not [file for file in held if file.startswith(str(folder)) and file.endswith("(deleted)")]
+    held = held_below(folder)
+    assert len(held) == 2
+    assert not [file for file in held if file.endswith("(deleted)")]
     assert reader.read([0]) == ShardReader(open_set(prepared), "gl").read([0])
 
 

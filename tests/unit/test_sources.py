@@ -10,6 +10,7 @@ import lzma
 import os
 import re
 import tarfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import zstandard
 
 from lbr_dist.data.sources import readers
+from lbr_dist.data.sources.entity import Entity
 from lbr_dist.data.sources.fields import Converter
 from lbr_dist.data.sources.parts import Part, Source, expand
 from lbr_dist.data.sources.readers import rows
@@ -558,6 +560,23 @@ def test_content_of_another_kind(tmp_path: Path, name: str, content: bytes, prob
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=problem):
         list(read(tmp_path / name, tmp_path))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_of_fields_are_found_in_any_form(tmp_path: Path, form: Any) -> None:
+    (tmp_path / "a.csv").write_text(unicodedata.normalize(form, "Câu hỏi,Trả lời,mã\nq,a,7\n"), encoding="utf-8")
+    [(_, row)] = read(tmp_path / "a.csv", tmp_path)
+    for asked in ("NFC", "NFD"):
+        named = {"question": "Câu hỏi", "answer": "Trả lời", "id": "mã"}
+        fields = {role: unicodedata.normalize(asked, name) for role, name in named.items()}
+        record = Converter(None, fields, max_chars=10)(row)
+        assert (record.question, record.answer, record.id) == ("q", "a", "7")
+        assert Entity.parse(unicodedata.normalize(asked, "MÃ")).of(row, record) == "7"
+
+
+def test_names_of_fields_that_differ_in_form_alone_stay_two(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"e\u0301": 1, "\u00e9": 2}\n', encoding="utf-8")
+    assert read(tmp_path / "a.jsonl", tmp_path) == [(1, {"e\u0301": 1, "\u00e9": 2})]
 
 
 def test_csv_with_bad_bytes_and_ragged_lines(tmp_path: Path) -> None:

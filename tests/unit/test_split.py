@@ -79,20 +79,20 @@ def qa(question: str, answer: str) -> Record:
 
 def test_words_are_the_same_in_any_company() -> None:
     texts = ["the cat-sat on 2 mats", "", "mats", "naïve “the” mats", "中文字 x", "ไทย"]
-    hashes, offsets = word_hashes(texts)
-    words = [hashes[a:b].tolist() for a, b in pairwise(offsets)]
+    found = word_hashes(texts)
+    words = [found.hashes[a:b].tolist() for a, b in pairwise(found.offsets)]
     assert [len(part) for part in words] == [6, 0, 1, 3, 4, 3]
     assert words[0][5] == words[2][0] == words[3][2]
     assert words[0][0] == words[3][1]
-    alone = [word_hashes([text])[0].tolist() for text in texts]
+    alone = [word_hashes([text]).hashes.tolist() for text in texts]
     assert alone == words
+    assert found.counts.tolist() == [6, 0, 1, 3, 2.5, 0.75]
 
 
 def test_different_words_have_different_hashes() -> None:
     words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "abcdefghij" for c in "0123456789ab"]
-    hashes, _ = word_hashes([" ".join(words)])
-    assert len(set(hashes.tolist())) == len(words)
-    assert len(set(word_hashes(["ab ba aab aba baa"])[0].tolist())) == 5
+    assert len(set(word_hashes([" ".join(words)]).hashes.tolist())) == len(words)
+    assert len(set(word_hashes(["ab ba aab aba baa"]).hashes.tolist())) == 5
 
 
 def test_long_texts_cross_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def test_long_texts_cross_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = word_hashes(texts)
     monkeypatch.setattr(minhash, "_WORD_CHUNK", 300)
     parts = word_hashes(texts)
-    assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert all(np.array_equal(getattr(whole, name), getattr(parts, name)) for name in ("hashes", "parts", "offsets"))
 
 
 def test_estimated_similarity_is_near_the_true_one() -> None:
@@ -127,7 +127,7 @@ def test_short_texts_have_no_sketch() -> None:
 
 def test_marks_end_no_word(tmp_path: Path) -> None:
     assert not len(sketch([normalise("हिन्दी में कितने स्वर होते हैं")])[0])  # six words
-    assert len(sketch([normalise("ยาพาราเซตามอล")])[0])  # in Thai every character counts
+    assert not len(sketch([normalise("ยาพาราเซตามอล")])[0])  # thirteen characters of Thai are three words
     spoken = "إِنَّمَا الْأَعْمَالُ بِالنِّيَّاتِ وَإِنَّمَا لِكُلِّ امْرِئٍ مَا نَوَى فَمَنْ كَانَتْ هِجْرَتُهُ"
     written = "".join(letter for letter in spoken if unicodedata.category(letter) != "Mn")
     assert groups(tmp_path, [qa("a", spoken), qa("b", written)]) == [0, 0]
@@ -332,6 +332,13 @@ def test_words_of_common_texts_are_counted_in_scripts_without_spaces(tmp_path: P
     assert [text.text for text in found] == ["是的"]
 
 
+def test_a_molecule_of_one_word_is_no_common_answer(tmp_path: Path) -> None:
+    records = [qa(f"question {i}", ["yes", "ACDEFGHIKLMNPQRSTVWY" * 4][i % 2]) for i in range(60)]
+    texts, _ = table(tmp_path, records)
+    found = common_texts(texts, numbers(records), Listed(records))  # type: ignore[arg-type]
+    assert [text.text for text in found] == ["yes"]
+
+
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
@@ -376,6 +383,7 @@ def test_the_choice_depends_on_the_order_only_through_the_hash() -> None:
     [
         ({"gl": "many"}, "--gl many: give a count"),
         ({"gl": "1.5"}, "--gl 1.5: a share lies between 0 and 1"),
+        ({"eval": "-3"}, "--eval -3: must not be negative: give a count"),
         ({"gl": "0.9", "cl": "0.2"}, r"add up to more than 1 \(gl 0.9, cl 0.2, eval 0.05 \(default\)\): lower"),
         ({"eval": "1.0"}, r"\(gl rest \(default\), cl 0.25 \(default\), eval 1.0\)"),
         ({"gl": "rest", "cl": "rest"}, "only one of"),
@@ -491,6 +499,25 @@ def test_a_part_of_an_evaluation_text_is_contained() -> None:
 )
 def test_a_name_is_no_text_of_eight_words(name: str, page: str) -> None:
     assert Containment([[name]]).of([page]).tolist() == [False]
+
+
+def test_a_phrase_in_a_script_of_letters_without_spaces_is_no_text_of_eight_words() -> None:
+    phrase = "โรคเบาหวานชนิดที่สอง"  # twenty characters, some four words
+    assert Containment([[phrase]]).of([f"ผู้ป่วย{phrase}ควรออกกำลังกาย"]).tolist() == [False]
+    sentence = "โรคเบาหวานชนิดที่สองเกิดจากการดื้อต่ออินซูลิน"
+    assert Containment([[sentence]]).of([f"บทที่หนึ่ง {sentence} จบ"]).tolist() == [True]
+
+
+def test_a_template_in_a_script_without_spaces_links_no_more_than_elsewhere(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    names = ["".join(chr(0x4E00 + rng.randrange(4000)) for _ in range(4)) for _ in range(20)]
+    records = [qa(f"请问{name}的早期症状和治疗方法有哪些？", f"a {name}") for name in names]
+    records += [
+        qa(f"请问{name}病的早期症状和治疗方法有哪些？", f"b {name}") for name in names[:1]
+    ]  # 4 characters of 19
+    long = "感染幽门螺杆菌之后应该在多长时间内开始服用哪几种药物才能避免胃溃疡再次复发"
+    records += [qa(long, "c"), qa(long.replace("之", ""), "d")]
+    assert groups(tmp_path, records) == [*range(22), 21]
 
 
 def test_a_definition_in_a_script_without_spaces_is_one() -> None:

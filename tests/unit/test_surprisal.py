@@ -110,11 +110,13 @@ def test_bits_are_those_of_plain_transformers(tmp_path, start):
         assert bits == pytest.approx(bits_by_hand(folder, text, tokens, first), rel=1e-4)
 
 
-def test_a_model_without_a_limit_of_positions_measures_too(tmp_path):
+@pytest.mark.parametrize("limit", [{}, {"max_position_embeddings": -1}])
+def test_a_model_without_a_limit_of_positions_measures_too(tmp_path, limit):
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
-    settings = BloomConfig(vocab_size=416, hidden_size=32, n_layer=1, n_head=4, eos_token_id=0, initializer_range=0.2)
+    sizes = {"vocab_size": 416, "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    settings = BloomConfig(**sizes, eos_token_id=0, initializer_range=0.2, **limit)
     BloomForCausalLM(settings).save_pretrained(tmp_path)
     make_tokenizer(tmp_path)
     tokens = Tokenization.load(str(tmp_path))
@@ -127,6 +129,22 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused(made, tmp_path, tiny
     out = export(run, tmp_path / "out", check=False)
     with pytest.raises(UserError, match=r"out: its attention is bidirectional .* name the model that it was"):
         measure(str(made[0] / "qa"), str(out))
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "XLNet"])
+def test_a_bidirectional_family_is_refused(made, tmp_path, family):
+    """Their configurations say nothing of it, and transformers loads them as language models all the same."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    if family == "XLNet":
+        sizes = {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16}
+    head = "LMHeadModel" if family == "XLNet" else "ForMaskedLM"
+    settings = getattr(transformers, f"{family}Config")(vocab_size=416, pad_token_id=1, **sizes)
+    getattr(transformers, f"{family}{head}")(settings).save_pretrained(tmp_path)
+    make_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=rf"its attention is bidirectional \(family {family.lower()}\).*name a causal"):
+        measure(str(made[0] / "qa"), str(tmp_path))
 
 
 def test_bits_do_not_depend_on_company_and_a_long_text_goes_on_as_it_began(made, monkeypatch):

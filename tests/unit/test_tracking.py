@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from lbr_dist.config import Tracking
 from lbr_dist.errors import UserError
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.tracking import Tracker, duration, keep_rows, start_log
+from lbr_dist.training.tracking import Tracker, check_wandb, duration, keep_rows, start_log
 
 
 def make_tracker(folder: Path, *, done: int = 0, **tracking: Any) -> Tracker:
@@ -108,6 +109,21 @@ def test_wandb_offline_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: py
     again.close()
     assert again.wandb_id == first.wandb_id
     assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{first.wandb_id}"))) >= 1
+
+
+def test_wandb_without_a_key_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+    from wandb.errors import UsageError
+
+    def login(verify: bool) -> None:
+        assert not verify
+        raise UsageError("No API key configured.\nUse `wandb login`")
+
+    monkeypatch.setattr(wandb, "login", login)
+    with pytest.raises(UserError, match=r"wandb_project lbr: .*No API key.*wandb_mode=offline"):
+        check_wandb(Tracking(wandb_project="lbr", wandb_mode="online"))
+    check_wandb(Tracking(wandb_project="lbr", wandb_mode="offline"))
+    check_wandb(Tracking(wandb_mode="online"))
 
 
 def test_wandb_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:

@@ -23,12 +23,12 @@ SAVES = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from lbr_dist.training import collective, run, watchdog
+from lbr_dist.training import collective, position, run, watchdog  # position: slow, and imported by a save
 from lbr_dist.training.checkpoint.random_state import random_state
 watchdog.START_S = watchdog.GRACE_S = 0.5
 
 def slow(*_, **__):
-    time.sleep(6)  # more than 4 + 0.75 (how often is looked) + 0.5
+    time.sleep(3.5)  # more than 2 + 0.375 (how often is looked) + 0.5
 
 collective.on_rank_zero = lambda function: function()
 saved = SimpleNamespace(wait=slow, save=slow)
@@ -39,8 +39,8 @@ loop._s = SimpleNamespace(
     lock=SimpleNamespace(check=lambda: True), done=1, samples=1, skipped=0, wandb_id=None, job=job, checkpointer=saved,
     began_with=None, audit=SimpleNamespace(sync=lambda: None),
 )
-loop._meter, loop._write_s, run.COPY_S = SimpleNamespace(saved=lambda _: None), 60.0, 4.0
-with watchdog.Watchdog(Path(sys.argv[1]), 0, 3.0) as loop._watchdog:
+loop._meter, loop._write_s, run.COPY_S = SimpleNamespace(saved=lambda _: None), 60.0, 2.0
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 1.5) as loop._watchdog:
     loop._save(wait=sys.argv[2] == "waits")
     print("saved", flush=True)
     time.sleep(60)
@@ -52,10 +52,10 @@ import sys, time
 from pathlib import Path
 from lbr_dist.training import watchdog
 watchdog.START_S = watchdog.GRACE_S = 0.5
-with watchdog.Watchdog(Path(sys.argv[1]), 0, 4.0) as watch:
+with watchdog.Watchdog(Path(sys.argv[1]), 0, 2.5) as watch:
     watch.alive("running step 2")
     print("running", flush=True)
-    for _ in range(30):  # a sleep would be over, however long it was suspended for
+    for _ in range(15):  # a sleep would be over, however long it was suspended for
         time.sleep(0.1)
     watch.alive("running step 3")
     print("done", flush=True)
@@ -63,12 +63,12 @@ with watchdog.Watchdog(Path(sys.argv[1]), 0, 4.0) as watch:
 
 
 def test_a_run_that_was_suspended_did_not_hang(tmp_path: Path) -> None:
-    """It is woken, and its step, which takes 3 of the 4 s that it may, goes on."""
+    """It is woken, and its step, which takes 1.5 of the 2.5 s that it may, goes on."""
     run = subprocess.Popen([sys.executable, "-c", SUSPENDED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
     assert run.stdout.readline() == "running\n"
     run.send_signal(signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(3)
     run.send_signal(signal.SIGCONT)
     assert run.communicate(timeout=30)[0] == "done\n"
     assert run.returncode == 0
@@ -88,7 +88,7 @@ def test_a_copy_to_host_memory_that_does_not_end_is_a_hang(tmp_path: Path) -> No
     command = [sys.executable, "-c", SAVES, str(tmp_path), "copies"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
     assert "saved" not in done.stdout, done.stderr
-    assert "no progress for 4 s, while saving step 1" in done.stderr
+    assert "no progress for 2 s, while saving step 1" in done.stderr
     assert done.returncode == 1
 
 

@@ -66,7 +66,12 @@ def open_data(recipe: Recipe, tokenization: Tokenization) -> tuple[Plan, list[Sh
             opened = open_set(data_set.path)
             check_tokenizer(opened, tokenization)
             readers.append(ShardReader(opened, part.split_of(data_set), recipe.data.cache_dir, recipe.data.cache_gib))
-    return make_plan(recipe, readers, tokenization), readers
+    plan = make_plan(recipe, readers, tokenization)
+    plan.notes += [
+        f"{root} (eval): is the side that `lbr eval` asks about, and this run learns it"
+        for root in sorted({reader.opened.root for reader in readers if reader.split == "eval"})
+    ]
+    return plan, readers
 
 
 def make_plan(recipe: Recipe, readers: Sequence[ShardReader], tokenization: Tokenization) -> Plan:

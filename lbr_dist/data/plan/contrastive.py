@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from lbr_dist.data.plan.base import (
     Plan,
     PlannedSample,
     SampleRef,
+    Side,
     Source,
     StepPlan,
     rank_slice,
@@ -35,6 +37,18 @@ SWAP_TRIES = 256
 """Other pairs tried for one that repeats an answer of its step; then it stays, and the loss masks it."""
 CACHED_GROUPS = 256
 """Most groups whose current window is kept: their batches take turns."""
+SIDES: tuple[Side, ...] = ("query", "passage", "negative")
+"""Role of a text, by its code in `Texts`."""
+
+
+class Texts(NamedTuple):
+    """Texts, [7, texts]: set, row, x_len, z_len, side, pair, choice; and the pairs' bounds, [pairs + 1].
+
+    Of each pair the query, the passage and then its hard negatives.
+    """
+
+    columns: np.ndarray
+    starts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -43,14 +57,13 @@ class ContrastiveStep(StepPlan):
 
     step: int
     epoch: int
-    texts: list[list[PlannedSample]]
-    """Query, passage and hard negatives of each pair."""
+    texts: Texts
     micro_tokens: int
 
     @property
     def samples(self) -> int:
         """Pairs over all ranks."""
-        return len(self.texts)
+        return len(self.texts.starts) - 1
 
     @property
     def target_tokens(self) -> int:
@@ -60,23 +73,24 @@ class ContrastiveStep(StepPlan):
     @property
     def input_tokens(self) -> int:
         """Tokens of all texts with their Z."""
-        return sum(text.tokens for texts in self.texts for text in texts)
+        return int(self.texts.columns[2:4].sum())
 
     def micro_batches(self, rank: int, world: int) -> list[MicroPlan]:
         """The texts of the rank's pairs, best fit into micro-batches; every rank gets as many as the fullest one."""
-        texts, bin_N, own = self._pack(rank, world)
+        columns, bin_N, own = self._pack(rank, world)
         micros = [MicroPlan([], "contrastive") for _ in range(self._most_bins(rank, own, world))]
-        for text, number in zip(texts, bin_N.tolist(), strict=True):
+        for (set_, row, x, z, side, pair, choice), number in zip(columns.T.tolist(), bin_N.tolist(), strict=True):
+            text = PlannedSample(SampleRef(set_, row), x, z, side=SIDES[side], pair=pair, choice=choice)
             micros[number].samples.append(text)
         return micros
 
     def pairs(self, rank: int, world: int) -> range:
         """The rank's contiguous range of pair indices."""
-        return rank_slice(len(self.texts), rank, world)
+        return rank_slice(self.samples, rank, world)
 
     def refs(self) -> list[SampleRef]:
         """The record of each pair, in plan order."""
-        return [texts[0].ref for texts in self.texts]
+        return [SampleRef(*pair) for pair in self.texts.columns[:2, self.texts.starts[:-1]].T.tolist()]
 
     def _most_bins(self, rank: int, own: int, world: int) -> int:
         """Bins of the rank that needs most, where `rank` needs `own`.
@@ -84,7 +98,7 @@ class ContrastiveStep(StepPlan):
         Any two of best fit's bins hold more than one can, so n (n > 1) hold more than n / 2 full ones do: a rank
         of few tokens need not be packed to know that it has no more bins than another.
         """
-        ends_N = np.cumsum([0, *(sum(text.tokens for text in texts) for texts in self.texts)])
+        ends_N = np.append(0, np.cumsum(self.texts.columns[2:4].sum(axis=0)))[self.texts.starts]
         slices = [self.pairs(other, world) for other in range(world)]
         tokens_W = np.array([ends_N[part.stop] - ends_N[part.start] for part in slices])
         most = max(own, 1)
@@ -95,13 +109,12 @@ class ContrastiveStep(StepPlan):
                 most = max(most, self._pack(other, world)[2])
         return most
 
-    def _pack(self, rank: int, world: int) -> tuple[list[PlannedSample], np.ndarray, int]:
+    def _pack(self, rank: int, world: int) -> tuple[np.ndarray, np.ndarray, int]:
         """A rank's texts (queries, then passages, then hard negatives), the bin of each, and the number of bins."""
-        mine = [self.texts[pair] for pair in self.pairs(rank, world)]
-        texts = [texts[0] for texts in mine] + [texts[1] for texts in mine]
-        texts += [text for texts in mine for text in texts[2:]]
-        lengths_N = np.array([text.tokens for text in texts], dtype=np.int64)
-        return texts, *assign_bins(lengths_N, self.micro_tokens)
+        mine = self.pairs(rank, world)
+        columns = self.texts.columns[:, self.texts.starts[mine.start] : self.texts.starts[mine.stop]]
+        columns = columns[:, np.argsort(columns[4], kind="stable")]
+        return columns, *assign_bins(columns[2:4].sum(axis=0), self.micro_tokens)
 
 
 class ContrastivePlan(Plan):
@@ -148,11 +161,7 @@ class ContrastivePlan(Plan):
         self._groups = make_groups(recipe, self.sources, rows)
         usable = [len(s.index) if row_N is None else len(row_N) for s, row_N in zip(self.sources, rows, strict=True)]
         self._check_weights(self._groups.size(0), usable)
-        if len(self._groups) > 1:
-            self.notes.append(
-                f"batches of one {recipe.contrastive.homogeneous}: {len(self._groups)} groups, "
-                f"the smallest batch has {self._groups.smallest()} pairs"
-            )
+        self._note_options()
         self.identity = make_identity(recipe, self.sources) | {
             "contrastive.hard_negatives": recipe.contrastive.hard_negatives,
             "contrastive.instructions": (recipe.contrastive.query_instruction, recipe.contrastive.passage_instruction),
@@ -195,30 +204,23 @@ class ContrastivePlan(Plan):
         set_N, row_N, pass_N = (part[low:high] for part in self._ordered(turn.group, epoch, window))
         return ContrastiveStep(global_step, epoch, self._texts(set_N, row_N, pass_N), self._micro_tokens)
 
-    def _texts(self, set_N: np.ndarray, row_N: np.ndarray, pass_N: np.ndarray) -> list[list[PlannedSample]]:
-        lengths_5N = np.empty((5, len(row_N)), dtype=np.int64)  # query x and z, passage x and z, choice
+    def _texts(self, set_N: np.ndarray, row_N: np.ndarray, pass_N: np.ndarray) -> Texts:
+        """All texts of these pairs."""
+        parts = []
         for number, lengths in enumerate(self._lengths):
-            of_set = set_N == number
-            lengths_5N[:2, of_set] = lengths.query(row_N[of_set])
-            lengths_5N[2:, of_set] = lengths.positive(row_N[of_set], pass_N[of_set])
-        texts = []
-        columns = (set_N, row_N, pass_N, *lengths_5N)
-        for pair, (set_, row, number, query_x, query_z, passage_x, passage_z, choice) in enumerate(
-            zip(*(c.tolist() for c in columns), strict=True)
-        ):
-            ref = SampleRef(set_, row)
-            texts.append(
-                [
-                    PlannedSample(ref, query_x, query_z, side="query", pair=pair),
-                    PlannedSample(ref, passage_x, passage_z, side="passage", pair=pair, choice=choice),
-                ]
-            )
+            pair_N = np.flatnonzero(set_N == number)
+            rows, passes = row_N[pair_N], pass_N[pair_N]
+            x_N, z_N, choice_N = lengths.positive(rows, passes)
+            of_sides = [(pair_N, np.full_like(pair_N, -1), *lengths.query(rows)), (pair_N, choice_N, x_N, z_N)]
             if self._recipe.contrastive.hard_negatives:
-                texts[-1] += [
-                    PlannedSample(ref, x_len, z_len, side="negative", pair=pair, choice=which)
-                    for which, x_len, z_len in self._lengths[set_].negatives(row, number)
-                ]
-        return texts
+                place_K, *found = lengths.negatives(rows, passes)
+                of_sides.append((pair_N[place_K], *found))
+            for side, (pair_K, choice_K, x_K, z_K) in enumerate(of_sides):
+                set_K, side_K = np.full_like(pair_K, number), np.full_like(pair_K, side)
+                parts.append(np.stack([set_K, row_N[pair_K], x_K, z_K, side_K, pair_K, choice_K]))
+        columns = np.concatenate(parts, axis=1)
+        columns = columns[:, np.argsort(columns[5], kind="stable")]
+        return Texts(columns, np.append(0, np.cumsum(np.bincount(columns[5], minlength=len(set_N)))))
 
     def _check_negatives(self) -> None:
         """Count the records with fewer hard negatives than asked for.
@@ -243,6 +245,25 @@ class ContrastivePlan(Plan):
                 f"contrastive.hard_negatives={wanted}, but no record of {', '.join(s.name for s in self.sources)} has "
                 "`negatives`: mine some (lbr mine), or set it to 0"
             )
+
+    def _note_options(self) -> None:
+        """Note what `homogeneous` and `positives` come to, also where the sets leave them nothing to do."""
+        kind, count = self._recipe.contrastive.homogeneous, len(self._groups)
+        if kind != "none":
+            groups = f"{count} groups" if count > 1 else "1 group"
+            note = f"batches of one {kind}: {groups}, the smallest batch has {self._groups.smallest()} pairs"
+            if count == 1:
+                note += f"; contrastive.homogeneous={kind} keeps no pairs apart"
+                if kind == "domain" and not self._groups[0].name:
+                    note += ", since no record names a domain"
+            self.notes.append(note)
+        if self._recipe.contrastive.positives == "draw":
+            texts = [source.index.positive_tokens for source in self.sources]
+            if not any(ragged is not None and len(ragged.values) for ragged in texts):
+                self.notes.append(
+                    f"contrastive.positives=draw has no effect: no record of {', '.join(s.name for s in self.sources)} "
+                    "has `positives`"
+                )
 
     def _order(self, part: int, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """set_N, row_N, pass_N of a window's pairs of one group, in the order of its batches."""

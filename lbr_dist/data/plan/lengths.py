@@ -7,6 +7,7 @@ lengths, so a plan made from the index of another tokenizer cannot pass unnotice
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,9 @@ from lbr_dist.data.information import known_bits
 from lbr_dist.data.plan.base import Source, TooLong
 from lbr_dist.data.plan.order import key64, uniform
 from lbr_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lbr_dist.data.split_index import Ragged
 
 
 def bottleneck_lengths(bottleneck: Bottleneck, x_N: np.ndarray, bits_N: np.ndarray | None = None) -> np.ndarray:
@@ -183,48 +187,63 @@ class ContrastiveLengths:
         if self._draws is None:
             return x_N, z_N, choice_N
         index, known = self._source.index, self._source.information
-        assert index.positive_tokens is not None
-        for place in np.flatnonzero(index.positive_tokens.lengths[row_N]).tolist():
-            row = int(row_N[place])
-            tokens = index.positive_tokens[row]
-            usable = np.flatnonzero((tokens + self._passage_extra <= self._limit) | (not self._drops))
-            draw = key64(self._draws, int(pass_N[place]), str(index.ids[row])) % (len(usable) + 1)
-            if draw < len(usable):
-                chosen = usable[draw : draw + 1]
-                bits = None if known is None else known.positives[row][chosen]
-                x, z = self._both(tokens[chosen], bits, self._passage_extra)
-                choice_N[place], x_N[place], z_N[place] = chosen[0], x[0], z[0]
+        texts = index.positive_tokens
+        assert texts is not None
+        choice_M, count_N = self._usable(texts, row_N)
+        some_N = np.flatnonzero(count_N)
+        draws = zip(pass_N[some_N].tolist(), index.ids[row_N[some_N]], (count_N[some_N] + 1).tolist(), strict=True)
+        draw_N = np.array([key64(self._draws, number, str(name)) % count for number, name, count in draws], np.int64)
+        drawn = draw_N < count_N[some_N]
+        some_N = some_N[drawn]
+        choice_N[some_N] = choice_M[(np.cumsum(count_N) - count_N)[some_N] + draw_N[drawn]]
+        bits = None if known is None else known.positives
+        x_N[some_N], z_N[some_N] = self._further(texts, bits, row_N[some_N], choice_N[some_N])
         return x_N, z_N, choice_N
 
-    @property
-    def _drops(self) -> bool:
-        return self._recipe.data.too_long == "drop"
+    def negatives(self, row_N: np.ndarray, pass_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The hard negatives used with these records, each in its pass, record by record.
 
-    def negatives(self, row: int, number: int) -> list[tuple[int, int, int]]:
-        """(which negative, |X|, |Z|) of the hard negatives used with a record in its pass `number`.
+        Of a record a run of neighbours in its list, from a start that changes with the pass.
 
-        A run of neighbours in the record's list, from a start that changes with the pass.
+        Returns:
+            Of each: place of its record among the N, which of the record's negatives it is, |X| and |Z|.
         """
-        tokens, known = self._source.index.negative_tokens[row], self._source.information
-        choices = np.arange(len(tokens))
-        if self._drops:
-            choices = choices[tokens + self._passage_extra <= self._limit]
-        wanted = min(self._recipe.contrastive.hard_negatives, len(choices))
-        if not wanted:
-            return []
-        start = key64(self._key, row, number) % len(choices)
-        picked = choices[(start + np.arange(wanted)) % len(choices)]
-        bits = None if known is None else known.negatives[row][picked]
-        x, z = self._both(tokens[picked], bits, self._passage_extra)
-        return list(zip(picked.tolist(), x.tolist(), z.tolist(), strict=True))
+        texts, known = self._source.index.negative_tokens, self._source.information
+        choice_M, count_N = self._usable(texts, row_N)
+        wanted_N = np.minimum(self._recipe.contrastive.hard_negatives, count_N)
+        columns = zip(row_N.tolist(), pass_N.tolist(), count_N.tolist(), strict=True)
+        starts = [key64(self._key, row, number) % count if count else 0 for row, number, count in columns]
+        place_K = np.repeat(np.arange(len(row_N)), wanted_N)
+        turn_K = (np.array(starts, np.int64)[place_K] + _within(wanted_N)) % count_N[place_K]
+        choice_K = choice_M[(np.cumsum(count_N) - count_N)[place_K] + turn_K]
+        bits = None if known is None else known.negatives
+        return place_K, choice_K, *self._further(texts, bits, row_N[place_K], choice_K)
+
+    def _usable(self, texts: Ragged, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of each record's texts may be used, record by record, and how many of each."""
+        first_N = texts.offsets[row_N]
+        count_N = texts.offsets[row_N + 1] - first_N
+        choice_M = _within(count_N)
+        if self._recipe.data.too_long == "cut":
+            return choice_M, count_N
+        place_M = np.repeat(np.arange(len(row_N)), count_N)
+        fits_M = texts.values[first_N[place_M] + choice_M] + self._passage_extra <= self._limit
+        return choice_M[fits_M], np.bincount(place_M[fits_M], minlength=len(row_N))
+
+    def _further(
+        self, texts: Ragged, bits: Ragged | None, row_N: np.ndarray, choice_N: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """|X|, after cutting, and |Z| of one of the texts of each record."""
+        tokens_N = texts.values[texts.offsets[row_N] + choice_N]
+        bits_N = None if bits is None else bits.values[bits.offsets[row_N] + choice_N]
+        return self._both(tokens_N, bits_N, self._passage_extra)
 
     def tokens(self, row_N: np.ndarray, pass_N: np.ndarray) -> int:
         """Tokens of all texts of these records, each in its pass: query, passage and hard negatives, with their Z."""
-        total = sum(int(part_N.sum()) for part_N in (*self.query(row_N), *self.positive(row_N, pass_N)[:2]))
+        parts = [*self.query(row_N), *self.positive(row_N, pass_N)[:2]]
         if self._recipe.contrastive.hard_negatives:
-            for row, number in zip(row_N.tolist(), pass_N.tolist(), strict=True):
-                total += sum(x_len + z_len for _, x_len, z_len in self.negatives(row, number))
-        return total
+            parts += self.negatives(row_N, pass_N)[2:]
+        return sum(int(part.sum()) for part in parts)
 
     def usable(self) -> tuple[np.ndarray | None, list[TooLong]]:
         """Rows that are used (None: all) and the texts that exceed the limit.
@@ -284,3 +303,8 @@ def keep(
 
 def _lacks(*columns_N: np.ndarray) -> bool:
     return any(bool((column < 0).any()) for column in columns_N)
+
+
+def _within(count_N: np.ndarray) -> np.ndarray:
+    """0..count - 1 for each count, one behind the other."""
+    return np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N)

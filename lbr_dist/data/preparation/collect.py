@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from lbr_dist.data.preparation.minhash import MIN_WORDS, SketchBlock, Sketches, word_counts, word_hashes
+from lbr_dist.data.preparation.minhash import MIN_WORDS, SketchBlock, Sketches, word_hashes
 from lbr_dist.data.record import Record, normalise
 from lbr_dist.data.sources.fields import FIRST_OPTION
 from lbr_dist.data.sources.row_values import REASONS
@@ -233,8 +233,7 @@ def with_stem(record: Record) -> Record:
 def _stem(record: Record) -> tuple[str, ...]:
     """The stem of a multiple-choice question; one of fewer than `MIN_WORDS` words says too little."""
     stem, options, _ = compared_texts(record)[0].partition(FIRST_OPTION)
-    form = [normalise(stem)]
-    return (stem,) if options and word_counts(form, word_hashes(form)[1])[0] >= MIN_WORDS else ()
+    return (stem,) if options and word_hashes([normalise(stem)]).counts[0] >= MIN_WORDS else ()
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from lbr_dist.data.preparation.row_blocks import (
     row_blocks,
 )
 from lbr_dist.data.preparation.spool import Spool, commit, records_file
-from lbr_dist.data.record import Record, batches, normalised_hash
+from lbr_dist.data.record import Record, batches, normalise, normalised_hash
 from lbr_dist.data.sources.entity import Entity
 from lbr_dist.data.sources.fields import Converter
 from lbr_dist.data.sources.parts import Part
@@ -148,6 +148,7 @@ class DigestRows:
         self, part: PartRows, convert: Converter, bad: BadRows
     ) -> Iterator[tuple[Record, dict[str, int]]]:
         """The good rows of a part, each with its numbers."""
+        field = self._entity.field if self._entity else None
         for place, row in part.rows:
             bad.rows += 1
             try:
@@ -160,7 +161,7 @@ class DigestRows:
                 whole = None if isinstance(row, RowError) or not part.external else row
                 if whole is not None and (question := convert.question_alone(whole)) is not None:
                     bad.questions_alone += 1
-                    bad.read_as = bad.read_as or printable(convert.read_as(whole))
+                    bad.read_as = bad.read_as or printable(convert.read_as(whole, field))
                     question = with_stem(question)
                     yield question, {**self._numbers(question, row, place, part), "is_text": False}
                     continue
@@ -168,19 +169,20 @@ class DigestRows:
                 if part.first and bad.misread == bad.rows == HOPELESS:
                     raise _HopelessError from None
             else:
-                bad.read_as = bad.read_as or printable(convert.read_as(row))
+                bad.read_as = bad.read_as or printable(convert.read_as(row, field))
                 yield record, self._numbers(record, row, place, part)
 
     def _numbers(self, record: Record, row: Any, place: int, part: PartRows) -> dict[str, int]:
         name = record.id.encode()
         group = self._entity.of(row, record) if self._entity else None
+        form = None if group is None else normalise(group).encode("utf-8", "replace")
         content = "\0".join((*compared_texts(record), "", *record.negatives))
         return {
             "is_text": record.is_text,
             "external": part.external,
             "id_hash": xxhash.xxh3_64_intdigest(name),
             "content_hash": xxhash.xxh3_64_intdigest(content.encode()),
-            "entity": NO_ENTITY if group is None else xxhash.xxh3_64_intdigest(group.encode("utf-8", "replace")),
+            "entity": NO_ENTITY if form is None else xxhash.xxh3_64_intdigest(form),
             "order": xxhash.xxh3_64_intdigest(name, self._seed),
             "part": part.part,
             "line": place,

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.preparation.collect import Texts
-from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, windows, word_counts, word_hashes
+from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, windows, word_hashes
 from lbr_dist.data.preparation.split import CL, EVAL, EXTERNAL, FLUSH, GL, TEXT, UNUSED
 from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.record import batches, normalise
@@ -190,9 +190,8 @@ class InContainment:
 
 def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Hashes of the words of all texts, each text's place in them, and whether it has `MIN_WORDS` of them."""
-    forms = [normalise(text) for text in texts]
-    hashes, offsets = word_hashes(forms)
-    return hashes, offsets, word_counts(forms, offsets) >= MIN_WORDS
+    words = word_hashes([normalise(text) for text in texts])
+    return words.hashes, words.offsets, words.counts >= MIN_WORDS
 
 
 def _among(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:

@@ -9,7 +9,6 @@ cost more than the hashing itself. Sketches live on disk, so memory holds a few 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,17 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from lbr_dist.data.record import SPACELESS
+from lbr_dist.data.record import ALPHABETIC, MARKS, SPACELESS
 
-SHINGLE = 3
-"""Words in one shingle."""
+SHINGLE, SPACELESS_SHINGLE = 3, 2
+"""Words in one shingle; in scripts without spaces the characters of so many: of three they would miss most questions
+that differ in one character, of fewer they link most that share a template."""
 MIN_WORDS = 8
 """Shorter texts get no sketch: a template around one term ("What is X of Y?") would make them all alike. They are
 compared exactly."""
-WORD_CHARACTERS = 2
-"""Characters of a script without spaces that are as long as a word, where it counts how much a text says."""
+WORD_CHARACTERS, WORD_LETTERS = 2, 4
+"""Characters that are as long as a word, where it counts how much a text says: of kana and Han, and of the scripts
+without spaces that spell (Thai, Lao, Burmese, Khmer)."""
 BANDS, ROWS = 24, 5
 """24 bands of 5 rows: a pair of Jaccard similarity 0.7 is a candidate with probability 0.99, of 0.8 with 0.9999."""
 HASHES = BANDS * ROWS
@@ -37,12 +38,7 @@ CHUNK = 1 << 14
 
 _WORD = re.compile(f"[^\\W{SPACELESS}]+|[{SPACELESS}]")
 """Runs of word characters; in scripts without spaces (Thai, Lao, Burmese, Khmer, kana, Han) every character."""
-_SPACELESS_CHARACTER = re.compile(f"[{SPACELESS}]")
-_MARKS = re.compile(
-    f"(?![{SPACELESS}])["
-    + "".join(mark for mark in map(chr, range(0x300, 0x10000)) if unicodedata.category(mark) in ("Mn", "Mc"))
-    + "]"
-)
+_MARKS = re.compile(f"(?![{SPACELESS}])[{MARKS}]")
 """Marks that no letter is composed with, as the vowels of Arabic or Hindi: they end no word, and many omit them."""
 _SEEDS = np.array([xxhash.xxh3_64_intdigest(b"lbr-%d" % i) for i in range(2 * HASHES + 8)], np.uint64)
 _FACTORS, _OFFSETS, _MIX = _SEEDS[:HASHES] | np.uint64(1), _SEEDS[HASHES : 2 * HASHES], _SEEDS[-8:] | np.uint64(1)
@@ -54,37 +50,53 @@ _BASE = 0x9E3779B97F4A7C13
 _WORD_CHUNK = 1 << 19
 
 
-def word_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the words of normalised texts.
+def _parts() -> np.ndarray:
+    """By character, how many of its script are as long as a word, int64 [65536]; 1: it is one itself, or no word."""
+    parts = np.ones(1 << 16, np.int64)
+    for script, length in ((SPACELESS, WORD_CHARACTERS), (ALPHABETIC, WORD_LETTERS)):
+        for first, last in re.findall("(.)-(.)", script):
+            parts[ord(first) : ord(last) + 1] = length
+    return parts
 
-    Returns:
-        hashes uint64 [W] of all words in order, and offsets int64 [texts + 1] of each text's words in it.
-    """
+
+_PARTS = _parts()
+
+
+@dataclass(frozen=True)
+class Words:
+    """Words of texts, in order; in scripts without spaces every character is an entry, and a part of a word."""
+
+    hashes: np.ndarray
+    """uint64 [W]."""
+    parts: np.ndarray
+    """int64 [W]: how many such entries are as long as a word."""
+    offsets: np.ndarray
+    """int64 [texts + 1]: where each text's begin."""
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How many words each text has, float64 [texts]: a name of eight characters is no text of eight words."""
+        whole = WORD_CHARACTERS * WORD_LETTERS
+        return np.diff(np.concatenate([[0], np.cumsum(whole // self.parts)])[self.offsets]) / whole
+
+
+def word_hashes(texts: Sequence[str]) -> Words:
+    """The words of normalised texts."""
     encoded = [(text if text.isascii() else " ".join(_WORD.findall(_MARKS.sub("", text)))).encode() for text in texts]
-    hashes, counts = [], []
+    chunks = [(np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64))]
     first, size = 0, 0
     for number, text in enumerate(encoded):
         size += len(text)
         if size > _WORD_CHUNK or number == len(encoded) - 1:
-            chunk = _hash_words(encoded[first : number + 1])
-            hashes.append(chunk[0])
-            counts.append(chunk[1])
+            chunks.append(_hash_words(encoded[first : number + 1]))
             first, size = number + 1, 0
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([[], *counts]))]).astype(np.int64)
-    return np.concatenate([np.zeros(0, np.uint64), *hashes]), offsets
+    hashes, parts, counts = (np.concatenate(found) for found in zip(*chunks, strict=True))
+    return Words(hashes, parts, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
-def word_counts(texts: Sequence[str], offsets: np.ndarray) -> np.ndarray:
-    """How many words the normalised texts have, float64 [texts]; `offsets` are those of `word_hashes`.
-
-    A name of eight characters is no text of eight words: in scripts without spaces `WORD_CHARACTERS` are one.
-    """
-    spaceless = [0 if text.isascii() else len(_SPACELESS_CHARACTER.findall(text)) for text in texts]
-    return np.diff(offsets) - np.array(spaceless) * (1 - 1 / WORD_CHARACTERS)
-
-
-def _hash_words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Polynomial hash modulo 2^64 of every word, from one running sum over all bytes; and the words of each text."""
+def _hash_words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Polynomial hash modulo 2^64 of every word, from one running sum over all bytes; its `Words.parts`; and how many
+    each text has."""
     data = np.frombuffer(b"\n".join(texts) + b"\n", np.uint8)
     inside = _IS_WORD[data]
     edges = np.flatnonzero(np.diff(inside, prepend=False))  # starts and ends alternate; the last byte is no word
@@ -93,8 +105,12 @@ def _hash_words(texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     before = np.where(starts > 0, total[starts - 1], np.uint64(0))
     hashes = (total[ends - 1] - before) * _powers(pow(_BASE, -1, 1 << 64), len(data))[starts]
     hashes ^= hashes >> np.uint64(32)
+    parts = np.ones(len(starts), np.int64)
+    single = np.flatnonzero((ends - starts == 3) & (data[starts] >= 0xE0))  # characters of three bytes
+    lead, middle, last = (data[starts[single] + place].astype(np.int64) for place in range(3))
+    parts[single] = _PARTS[(lead & 0x0F) << 12 | (middle & 0x3F) << 6 | last & 0x3F]
     limits = np.cumsum([len(text) + 1 for text in texts])
-    return hashes, np.diff(np.searchsorted(starts, limits), prepend=0)
+    return hashes, parts, np.diff(np.searchsorted(starts, limits), prepend=0)
 
 
 def _powers(base: int, count: int) -> np.ndarray:
@@ -115,14 +131,13 @@ def sketch(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         numbers int64 [n] of the texts with at least `MIN_WORDS` words, and signatures uint32 [n, HASHES].
     """
-    hashes, offsets = word_hashes(texts)
-    lengths = np.diff(offsets)
-    numbers = np.flatnonzero(lengths >= MIN_WORDS)
+    words = word_hashes(texts)
+    numbers = np.flatnonzero(words.counts >= MIN_WORDS)
     signatures = np.empty((len(numbers), HASHES), np.uint32)
     if not len(numbers):
         return numbers, signatures
-    shingles = windows(hashes, SHINGLE)
-    counts = lengths[numbers] - SHINGLE + 1
+    shingles, offsets = _shingles(words)
+    counts = np.diff(offsets)[numbers]
     starts = np.concatenate([[0], np.cumsum(counts)])
     inside = np.arange(starts[-1]) - np.repeat(starts[:-1], counts) + np.repeat(offsets[numbers], counts)
     shingles = shingles[inside]
@@ -132,6 +147,18 @@ def sketch(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         np.add(scratch, _OFFSETS[i], out=scratch)
         signatures[:, i] = np.minimum.reduceat(scratch, starts[:-1]) >> np.uint64(32)
     return numbers, signatures
+
+
+def _shingles(words: Words) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the shingles of texts, one from each word that has enough behind it, and where each text's begin."""
+    sizes = np.where(words.parts > 1, SPACELESS_SHINGLE * words.parts, SHINGLE)
+    room = np.repeat(words.offsets[1:], np.diff(words.offsets)) - np.arange(len(sizes))
+    shingles = np.zeros(len(sizes), np.uint64)
+    for size in np.unique(sizes).tolist():
+        chosen = np.flatnonzero((sizes == size) & (room >= size))
+        shingles[chosen] = windows(words.hashes, size)[chosen]
+    enough = room >= sizes
+    return shingles[enough], np.concatenate([[0], np.cumsum(enough)])[words.offsets]
 
 
 def windows(hashes: np.ndarray, size: int) -> np.ndarray:

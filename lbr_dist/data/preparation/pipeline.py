@@ -30,6 +30,7 @@ from lbr_dist.data.preparation.split import (
     assign,
     common_texts,
     components,
+    link_of_largest,
     shortfalls,
 )
 from lbr_dist.data.preparation.spool import SpoolSlice
@@ -82,6 +83,7 @@ class Pipeline:
         self.dropped: dict[str, int] = {}
         self.short: dict[str, dict[str, int]] = {}
         self.ungrouped = 0
+        self.link: str | None = None
 
     def run(
         self,
@@ -189,8 +191,9 @@ class Pipeline:
         outside[labels[numbers.external]] = True
         self.dropped["connected_to_external_evaluation"] = int((usable & outside[labels]).sum())
         usable &= ~outside[labels]
+        self.link = link_of_largest(texts, numbers, labels, usable, common=common)
         try:
-            side = assign(labels, usable, numbers.order, self.settings.sizes)
+            side = assign(labels, usable, numbers.order, self.settings.sizes, self.link)
         except UserError as error:
             more = f"; dropped before that: {counted(self.dropped)}" * any(self.dropped.values())
             raise UserError(f"{error}{more}") from None
@@ -295,7 +298,12 @@ class Pipeline:
             },
             "short_sides": self.short,
             "dropped": self.dropped,
-            "components": {**components, "similarity": self.settings.similarity, "without_entity": self.ungrouped},
+            "components": {
+                **components,
+                "largest_linked_by": self.link,
+                "similarity": self.settings.similarity,
+                "without_entity": self.ungrouped,
+            },
             "isolation": isolation,
         }
 
@@ -304,7 +312,12 @@ def _component_report(numbers: Numbers, side: np.ndarray, labels: np.ndarray) ->
     """Size of the components over question-answer records, and how many have records on two sides (none)."""
     chosen = np.isin(side, (GL, CL, EVAL))
     if not chosen.any():
-        return {"count": 0, "largest": 0, "on_two_sides": 0}
+        return {"count": 0, "largest": 0, "of": 0, "on_two_sides": 0}
     _, counts = np.unique(labels[chosen], return_counts=True)
     pairs = np.unique(labels[chosen] * len(SIDES) + side[chosen])
-    return {"count": len(counts), "largest": int(counts.max()), "on_two_sides": len(pairs) - len(counts)}
+    return {
+        "count": len(counts),
+        "largest": int(counts.max()),
+        "of": int(counts.sum()),
+        "on_two_sides": len(pairs) - len(counts),
+    }

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from lbr_dist.data.execute import Executor, current
 from lbr_dist.data.preparation.pipeline import Pipeline, Settings
 from lbr_dist.data.preparation.row_blocks import BLOCK_CHARACTERS, BLOCK_ROWS, TOGETHER
-from lbr_dist.data.preparation.split import SIDES, parse_sizes, shown_size
+from lbr_dist.data.preparation.split import ALIKE, NEAR, SIDES, parse_sizes, shown_size
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
+from lbr_dist.data.record import exact
 from lbr_dist.data.sources.entity import Entity
 from lbr_dist.data.sources.field_names import check_fields
 from lbr_dist.data.sources.parts import Part, Source, expand
@@ -32,7 +33,7 @@ from lbr_dist.errors import UserError, printable
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 11
+VERSION = 12
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 NOT_GIVEN = "not given"
 
@@ -78,6 +79,12 @@ class PrepareReport:
             yield (
                 f"{side} has {found['records']} of the {found['asked_for']} records asked for: the largest group of "
                 f"records that belong together has {found['largest_component']} of {found['of']}"
+            )
+        found = self.data["components"]
+        if link := found["largest_linked_by"]:
+            yield (
+                f"the largest group of records that belong together has {found['largest']} of {found['of']}, most of "
+                f"them linked by {link}" + f": {ALIKE}" * (link == NEAR)
             )
         if common := self.data["isolation"]["shared_common_texts"]:
             first = f"{printable(common[0]['text'])!r}, in {common[0]['records']} records"
@@ -158,7 +165,7 @@ def prepare(
         Entity.parse(entity)
     place = check_target(Path(out))
     settings = Settings(
-        parse_sizes(sizes or {}), entity, paragraphs, similarity, max_chars, max_bad_share, printable(domain),
+        parse_sizes(sizes or {}), entity, paragraphs, similarity, max_chars, max_bad_share, exact(printable(domain)),
         printable(name or place.name), seed, shard_records, shard_mib,
     )  # fmt: skip
     tokens = Tokenization.load(tokenizer) if isinstance(tokenizer, str) else tokenizer

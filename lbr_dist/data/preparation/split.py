@@ -6,9 +6,9 @@ nothing: they all serve the first stage, and one that is too close to an evaluat
 isolation.py); otherwise a large corpus would chain unrelated records together.
 
 One exception keeps the components from collapsing into one: a *common text*, an answer such as "yes", of at most
-`COMMON_WORDS` words and shared by very many records, says nothing about two records belonging together and does not
-link. The report names every such text. A question always links: a query with very many right documents, as in TREC
-collections, would be asked on every side.
+`COMMON_WORDS` words and `COMMON_CHARACTERS` characters and shared by very many records, says nothing about two records
+belonging together and does not link. The report names every such text. A question always links: a query with very many
+right documents, as in TREC collections, would be asked on every side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lbr_dist.data.preparation.collect import NO_ENTITY, Numbers, Texts, compared_texts
-from lbr_dist.data.preparation.minhash import Sketches, word_counts, word_hashes
+from lbr_dist.data.preparation.minhash import Sketches, word_hashes
 from lbr_dist.data.preparation.spool import Spool
 from lbr_dist.data.record import normalise, normalised_hash
 from lbr_dist.errors import UserError
@@ -27,8 +27,8 @@ from lbr_dist.errors import UserError
 GL, CL, EVAL, TEXT, EXTERNAL, UNUSED = 0, 1, 2, 3, 4, 5
 """Sides. TEXT is written to `gl` too; EXTERNAL is a given evaluation set; UNUSED is written nowhere."""
 SIDES = ("gl", "cl", "eval")
-COMMON_WORDS = 6
-"""A common text has at most so many words,"""
+COMMON_WORDS, COMMON_CHARACTERS = 6, 60
+"""A common text has at most so many words and characters (a protein is one word),"""
 COMMON_RECORDS = 20
 """and is shared by more than so many records,"""
 COMMON_SHARE = 0.01
@@ -36,6 +36,12 @@ COMMON_SHARE = 0.01
 DEFAULT_SIZES: dict[str, str] = {"gl": "rest", "cl": "0.25", "eval": "0.05"}
 SHORT = 0.9
 """Share of the records asked for below which a side is said to be short."""
+LARGE = 0.1
+"""Share of the question-answer records, and more than `COMMON_RECORDS` of them, above which a component is large."""
+EQUAL, ENTITY, NEAR = "equal texts", "--entity", "near-duplicates"
+"""What may link most of it;"""
+ALIKE = "questions that share most of their words, as an instruction, need another field (--field question=NAME)"
+"""what helps against the last."""
 FLUSH = 1 << 20
 """Candidate pairs that wait to be compared together."""
 
@@ -73,6 +79,8 @@ def parse_sizes(sizes: Mapping[str, str | int | float]) -> dict[str, int | float
         except ValueError:
             raise UserError(f"--{side} {text}: give a count (5000), a share (0.2) or rest") from None
         number = parsed[side]
+        if number is not None and number < 0:
+            raise UserError(f"--{side} {text}: must not be negative: give a count (5000), a share (0.2) or rest")
         if isinstance(number, float) and not 0 <= number <= 1:
             raise UserError(f"--{side} {text}: a share lies between 0 and 1")
         if isinstance(number, float) and side not in sizes:
@@ -110,8 +118,8 @@ def common_texts(texts: Texts, numbers: Numbers, spool: Spool) -> list[CommonTex
         record = spool[int(texts.record[answers[first[position]]])]
         signed = int(hashes[position].astype(np.int64))
         text = next(text for text in compared_texts(record) if normalised_hash(text) == signed)
-        form = [normalise(text)]
-        if word_counts(form, word_hashes(form)[1])[0] <= COMMON_WORDS:
+        form = normalise(text)
+        if len(form) <= COMMON_CHARACTERS and word_hashes([form]).counts[0] <= COMMON_WORDS:
             found.append(CommonText(text, int(hashes[position]), int(counts[position])))
     return sorted(found, key=lambda common: (-common.records, common.text))
 
@@ -139,10 +147,8 @@ def components(
     Returns:
         labels int64 [records]: the smallest record number of the component (plain texts: their own).
     """
-    labels = np.arange(len(numbers.is_text))
     texts = texts.of(~numbers.is_text)
-    linking = texts.linking(common)
-    labels = _link_equal(labels, texts.record[linking], texts.hash[linking])
+    labels = _link_texts(texts, len(numbers.is_text), common)
     original = np.arange(len(alive)) if original is None else original
     repeats = original != np.arange(len(alive))
     named = np.flatnonzero((numbers.entity != NO_ENTITY) & ~numbers.is_text & (alive | repeats))
@@ -183,6 +189,28 @@ def components(
     return labels
 
 
+def link_of_largest(
+    texts: Texts, numbers: Numbers, labels: np.ndarray, usable: np.ndarray, *, common: np.ndarray
+) -> str | None:
+    """What links most of the largest component; None: it is not large (`LARGE`).
+
+    Args:
+        texts, numbers, common: as of `components`.
+        labels: what that gave.
+        usable: bool [records]: the question-answer records to share out.
+    """
+    found, counts = np.unique(labels[usable], return_counts=True)
+    if not len(counts) or counts.max() <= max(COMMON_RECORDS, LARGE * counts.sum()):
+        return None
+    largest = np.flatnonzero(usable & (labels == found[counts.argmax()]))
+    grouped = largest[numbers.entity[largest] != NO_ENTITY]
+    equal = _link_texts(texts.of(~numbers.is_text), len(labels), common)
+    for linked, link in ((equal, EQUAL), (_link_equal(equal, grouped, numbers.entity[grouped]), ENTITY)):
+        if 2 * np.unique(linked[largest], return_counts=True)[1].max() > len(largest):
+            return link
+    return NEAR
+
+
 def merge(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Join the components of records a[i] and b[i]: union-find over whole arrays (hook to the smaller root, halve)."""
     while True:
@@ -197,7 +225,11 @@ def merge(labels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def assign(
-    labels: np.ndarray, usable: np.ndarray, order: np.ndarray, sizes: Mapping[str, int | float | None]
+    labels: np.ndarray,
+    usable: np.ndarray,
+    order: np.ndarray,
+    sizes: Mapping[str, int | float | None],
+    link: str | None = None,
 ) -> np.ndarray:
     """Side of each record: components in a random but fixed order, each to the first side that still has room.
 
@@ -206,6 +238,7 @@ def assign(
         usable: bool [records]: the question-answer records to share out.
         order: uint64 [records]: a component's place is that of its first record in this order.
         sizes: as from `parse_sizes`.
+        link: as from `link_of_largest`, for the error.
 
     Returns:
         int8 [records]: `GL`, `CL`, `EVAL`, or `UNUSED` where the sizes leave a record out.
@@ -235,7 +268,7 @@ def assign(
             place[number] = SIDES.index(name)
             room[name] -= count
     side[records] = place[inverse]
-    _check_filled(wanted, place, counts)
+    _check_filled(wanted, place, counts, link)
     return side
 
 
@@ -272,8 +305,9 @@ def _check_unasked(sizes: Mapping[str, int | float | None]) -> None:
         )
 
 
-def _check_filled(wanted: Mapping[str, int], place: np.ndarray, counts: np.ndarray) -> None:
-    """See that every side that is wanted has a component; `place` and `counts` are of each its side and its records.
+def _check_filled(wanted: Mapping[str, int], place: np.ndarray, counts: np.ndarray, link: str | None) -> None:
+    """See that every side that is wanted has a component; `place` and `counts` are of each its side and its records,
+    `link` is what links most of the largest.
 
     Raises:
         UserError: none fits into a side, or those that do are on others.
@@ -290,7 +324,7 @@ def _check_filled(wanted: Mapping[str, int], place: np.ndarray, counts: np.ndarr
         raise UserError(
             f"--{name}: {problem} (of {int(counts.sum())} in all, the largest has {int(counts.max())}, the smallest "
             f"{int(counts.min())}): ask for {remedy}; or link fewer, by another --entity or a --similarity up to 1 "
-            "(equal texts always link)"
+            "(equal texts always link)" + f"; most of the largest are near-duplicates: {ALIKE}" * (link == NEAR)
         )
 
 
@@ -315,6 +349,12 @@ def _targets(sizes: Mapping[str, int | float | None], total: int) -> dict[str, i
         if size is None:
             room[name] = total - asked
     return room
+
+
+def _link_texts(texts: Texts, records: int, common: np.ndarray) -> np.ndarray:
+    """Components by equal texts alone; `texts` are of question-answer records."""
+    linking = texts.linking(common)
+    return _link_equal(np.arange(records), texts.record[linking], texts.hash[linking])
 
 
 def _link_equal(labels: np.ndarray, records: np.ndarray, keys: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Entity:
         """
         name, tilde, pattern = text.partition("~")
         try:
-            return cls(name, re.compile(pattern) if tilde else None)
+            return cls(unicodedata.normalize("NFC", name), re.compile(pattern) if tilde else None)
         except re.error as error:
             raise UserError(f"--entity {text}: not a regular expression ({error})") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -73,13 +74,14 @@ class Finder:
     """Finds roles in rows; the answer for rows of one form (their fields in order) is remembered.
 
     Args:
-        fields: role to field name, where the user named it. Commas join several fields, dots lead into objects, and an
-            empty name says that no field has the role.
+        fields: role to field name, where the user named it. Commas join several fields, dots lead into objects, unless
+            a field has that very name; an empty name says that no field has the role.
         lenient: where a row lacks a field of that name, the names that are recognised count.
     """
 
     def __init__(self, fields: Mapping[str, str], *, lenient: bool = False) -> None:
-        self.fields, self._lenient = dict(fields), lenient
+        self.fields = {role: unicodedata.normalize("NFC", name) for role, name in fields.items()}
+        self._lenient = lenient
         self.met = set[str]()
         """Roles of `fields` whose field a row had."""
         self._unmet = [role for role, name in self.fields.items() if name]
@@ -88,7 +90,7 @@ class Finder:
     def meet(self, row: Mapping[str, Any]) -> None:
         """Take down which of the fields that the user named the row has, whatever its kind."""
         if self._unmet:
-            self.met.update(role for role in self._unmet if _has(row, self.fields[role].split(",")))
+            self.met.update(role for role in self._unmet if _has(row, _parts(row, self.fields[role])))
             self._unmet = [role for role in self._unmet if role not in self.met]
 
     def find(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
@@ -98,7 +100,7 @@ class Finder:
         if mapped == "":
             return None
         if mapped is not None:
-            parts = tuple(mapped.split(","))
+            parts = _parts(row, mapped)
             if _has(row, parts):
                 self.met.add(named)
                 return parts
@@ -132,6 +134,11 @@ def reach(row: Mapping[str, Any], name: str) -> Any:
             return _MISSING
         value = value[part]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _parts(row: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The fields that the user named with commas, unless one has that very name."""
+    return (name,) if _has(row, [name]) else tuple(name.split(","))
 
 
 def _has(row: Mapping[str, Any], names: Iterable[str]) -> bool:
@@ -203,6 +210,14 @@ def check_fields(fields: Mapping[str, str]) -> None:
     for role in fields:
         if role not in MAPPABLE:
             raise UserError(f"--field {role}={fields[role]}: no such role; the roles are {', '.join(MAPPABLE)}")
+
+
+def composed(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with its fields' names in NFC, as far as they stay different."""
+    if "".join(row).isascii():
+        return row
+    names = [unicodedata.normalize("NFC", name) for name in row]
+    return dict(zip(names, row.values(), strict=True)) if len({*names}) == len(row) else row
 
 
 def check_distinct(names: Iterable[str], where: str) -> None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lbr_dist.data.record import Record, content_id
+from lbr_dist.data.record import Record, content_id, exact
 from lbr_dist.data.sources import field_names, row_values
 from lbr_dist.data.sources.chat import unfold
 from lbr_dist.data.sources.field_names import CODED, INDICES, NAMES, Finder, listed
@@ -114,9 +114,9 @@ class Converter:
         except RowError:
             return None
 
-    def read_as(self, row: Mapping[str, Any]) -> str:
-        """In words, the kind and the fields of a row of which a record was made."""
-        return read_as(row, self._unfolded(row), self.kind, self._finder)
+    def read_as(self, row: Mapping[str, Any], entity: str | None = None) -> str:
+        """In words, the kind and the fields of a row of which a record was made; `entity` is the field of its group."""
+        return read_as(row, self._unfolded(row), self.kind, self._finder, entity)
 
     def detect(self, row: Mapping[str, Any]) -> str:
         """The kind that the row's fields tell.
@@ -311,7 +311,7 @@ class Converter:
         value = self._get(row, role, optional=True)
         if row_values.blank(value) or value in ([], {}):
             return default
-        return self._text(value if isinstance(value, str) else json.dumps(value, default=str), role)
+        return exact(self._text(value if isinstance(value, str) else json.dumps(value, default=str), role))
 
     def _id(self, row: Mapping[str, Any], *content: str) -> str:
         value = self._get(row, "id", optional=True)

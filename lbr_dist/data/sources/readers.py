@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lbr_dist.data.sources import beir, compressed
 from lbr_dist.data.sources.csv_rows import csv_rows
-from lbr_dist.data.sources.field_names import check_distinct
+from lbr_dist.data.sources.field_names import check_distinct, composed
 from lbr_dist.data.sources.json_rows import Numbered, Row, json_lines, json_object, json_rows
 from lbr_dist.data.sources.parts import Part
 from lbr_dist.data.sources.row_values import CONVERT, RowError, unseen
@@ -65,7 +65,7 @@ DAMAGE: tuple[type[Exception], ...] = (
 
 
 def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
-    """Rows of a part.
+    """Rows of a part, the names of their fields in Unicode's NFC.
 
     Args:
         paragraphs: plain text holds documents separated by blank lines; otherwise one document per line.
@@ -78,6 +78,11 @@ def rows(part: Part, *, paragraphs: bool = False) -> Numbered:
     if part.format == "beir":
         yield from beir.rows(part, rows)
         return
+    for place, row in _rows(part, paragraphs):
+        yield place, row if isinstance(row, RowError) else composed(row)
+
+
+def _rows(part: Part, paragraphs: bool) -> Numbered:
     try:
         _refuse_pointer(part)
         if part.dataset is not None:

@@ -44,8 +44,11 @@ MAP = 20
 EACH = "write one row for each"
 
 
-def read_as(row: Mapping[str, Any], unfolded: Mapping[str, Any], kind: str | None, finder: Finder) -> str:
-    """The kind of a row and the fields that it was read from, those of `unfolded` by their names in `row`.
+def read_as(
+    row: Mapping[str, Any], unfolded: Mapping[str, Any], kind: str | None, finder: Finder, entity: str | None = None
+) -> str:
+    """The kind of a row and the fields that it was read from, those of `unfolded` by their names in `row`; `entity`,
+    the field that groups rows, is used too.
 
     "question-answer (question = prompt, answer = text; not used: test, entry_point)"
     """
@@ -65,8 +68,16 @@ def read_as(row: Mapping[str, Any], unfolded: Mapping[str, Any], kind: str | Non
             used.update(name for name in row if str(name).lower() in INPUTS)
     for role in BESIDE[kind]:
         used.update(finder.find(row, role) or ())
+    if entity is not None:
+        first = entity if _named(row, entity) else entity.split(".")[0]
+        used.update(_named(row, first))
     left = {name: None for name in row if name not in used}
     return f"{kind or 'question alone'} ({', '.join(shown)}{f'; not used: {listed(left)}' if left else ''})"
+
+
+def _named(row: Mapping[str, Any], name: str) -> list[str]:
+    """The field of that name, in capitals or not."""
+    return [name] if name in row else [other for other in row if str(other).lower() == name.lower()][:1]
 
 
 def may_ask(row: Mapping[str, Any], text: str) -> str | None:

@@ -26,8 +26,9 @@ from lbr_dist.training.checkpoint.weights import (
     read_rank_state,
     tensor_name,
 )
-from lbr_dist.training.checkpoint.writer import CheckpointWriter, GlooTeam, Snapshot, TensorFile
+from lbr_dist.training.checkpoint.writer import SLOWEST_WRITE, CheckpointWriter, Snapshot, TensorFile
 from lbr_dist.training.checkpoint.zero_state import open_engine
+from lbr_dist.training.collective import GlooTeam
 
 if TYPE_CHECKING:
     from lbr_dist import config
@@ -57,7 +58,7 @@ class Checkpointer:
     """
 
     def __init__(self, run_dir: Path, engine: Any, settings: config.Checkpoint, *, extra_files: dict[str, bytes]):
-        self._team = GlooTeam()
+        self._team = GlooTeam(SLOWEST_WRITE)
         self._engine, self._settings, self._extra = engine, settings, dict(extra_files)
         self._state = open_engine(engine, self._team.rank, self._team.world)
         self._parameters = self._state.parameters()
@@ -229,7 +230,7 @@ def start_from(engine: Any, path_or_run: str | Path) -> tuple[Path, list[str], l
     Raises:
         UserError: nothing to read there, it is damaged, or another one on some rank, or a parameter has another shape.
     """
-    team = GlooTeam()
+    team = GlooTeam(SLOWEST_WRITE)
     found: Any = None
     if team.rank == 0:
         try:

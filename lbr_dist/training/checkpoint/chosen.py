@@ -12,7 +12,7 @@ from lbr_dist.training.checkpoint.format import Kind, Manifest, gone, read_manif
 from lbr_dist.training.run_folder import in_time
 
 if TYPE_CHECKING:
-    from lbr_dist.training.checkpoint.writer import Team
+    from lbr_dist.training.collective import Team
 
 Result = TypeVar("Result")
 

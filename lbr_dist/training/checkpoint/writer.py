@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -29,6 +29,7 @@ from lbr_dist.training.checkpoint import format as layout
 from lbr_dist.training.checkpoint.format import FileEntry, Kind, Manifest
 from lbr_dist.training.checkpoint.rotation import remove_stale, rotate
 from lbr_dist.training.checkpoint.tensor_file import NAMES, TensorSpec, write_tensors
+from lbr_dist.training.collective import Team
 from lbr_dist.training.run_folder import in_time
 
 log = logging.getLogger("lbr")
@@ -37,59 +38,6 @@ MENDABLE = (*FULL, *DENIED)
 """What a restart meets again, and the user can mend; anything else may be storage that comes back."""
 SLOWEST_WRITE = timedelta(hours=2)
 """How long a rank waits for the others' files; a rank that died is noticed at once."""
-
-
-class Team(Protocol):
-    """The ranks that write one checkpoint together; used from one thread at a time."""
-
-    rank: int
-    world: int
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-
-
-class Alone:
-    """A team of one."""
-
-    rank, world = 0, 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value."""
-        return [value]
-
-    def broadcast(self, value: Any) -> Any:
-        """The value."""
-        return value
-
-
-class GlooTeam:
-    """The ranks of the default process group, over a gloo group of their own. Collective to make."""
-
-    def __init__(self) -> None:
-        import torch.distributed as dist
-
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=SLOWEST_WRITE)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on every rank."""
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        import torch.distributed as dist
-
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=self._group)
-        return values[0]
 
 
 @dataclass

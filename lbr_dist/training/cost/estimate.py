@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import torch
+
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan.base import MicroPlan, StepPlan
 from lbr_dist.data.plan.joint import JointStep
@@ -47,9 +49,12 @@ def estimate(recipe: Recipe, *, world: int = 1, gpu: str = "h100") -> Estimate:
     refused: list[str] = []
     job = check(recipe, Environment(0, world, 0, world, None, "plan"), refused=refused)
     regime = load_regime(recipe, world=world, cuda=gpu != "cpu")
-    from lbr_dist.model.backbone import load_config
+    from lbr_dist.model.attention import choose_backend
+    from lbr_dist.model.backbone import DTYPES, load_config
     from lbr_dist.training.engine import check_regime
 
+    if gpu == "cpu":
+        choose_backend(recipe.model.attention, torch.device("cpu"), DTYPES[recipe.model.dtype])
     check_regime(regime)
     settings = load_config(recipe.model.path, 0)
     shape, zero = Shape.of(settings), regime.config["zero_optimization"]
