@@ -13,11 +13,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from lbr_dist.data.record import SPACELESS
 from lbr_dist.evaluation.held_out import HeldOut
-from lbr_dist.inference.bm25 import UNSPACED, words
+from lbr_dist.inference.bm25 import words
 from lbr_dist.inference.encoder import PackedEncoder
 
-_UNSPACED = re.compile(f"[{UNSPACED}]")
+_SPACELESS = re.compile(f"[{SPACELESS}]")
 
 NEW_TOKENS = 256
 """Most tokens of an answer; fewer where no reference is as long, or the run learned none as long."""
@@ -72,7 +73,7 @@ def text_scores(hypotheses: Sequence[str], references: Sequence[str]) -> dict[st
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     pairs = zip(references, hypotheses, strict=True)
     rouge = [scorer.score(reference, hypothesis)["rougeL"].fmeasure for reference, hypothesis in pairs]
-    apart = [[_UNSPACED.sub(r" \g<0> ", text) for text in texts] for texts in (hypotheses, references)]
+    apart = [[_SPACELESS.sub(r" \g<0> ", text) for text in texts] for texts in (hypotheses, references)]
     bleu = BLEU().corpus_score(apart[0], [apart[1]]).score
     return {"bleu4": float(bleu), "rouge_l": 100 * float(np.mean(rouge))}
 

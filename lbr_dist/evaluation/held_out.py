@@ -2,9 +2,9 @@
 
 Equal questions are one query, and equal answers one passage; so a query may have several right passages, and no right
 passage is ever counted as a miss. Equal means the strict form (`exact`): by case alone two molecules differ, and the
-right one must be in the corpus. Distractors from the training splits make
-the corpus as large as a real one: the model has seen them, which makes them harder, not easier, to push away. A
-benchmark is taken as it is: its own corpus, its own queries, its grades.
+right one must be in the corpus. Distractors from the training splits make the corpus as large as a real one: the model
+has seen them, which makes them harder, not easier, to push away. A benchmark is taken as it is: its own corpus, its own
+queries, its grades.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ import numpy as np
 
 from lbr_dist.data.record import MARKS, SPACELESS, normalise
 
-UNSPACED = SPACELESS
-_WORD = re.compile(rf"[{UNSPACED}]|(?:[^\W_{UNSPACED}]|[{MARKS}])+")  # to Python _ is a letter, a mark (Hindi) none
+_WORD = re.compile(rf"[{SPACELESS}]|(?:[^\W_{SPACELESS}]|[{MARKS}])+")  # to Python _ is a letter, a mark (Hindi) none
 
 
 def words(text: str) -> list[str]:
