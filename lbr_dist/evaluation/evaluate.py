@@ -6,11 +6,13 @@ with them, and the separation ratio is computed from the same ones.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ def evaluate(
     Args:
         models: specifications as in `lbr_dist.inference.loading.load_encoder`, or `bm25`.
         data: a prepared set; its eval split is used. Or a folder in the layout of BEIR, `FOLDER` or `FOLDER@SPLIT`.
-        out: folder for the results; results of an earlier evaluation of the same data in it are replaced.
+        out: folder for the results; those of an earlier evaluation of the same data in it are replaced, of other data
+            moved to a folder of their own in it.
         tasks: further mteb tasks by name, and folders in the layout of BEIR, evaluated on the same models.
         distractors: passages to add to the corpus from the training splits.
         generate: questions to answer, by models that lbr trained; 0: none.
@@ -62,8 +65,7 @@ def evaluate(
 
     Raises:
         UserError: a number out of range, a model, a device, the set or a task that cannot be had, or an `out` that
-            cannot be written or holds the evaluation of other data. What can be checked without loading a model is
-            checked first.
+            cannot be written. What can be checked without loading a model is checked first.
     """
     from lbr_dist.evaluation.retrieval import check_data, named_task
     from lbr_dist.inference.loading import check_spec
@@ -76,8 +78,6 @@ def evaluate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; give a folder")
     held_out = load_held_out(data, distractors=distractors)
-    for name in ("eval.json", UNFINISHED):
-        _refuse_other(out / name, held_out)
     further = _titled({name: named_task(name) for name in tasks})
     for spec in models:
         if spec != "bm25":
@@ -110,6 +110,8 @@ def evaluate(
                 _keep_unfinished(results, out / UNFINISHED, spec)
             raise
     try:
+        for name in ("eval.json", UNFINISHED):
+            _set_aside(name, out, results["data"])
         write_results(results, out)
         (out / UNFINISHED).unlink(missing_ok=True)
     except OSError as error:
@@ -144,18 +146,21 @@ def write_results(results: dict[str, Any], out: Path) -> None:
         plot(results, file)
 
 
-def _refuse_other(file: Path, data: HeldOut) -> None:
-    """See that no evaluation of other data, or of these over another corpus, would be lost."""
+def _set_aside(name: str, out: Path, data: Mapping[str, Any]) -> None:
+    """Move the evaluation of other data, or of these over another corpus, from `out` to a folder of its own in it."""
     try:
-        known = read_evaluation(file, "")["data"]
+        known = read_evaluation(out / name, "")["data"]
     except UserError:  # there is none
         return
-    if (known["fingerprint"], known["passages"]) != (data.fingerprint, len(data.passages)):
-        raise UserError(
-            f"{file}: holds the evaluation of {known['name']} ({known['queries']:,} questions, {known['passages']:,} "
-            f"passages), not of this {data.name} ({len(data.queries):,}, {len(data.passages):,}): give --out another "
-            "folder, or move it away"
-        )
+    if all(known[key] == data[key] for key in ("fingerprint", "passages")):
+        return
+    readable = re.sub(r"[^\w@.-]", "_", known["name"])[:60]
+    folder = out / f"{readable}-{known['fingerprint'][:8]}-{known['passages']}"
+    folder.mkdir(exist_ok=True)
+    for other in (name,) if name == UNFINISHED else (name, "eval.md", "eval.png"):
+        with contextlib.suppress(FileNotFoundError):
+            (out / other).replace(folder / other)
+    log.warning("%s: was of other data (%s), and lies in %s now", out / name, known["name"], folder)
 
 
 def _write_json(results: dict[str, Any], file: Path) -> None:
@@ -166,6 +171,7 @@ def _write_json(results: dict[str, Any], file: Path) -> None:
 def _keep_unfinished(results: dict[str, Any], file: Path, failed: str) -> None:
     """Keep or show what was measured before a model failed; a full disk does not take the place of that failure."""
     try:
+        _set_aside(file.name, file.parent, results["data"])
         _write_json(results, file)
     except OSError as error:
         kept = _elsewhere(results, file.name)

@@ -143,23 +143,23 @@ def test_names_are_checked_before_any_model_runs(tmp_path, data, monkeypatch):
         evaluate(["bm25"], data, tmp_path / "file" / "out", progress=False)
 
 
-@pytest.mark.parametrize("name", ["eval.json", "eval.unfinished.json"])
-def test_results_of_other_data_are_not_replaced(tmp_path, data, name):
-    """Another set, another corpus; nor what is left of an evaluation that failed."""
-    shown = {"name": "other", "fingerprint": "f", "queries": 8, "answers": 8, "passages": 8}
-    before = json.dumps({"data": shown, "models": [{"name": "BM25"}]})
-    (tmp_path / name).write_text(before)
-    told = rf"{name}: holds the evaluation of other \(8 questions, 8 passages\), not of this toy \(50, 50\): give --out"
-    with pytest.raises(UserError, match=told):
-        evaluate(["never-loaded"], data, tmp_path, progress=False)
-    assert (tmp_path / name).read_text() == before
-    shown.update(name="toy", fingerprint=load_held_out(data).fingerprint, passages=80)
-    (tmp_path / name).write_text(json.dumps({"data": shown, "models": [{"name": "BM25"}]}))
-    with pytest.raises(UserError, match=r"holds the evaluation of toy \(.*80 passages\), .* \(50, 50\)"):
-        evaluate(["never-loaded"], data, tmp_path, progress=False)
-    with pytest.raises(UserError, match="no such folder"):
-        evaluate(["never-loaded"], data, tmp_path, distractors=30, progress=False)
-    assert [file.name for file in tmp_path.iterdir()] == [name]
+def test_results_of_other_data_are_set_aside(tmp_path, data):
+    """Another set, or another corpus; also what is left of an evaluation that failed."""
+    out = tmp_path / "out"
+    evaluate(["bm25"], data, out, progress=False)
+    before = {name: (out / name).read_bytes() for name in ("eval.json", "eval.md", "eval.png")}
+    other = json.loads(before["eval.json"])
+    other["data"] |= {"name": "a/b", "fingerprint": "0123456789"}
+    (out / "eval.unfinished.json").write_text(json.dumps(other))
+    evaluate(["bm25"], data, out, distractors=20, progress=False)
+    assert json.loads((out / "eval.json").read_text())["data"]["passages"] == 70
+    fingerprint = load_held_out(data).fingerprint
+    aside = out / f"toy-{fingerprint[:8]}-50"
+    assert {file.name: file.read_bytes() for file in aside.iterdir()} == before
+    assert json.loads((out / "a_b-01234567-50" / "eval.unfinished.json").read_text()) == other
+    evaluate(["bm25"], data, out, distractors=20, progress=False)
+    assert {file.name for file in out.iterdir()} == {*before, aside.name, "a_b-01234567-50"}
+    assert "| BM25 |" in report([out, aside], tmp_path / "report")
 
 
 def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeypatch):
