@@ -92,7 +92,7 @@ def test_encode(place: Path, tmp_path: Path, executor: Any) -> None:
     there = encode_file(model, source, tmp_path / "there.parquet", executor=executor, **options)
     assert (here.texts, here.width) == (there.texts, there.width) == (92, 32)
     assert (tmp_path / "here.parquet").read_bytes() == (tmp_path / "there.parquet").read_bytes()
-    with pytest.raises(UserError, match=r"a.jsonl: line 8: field 'answer' is missing"):
+    with pytest.raises(UserError, match=r"a.jsonl: line 8: .*a field is missing"):
         encode_file(model, place / "a.jsonl", tmp_path / "bad.parquet", executor=executor, **options)
 
 
