@@ -145,6 +145,9 @@ def rank_main(rank: int, world: int, port: int, stage: int | None, folder: str, 
             times.append((time.process_time() - begin[0], time.perf_counter() - begin[1]))
     middle = [statistics.median(values) for values in zip(*times, strict=True)]
     (Path(folder) / f"times-{rank}.json").write_text(json.dumps(middle))
+    if stage is not None:  # what is left of gloo's threads when the interpreter ends may abort it
+        engine.destroy()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
