@@ -26,6 +26,7 @@ from lbr_dist.inference.model_folder import EXPORT_RECIPE
 from lbr_dist.model.tokenizer import BEGINNINGS, Tokenization
 from lbr_dist.recipes import load_recipe, save_recipe
 from lbr_dist.training.checkpoint.chosen import with_checkpoint
+from lbr_dist.training.ds_config import name_accelerator
 
 if TYPE_CHECKING:
     from lbr_dist.config import Recipe
@@ -207,6 +208,7 @@ def _write_model(loaded: Run, folder: Path, count: int, dtype: str) -> Any:
     fold(backbone, z_KD, ids, Tokenization.load(str(folder)).vocabulary)
     if loaded.tokenization.eos_id is not None:  # what ended every Y in training; the base may name another
         backbone.generation_config.eos_token_id = loaded.tokenization.eos_id
+    name_accelerator()  # transformers asks DeepSpeed, if there is one, how the model is sharded
     backbone.to(getattr(torch, dtype)).save_pretrained(str(folder), max_shard_size="4GB")
     name_rotary_base(folder / "config.json")
     return backbone

@@ -428,6 +428,15 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_model_dir, size):
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
+def test_the_command_says_where_the_export_lies_and_nothing_else(tmp_path, tiny_model_dir):
+    """transformers imports DeepSpeed, which tells of a machine without a GPU."""
+    run = make_run(tmp_path / "run", tiny_model_dir("llama"))
+    command = [sys.executable, "-m", "lbr_dist", "export", str(run), str(tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.stdout, done.stderr) == (f"written: {tmp_path}/out\n", "")
+
+
 def test_the_check_finds_a_tokenizer_that_joins_instruction_and_text(tmp_path):
     """A tokenizer without pre-tokenizer may merge across the seam; the run never does."""
     from conftest import make_model
