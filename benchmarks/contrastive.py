@@ -34,7 +34,8 @@ from torch import Tensor
 
 from benchmarks import common, lengths
 from lbr_dist.config import Contrastive
-from lbr_dist.data.assemble import SIDES, LocalBatch
+from lbr_dist.data.assemble import LocalBatch
+from lbr_dist.data.plan.base import SIDES
 from lbr_dist.data.plan.packing import assign_bins
 from lbr_dist.model.batching import pad
 from lbr_dist.model.bottleneck import LbrModel

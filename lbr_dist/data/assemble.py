@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.plan.base import PlannedSample, Source, Task
+from lbr_dist.data.plan.base import SIDES, PlannedSample, Source, Task
 from lbr_dist.data.record import normalised_hash
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.errors import UserError
 from lbr_dist.model.layout import PackedBatch, Sample, pack
 from lbr_dist.model.tokenizer import Tokenization
-
-SIDES = {"x": 0, "query": 1, "passage": 2, "negative": 3}
-"""Codes of `LocalBatch.side_S`; a dummy batch's one sample has -1."""
 
 
 @dataclass
@@ -34,7 +31,7 @@ class LocalBatch:
         packed: token stream, segments, targets.
         samples: what the plan asked for.
         ids: record id of each sample, for the audit.
-        side_S: code of the sample's role, see `SIDES`.
+        side_S: code of the sample's role (`SIDES`); of a dummy's one sample -1.
         pair_S: stage 2: pair among the rank's own pairs, from 0; -1 in stage 1 and in a dummy.
         answer_hash_S: hash of the record's normalised answer; a hard negative's own text. Equal: counts as the same.
         question_hash_S: of a query: hash of the normalised question; else 0.

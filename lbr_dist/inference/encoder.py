@@ -141,7 +141,7 @@ class PaddedEncoder:
         """
         from transformers import AutoModel
 
-        from lbr_dist.model.plain import load_plain
+        from lbr_dist.model.plain import load_plain, position_limit
 
         self.tokenization = Tokenization.load(path)
         self.model = load_plain(AutoModel, path, device, f"model hf:{path}")
@@ -152,8 +152,7 @@ class PaddedEncoder:
                 f"model hf:{path}: is a {settings.model_type}, and not a causal language model of text alone: name one "
                 "that is"
             )
-        limit = getattr(settings, "max_position_embeddings", None)
-        positions = limit if limit and limit > 0 else max_tokens  # XLNet says -1
+        positions = position_limit(settings) or max_tokens
         learned: Any = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         if getattr(learned, "padding_idx", None) is not None:  # RoBERTa's begin behind it
             positions -= learned.padding_idx + 1

@@ -17,6 +17,12 @@ POOLER = "pooler."
 """Weights of BERT's family that our poolings do not use, and that many checkpoints lack."""
 
 
+def position_limit(settings: Any) -> int | None:
+    """Most tokens that a model has positions for, by its configuration; None: no limit (BLOOM; XLNet says -1)."""
+    limit: int | None = getattr(settings, "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None
+
+
 def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> Any:
     """Load a model of `kind` (`transformers.AutoModel` or one for a task).
 

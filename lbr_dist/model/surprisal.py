@@ -15,7 +15,7 @@ import torch
 
 from lbr_dist.errors import UserError
 from lbr_dist.model.batching import batches, pad
-from lbr_dist.model.plain import load_plain
+from lbr_dist.model.plain import load_plain, position_limit
 from lbr_dist.model.tokenizer import Tokenization
 
 WINDOW = 1024
@@ -61,8 +61,8 @@ class Scorer:
         self._start = tokenization.bos or ([] if tokenization.eos_id is None else [tokenization.eos_id])
         vocabulary = settings.vocab_size
         self._first = 0.0 if self._start else log2(vocabulary)  # of a token that nothing comes before
-        positions = getattr(settings, "max_position_embeddings", None)  # BLOOM has no such limit, XLNet -1
-        self._window = min(WINDOW, positions - len(self._start)) if positions and positions > 0 else WINDOW
+        positions = position_limit(settings)
+        self._window = min(WINDOW, positions - len(self._start)) if positions else WINDOW
         self._batch_tokens = LOGITS[self._model.device.type] // vocabulary
 
     def bits(self, texts: Sequence[Sequence[int]]) -> np.ndarray:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lbr_dist.config import Contrastive
-from lbr_dist.data.assemble import SIDES, LocalBatch
+from lbr_dist.data.assemble import LocalBatch
+from lbr_dist.data.plan.base import SIDES, Side
 from lbr_dist.objectives.infonce import NO_KEY, info_nce
 
 
@@ -113,7 +114,7 @@ def _known(known_M2: Tensor, queries: int) -> Tensor:
     return known_QK
 
 
-def _of_side(side: str, side_S: Tensor, pair_S: Tensor) -> Tensor:
+def _of_side(side: Side, side_S: Tensor, pair_S: Tensor) -> Tensor:
     """Rows of one side, ordered by pair."""
     rows = (side_S == SIDES[side]).nonzero()[:, 0]
     return rows[torch.argsort(pair_S[rows], stable=True)]

@@ -7,7 +7,8 @@ import torch
 from ranks import run_ranks
 from test_gradcache import cached_step, engine_of
 
-from lbr_dist.data.assemble import SIDES, LocalBatch
+from lbr_dist.data.assemble import LocalBatch
+from lbr_dist.data.plan.base import SIDES
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import Sample, pack
 from lbr_dist.objectives.contrastive import contrastive_loss

@@ -9,9 +9,10 @@ import torch
 from conftest import make_tokenizer
 
 from lbr_dist.config import Contrastive, Recipe
-from lbr_dist.data.assemble import SIDES, LocalBatch
+from lbr_dist.data.assemble import LocalBatch
 from lbr_dist.data.loader import Loader
 from lbr_dist.data.plan import open_data
+from lbr_dist.data.plan.base import SIDES
 from lbr_dist.data.record import Record, normalised_hash
 from lbr_dist.data.shard_writer import write_set
 from lbr_dist.model.layout import Sample, pack

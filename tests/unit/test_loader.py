@@ -19,9 +19,10 @@ import torch
 from conftest import make_tokenizer
 
 from lbr_dist.config import Recipe
-from lbr_dist.data.assemble import SIDES, Assembler, Job, LocalBatch
+from lbr_dist.data.assemble import Assembler, Job, LocalBatch
 from lbr_dist.data.loader import Loader, _Batches, check_processes
 from lbr_dist.data.plan import make_plan, open_data
+from lbr_dist.data.plan.base import SIDES
 from lbr_dist.data.record import Record, normalised_hash
 from lbr_dist.data.remote import UnreachableError
 from lbr_dist.data.shard_reader import ShardReader

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from lbr_dist.config import Bottleneck, Duration, Recipe
 from lbr_dist.data.plan import ContrastivePlan, GenerativePlan, Plan, PlannedSample, SampleRef, Source
-from lbr_dist.data.plan.contrastive import SIDES, ContrastiveStep, spread
+from lbr_dist.data.plan.base import SIDES
+from lbr_dist.data.plan.contrastive import ContrastiveStep, spread
 from lbr_dist.data.plan.lengths import bottleneck_lengths
 from lbr_dist.data.plan.order import Stream, shuffled
 from lbr_dist.data.split_index import Ragged, SplitIndex
@@ -78,9 +79,7 @@ def epoch_refs(plan: Plan, epoch: int) -> list[SampleRef]:
 def texts_of(step: ContrastiveStep) -> list[list[PlannedSample]]:
     """Query, passage and hard negatives of each pair."""
     texts: list[list[PlannedSample]] = [[] for _ in range(step.samples)]
-    for text in sorted(
-        (s for micro in step.micro_batches(0, 1) for s in micro.samples), key=lambda s: SIDES.index(s.side)
-    ):
+    for text in sorted((s for micro in step.micro_batches(0, 1) for s in micro.samples), key=lambda s: SIDES[s.side]):
         texts[text.pair].append(text)
     return texts
 

@@ -37,6 +37,8 @@ In a joint run the part's name is in front."""
 
 Side = Literal["x", "query", "passage", "negative"]
 """Role of a sample: "x" in stage 1, the other three in stage 2."""
+SIDES: dict[Side, int] = {"x": 0, "query": 1, "passage": 2, "negative": 3}
+"""Codes of the roles, in columns and tensors."""
 
 
 @dataclass(frozen=True)

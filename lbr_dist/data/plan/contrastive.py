@@ -16,12 +16,12 @@ import numpy as np
 
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan.base import (
+    SIDES,
     EpochSummary,
     MicroPlan,
     Plan,
     PlannedSample,
     SampleRef,
-    Side,
     Source,
     StepPlan,
     rank_slice,
@@ -37,12 +37,10 @@ SWAP_TRIES = 256
 """Other pairs tried for one that repeats an answer of its step; then it stays, and the loss masks it."""
 CACHED_GROUPS = 256
 """Most groups whose current window is kept: their batches take turns."""
-SIDES: tuple[Side, ...] = ("query", "passage", "negative")
-"""Role of a text, by its code in `Texts`."""
 
 
 class Texts(NamedTuple):
-    """Texts, [7, texts]: set, row, x_len, z_len, side, pair, choice; and the pairs' bounds, [pairs + 1].
+    """Texts, [7, texts]: set, row, x_len, z_len, side (of `SIDES`), pair, choice; and the pairs' bounds, [pairs + 1].
 
     Of each pair the query, the passage and then its hard negatives.
     """
@@ -78,9 +76,10 @@ class ContrastiveStep(StepPlan):
     def micro_batches(self, rank: int, world: int) -> list[MicroPlan]:
         """The texts of the rank's pairs, best fit into micro-batches; every rank gets as many as the fullest one."""
         columns, bin_N, own = self._pack(rank, world)
+        sides = [*SIDES]
         micros = [MicroPlan([], "contrastive") for _ in range(self._most_bins(rank, own, world))]
         for (set_, row, x, z, side, pair, choice), number in zip(columns.T.tolist(), bin_N.tolist(), strict=True):
-            text = PlannedSample(SampleRef(set_, row), x, z, side=SIDES[side], pair=pair, choice=choice)
+            text = PlannedSample(SampleRef(set_, row), x, z, side=sides[side], pair=pair, choice=choice)
             micros[number].samples.append(text)
         return micros
 
@@ -215,7 +214,7 @@ class ContrastivePlan(Plan):
             if self._recipe.contrastive.hard_negatives:
                 place_K, *found = lengths.negatives(rows, passes)
                 of_sides.append((pair_N[place_K], *found))
-            for side, (pair_K, choice_K, x_K, z_K) in enumerate(of_sides):
+            for side, (pair_K, choice_K, x_K, z_K) in enumerate(of_sides, SIDES["query"]):
                 set_K, side_K = np.full_like(pair_K, number), np.full_like(pair_K, side)
                 parts.append(np.stack([set_K, row_N[pair_K], x_K, z_K, side_K, pair_K, choice_K]))
         columns = np.concatenate(parts, axis=1)

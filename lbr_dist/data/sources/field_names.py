@@ -149,8 +149,14 @@ def look_up(row: Mapping[str, Any], name: str) -> Any:
     """The value of a field that the user named, in capitals or not, or in an object; None where there is none."""
     found = reach(row, name)
     if found is _MISSING:
-        found = next((reach(row, other) for other in row if str(other).lower() == name.lower()), None)
+        other = spelled(row, name)
+        return None if other is None else reach(row, other)
     return found
+
+
+def spelled(row: Mapping[str, Any], name: str) -> str | None:
+    """The row's own name of a field that the user named, in capitals or not; None: it has none."""
+    return name if name in row else next((other for other in row if str(other).lower() == name.lower()), None)
 
 
 def value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lbr_dist.data.record import SPACELESS
 from lbr_dist.data.sources.chat import CONVERSATIONS, INPUTS
-from lbr_dist.data.sources.field_names import RECOGNISED, Finder, listed
+from lbr_dist.data.sources.field_names import RECOGNISED, Finder, listed, spelled
 
 ROLES: dict[str | None, tuple[str, ...]] = {
     None: ("question", "options"),
@@ -68,16 +68,10 @@ def read_as(
             used.update(name for name in row if str(name).lower() in INPUTS)
     for role in BESIDE[kind]:
         used.update(finder.find(row, role) or ())
-    if entity is not None:
-        first = entity if _named(row, entity) else entity.split(".")[0]
-        used.update(_named(row, first))
+    if entity and (name := spelled(row, entity) or spelled(row, entity.split(".")[0])):
+        used.add(name)
     left = {name: None for name in row if name not in used}
     return f"{kind or 'question alone'} ({', '.join(shown)}{f'; not used: {listed(left)}' if left else ''})"
-
-
-def _named(row: Mapping[str, Any], name: str) -> list[str]:
-    """The field of that name, in capitals or not."""
-    return [name] if name in row else [other for other in row if str(other).lower() == name.lower()][:1]
 
 
 def may_ask(row: Mapping[str, Any], text: str) -> str | None:
