@@ -95,8 +95,6 @@ def train(
 
     with storage_named(run_dir):
         job = preflight.check(recipe, environment, resume=resume, allow_change=allow_change, then=then)
-        if environment.rank == 0:
-            tracking.check_wandb(recipe.tracking)
     tracking.start_log(run_dir, environment.rank)
     log.info("%s: %s", run_dir, environment.describe())
 

@@ -36,7 +36,7 @@ from lbr_dist.training.preflight import Job, deep_check, disagreement, resumes, 
 from lbr_dist.training.run_lock import RunLock
 from lbr_dist.training.run_recipe import RECIPE
 from lbr_dist.training.steps import Objective, make_objective
-from lbr_dist.training.tracking import Tracker
+from lbr_dist.training.tracking import Tracker, check_wandb
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -103,12 +103,13 @@ def start(
         None: this start was asked to stop while it waited for the run folder.
 
     Raises:
-        UserError: a damaged set, checkpoint or model, a checkpoint of another run, a run folder that is in use, or
-            the run after this one could not start.
+        UserError: a damaged set, checkpoint or model, a checkpoint of another run, a run folder that is in use, a
+            wandb that has no key, or the run after this one could not start.
     """
     recipe, environment = job.recipe, job.environment
     device = _meet(environment, recipe.step_timeout + 600)
     choose_backend(recipe.model.attention, device, DTYPES[recipe.model.dtype])  # refused before the load
+    on_rank_zero(lambda: check_wandb(recipe.tracking))
     if not on_rank_zero(lock.take):
         return None
     on_rank_zero(on_claim)

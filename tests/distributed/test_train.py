@@ -173,6 +173,24 @@ def test_weights_that_are_not_finite_are_told_from_bad_samples(place: tuple[Path
         assert "optim.lr" not in result["error"]
 
 
+def without_a_key(rank: int, world: int, raw: dict[str, Any]) -> list[dict[str, Any]]:
+    from wandb.errors import UsageError
+
+    with mock.patch("wandb.login", side_effect=UsageError("No API key configured.")):
+        return train_all(rank, world, [raw])
+
+
+def test_every_rank_hears_that_wandb_has_no_key(place: tuple[Path, Path, Path]) -> None:
+    """Rank 0 alone asks, and the others would wait for it; nothing is written yet."""
+    folder, *inputs = place
+    (here := folder / "ranks-no-key").mkdir()
+    online = {"wandb_project": "lbr", "wandb_mode": "online"}
+    raw = recipe(folder / "no-key", *inputs, tracking=online)
+    for (result,) in run_ranks(without_a_key, 2, here, raw, timeout=60):
+        assert "wandb_project lbr: wandb does not start (No API key" in result["error"]
+    assert not (folder / "no-key" / "recipe.yaml").exists()
+
+
 def stopped_in_time(rank: int, world: int, raw: dict[str, Any]) -> list[dict[str, Any]]:
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     return train_all(rank, world, [raw])
