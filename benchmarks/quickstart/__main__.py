@@ -6,8 +6,8 @@ is kept in `logs/`. The arms run on two cores side by side, one thread each: mod
     core A   base -> IB-GL -> LBR
     core B           GL -> GL+CL -> CL
 
-With `--seeds N` the arms are trained N times (base weights, data order) on the same split, the baselines with
-last-token pooling too, and the table shows mean and spread: that is the table in the README.
+With `--seeds N` the arms are trained N times (base weights, data order) on the same split, the baselines with other
+poolings too, and the table shows mean and spread: that is the table in the README.
 """
 
 from __future__ import annotations
@@ -38,8 +38,18 @@ ARMS = (
     ("bm25", "BM25"),
 )
 CHAINS = (("ib_gl", "lbr"), ("gl", "gl_cl", "cl"))
-LAST_TOKEN = (("cl_last", "LM + CL, last token"), ("gl_cl_last", "LM + GL + CL, last token"))
-"""With several seeds the baselines are trained with the other pooling too, at the end of the chains."""
+POOLINGS = (
+    ("cl_last", "LM + CL, last token"),
+    ("gl_cl_last", "LM + GL + CL, last token"),
+    ("cl_bottleneck", "LM + CL, bottleneck"),
+)
+"""With several seeds the baselines are trained with the other poolings too, at the end of the chains."""
+VARIANTS = {
+    "cl_last": ("cl", "contrastive.pooling=last"),
+    "gl_cl_last": ("gl_cl", "contrastive.pooling=last"),
+    "cl_bottleneck": ("lbr", "model.start_from=runs/base"),
+}
+"""The recipe that such an arm changes, and how: `cl_bottleneck` is LBR without its stage 1."""
 SEARCHES = 3
 
 
@@ -101,15 +111,15 @@ def train(lbr: Lbr, seed: int, faster: list[str], thorough: bool) -> None:
 
     def run(*names: str) -> None:
         for name in names:
-            recipe = RECIPES / f"{name.removesuffix('_last')}.yaml"
-            change = [f"output=runs/{name}", "contrastive.pooling=last"] if name.endswith("_last") else []
-            lbr(f"train-{name}-{seed}", "train", str(recipe), f"seed={seed}", *change, *faster)
+            recipe, *changes = VARIANTS.get(name, (name,))
+            changes += [f"output=runs/{name}", f"seed={seed}", *faster]
+            lbr(f"train-{name}-{seed}", "train", str(RECIPES / f"{recipe}.yaml"), *changes)
 
     with Step("train the base: next-token prediction on raw text"):
         run("base")
     with Step("train the arms, two at a time: stage 1 with and without bottleneck, then stage 2"):
-        last = [(name,) for name, _ in LAST_TOKEN] if thorough else [(), ()]
-        side_by_side(*(partial(run, *chain, *more) for chain, more in zip(CHAINS, last, strict=True)))
+        more = (("cl_last", "cl_bottleneck"), ("gl_cl_last",)) if thorough else ((), ())
+        side_by_side(*(partial(run, *chain, *arms) for chain, arms in zip(CHAINS, more, strict=True)))
 
 
 def evaluate(out: Path, lbr: Lbr, arms: Sequence[tuple[str, str]], name: str) -> dict[str, Any]:
@@ -164,7 +174,7 @@ def main() -> None:
     make_data(out, lbr)
     faster = ["duration.steps=3"] if arguments.toy else []
     thorough = arguments.seeds > 1
-    arms = ARMS + LAST_TOKEN * thorough
+    arms = ARMS + POOLINGS * thorough
     seeds = []
     for seed in range(arguments.seeds):
         if seed:
