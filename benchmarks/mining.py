@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.commands import Lbr, side_by_side
-from benchmarks.quickstart.__main__ import RECIPES, Step, evaluate, make_data, spread
+from benchmarks.quickstart.__main__ import RECIPES, Step, evaluate, make_data, scores, spread
 from lbr_dist.cli import quiet
 
 NEGATIVES = 4
@@ -97,7 +97,7 @@ def main() -> None:
         f"One stage-1 model; {arguments.seeds} seeds of stage 2 (order of the data), 25 steps of 256 pairs each; "
         f"{NEGATIVES} negatives mined per pair, {USED} used per step."
     )
-    lines = [*common.title("Do mined hard negatives help?", about), note, "", spread(seeds, ARMS)]
+    lines = [*common.title("Do mined hard negatives help?", about), note, "", spread(scores(seeds))]
     if arguments.results:
         common.save(arguments.results, "quickstart", about, seeds, lines)
     else:

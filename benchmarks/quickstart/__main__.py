@@ -38,10 +38,14 @@ ARMS = (
     ("bm25", "BM25"),
 )
 CHAINS = (("ib_gl", "lbr"), ("gl", "gl_cl", "cl"))
-POOLINGS = (
+ALL_ARMS = (
+    *ARMS[:3],
     ("cl_last", "LM + CL, last token"),
-    ("gl_cl_last", "LM + GL + CL, last token"),
+    ("cl", "LM + CL, mean"),
     ("cl_bottleneck", "LM + CL, bottleneck"),
+    ("gl_cl_last", "LM + GL + CL, last token"),
+    ("gl_cl", "LM + GL + CL, mean"),
+    *ARMS[5:],
 )
 """With several seeds the baselines are trained with the other poolings too, at the end of the chains."""
 VARIANTS = {
@@ -141,17 +145,24 @@ def show_searches(out: Path, lbr: Lbr) -> None:
         print(f"    expected for {row['question']!r}: {row['answer'][:90]}")
 
 
-def spread(seeds: list[dict[str, Any]], arms: Sequence[tuple[str, str]]) -> str:
+def scores(seeds: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """By arm and metric, the value of each seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for results in seeds:
+        for model in results["models"]:
+            values = {name: model["retrieval"][name] for name in ("ndcg_at_10", "recall_at_10")}
+            if "separation" in model:
+                values["separation_ratio"] = model["separation"]["sr"]
+            for name, value in values.items():
+                found.setdefault(model["name"], {}).setdefault(name, []).append(value)
+    return found
+
+
+def spread(found: dict[str, dict[str, list[float]]]) -> str:
     """Mean and spread over seeds as a Markdown table."""
-    count = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, mean ± standard deviation"
-    lines = [f"| model ({count}) | nDCG@10 | Recall@10 | SR |", "| --- | ---: | ---: | ---: |"]
-    for index, (_, title) in enumerate(arms):
-        models = [results["models"][index] for results in seeds]
-        cells = [
-            figure([model["retrieval"]["ndcg_at_10"] for model in models], 3),
-            figure([model["retrieval"]["recall_at_10"] for model in models], 3),
-            figure([model["separation"]["sr"] for model in models if "separation" in model], 2),
-        ]
+    lines = ["| model | nDCG@10 | Recall@10 | SR |", "| --- | ---: | ---: | ---: |"]
+    for title, of in found.items():
+        cells = [figure(of["ndcg_at_10"], 3), figure(of["recall_at_10"], 3), figure(of.get("separation_ratio", []), 2)]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -174,7 +185,7 @@ def main() -> None:
     make_data(out, lbr)
     faster = ["duration.steps=3"] if arguments.toy else []
     thorough = arguments.seeds > 1
-    arms = ARMS + POOLINGS * thorough
+    arms = ALL_ARMS if thorough else ARMS
     seeds = []
     for seed in range(arguments.seeds):
         if seed:
@@ -194,12 +205,13 @@ def main() -> None:
         lbr("export", "export", "runs/lbr", "model", "--scores", "eval/eval.json")
         lbr("report", "report", *(f"runs/{name}" for name, _ in ARMS if name != "bm25"), "eval", "--out", "report")
     print_table(seeds[0])
+    found = scores(seeds)
     if thorough:
-        print(spread(seeds, arms))
+        print(spread(found))
     if arguments.results:
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.with_suffix(".md").write_text(spread(seeds, arms) + "\n", encoding="utf-8")
-        arguments.results.with_suffix(".json").write_text(json.dumps(seeds, indent=1) + "\n", encoding="utf-8")
+        arguments.results.with_suffix(".md").write_text(spread(found) + "\n", encoding="utf-8")
+        arguments.results.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     show_searches(out, lbr)
     print(f"\nDone in {(time.monotonic() - Step.began) / 60:.1f} minutes. Look at:")
     for path, what in (("eval/eval.md", "the table"), ("eval/eval.png", "the plot"), ("report/report.png", "losses")):
