@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import lengths
 from benchmarks.common import SHAPES, add_options, head, random_model, ratio, save, table, take_turns, title
-from benchmarks.dense import collate, dense_loss
+from benchmarks.dense import collate, dense_loss, packed_loss
 from lbr_dist.config import Bottleneck
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.model.layout import PackedBatch, Sample, pack
@@ -134,18 +135,13 @@ def measure(
 def packed_side(model: LbrModel, samples: Sequence[Sample], *, hide_x: bool, device: str) -> Callable[[], Tensor]:
     """One packed stream; the loader makes it ahead of time, the backend's own tables are made in the step."""
     batch: PackedBatch = pack(samples, bottleneck_vectors=8, hide_x=hide_x).to(device)
-
-    def loss() -> Tensor:
-        batch.segments.padded = batch.segments.block_mask = None
-        return model(batch, "generate")
-
-    return loss
+    return partial(packed_loss, model, batch)
 
 
 def dense_side(model: LbrModel, samples: Sequence[Sample], device: str) -> Callable[[], Tensor]:
     """One padded batch, made ahead of time."""
     batch = collate(samples, device)
-    return lambda: dense_loss(model, batch)
+    return partial(dense_loss, model, batch)
 
 
 def even_samples(tokens: int, least: int) -> dict[str, Pair]:

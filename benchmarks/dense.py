@@ -6,14 +6,15 @@ collator would build it. Same weights, same targets, same loss head as the packe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lbr_dist.model.bottleneck import LbrModel
-from lbr_dist.model.layout import Sample
+from lbr_dist.model.layout import PackedBatch, Sample
 
 
 @dataclass
@@ -74,3 +75,20 @@ def dense_loss(model: LbrModel, batch: DenseBatch) -> Tensor:
         return plain.lm_head(output.last_hidden_state.flatten(0, 1)[batch.predict_N], batch.targets_N)
     finally:
         plain.set_attn_implementation(before)
+
+
+def packed_loss(model: LbrModel, batch: PackedBatch) -> Tensor:
+    """The same of a packed stream; what a backend derives from its segments is derived anew, as for a new batch."""
+    batch.segments.padded = batch.segments.block_mask = None
+    return model(batch, "generate")
+
+
+def backward_of(model: LbrModel, batches: Sequence[Any], loss_of: Callable[[LbrModel, Any], Tensor]) -> float:
+    """Forward and backward over all batches, whose gradients are dropped; returns the summed loss."""
+    total = 0.0
+    for batch in batches:
+        loss = loss_of(model, batch)
+        loss.backward()
+        total += float(loss)
+    model.zero_grad()
+    return total

@@ -29,10 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from benchmarks import common
+from benchmarks.dense import backward_of, collate, dense_loss, packed_loss
 from lbr_dist.config import Recipe
 from lbr_dist.data.loader import Loader
 from lbr_dist.data.plan import open_data
@@ -189,42 +188,27 @@ def speed(recipe: Recipe, tokenization: Tokenization, rounds: int) -> dict[str, 
     packed = [batch.packed for batch in local]
     samples = [sample for batch in packed for sample in unpack(batch)]
     random.Random(0).shuffle(samples)
-    padded = list(padded_batches(samples, recipe.data.bin_tokens, key=lambda s: len(s.x) + s.z + len(s.y)))
+    batches = padded_batches(samples, recipe.data.bin_tokens, key=lambda s: len(s.x) + s.z + len(s.y))
+    padded = [collate(batch) for batch in batches]
     model = LbrModel.build(recipe)
-    plain = transformers.LlamaForCausalLM.from_pretrained(recipe.model.path, attn_implementation="sdpa")
     sides: dict[str, Callable[[], float]] = {
-        "packed": lambda: run(packed, lambda batch: model(batch, "generate")),
-        "padded": lambda: run(padded, lambda batch: padded_loss(plain, model.z, batch)),
+        "packed": lambda: backward_of(model, packed, packed_loss),
+        "padded": lambda: backward_of(model, padded, dense_loss),
     }
-    losses = {side: loss() for side, loss in sides.items()}  # warms up, too
+    losses = {side: loss() for side, loss in sides.items()}
     if abs(losses["packed"] - losses["padded"]) > 1e-4 * losses["packed"]:
         raise RuntimeError(f"the two sides do not compute the same loss: {losses}")
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, loss in sides.items():
-            start = time.process_time()
-            loss()
-            seconds[side].append(time.process_time() - start)
+    seconds = common.take_turns(sides, rounds)
     rates = {side: step.input_tokens / statistics.median(times) for side, times in seconds.items()}
-    ratios = [slow / fast for fast, slow in zip(seconds["packed"], seconds["padded"], strict=True)]
+    middle, low, high = common.ratio(seconds["padded"], seconds["packed"])
     return {
         "samples": len(samples),
         "tokens": step.input_tokens,
         "packed_tokens_per_s": round(rates["packed"]),
         "padded_tokens_per_s": round(rates["padded"]),
-        "speedup": round(statistics.median(ratios), 2),
-        "speedup_range": [round(min(ratios), 2), round(max(ratios), 2)],
+        "speedup": round(middle, 2),
+        "speedup_range": [round(low, 2), round(high, 2)],
     }
-
-
-def run(batches: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> float:
-    """Forward and backward over all batches; returns the summed loss."""
-    total = 0.0
-    for batch in batches:
-        loss = loss_of(batch)
-        loss.backward()
-        total += loss.item()
-    return total
 
 
 def unpack(batch: PackedBatch) -> list[Sample]:
@@ -235,34 +219,6 @@ def unpack(batch: PackedBatch) -> list[Sample]:
         Sample(tokens[start : start + x], z, tokens[start + x + z : start + x + z + y])
         for start, x, z, y in zip(*(column.tolist() for column in columns), strict=True)
     ]
-
-
-def padded_loss(model: Any, z_KD: Tensor | None, samples: Sequence[Sample]) -> Tensor:
-    """The same loss by plain transformers: right padding, and with a bottleneck a dense mask [B, 1, L, L]."""
-    longest = max(len(s.x) + s.z + len(s.y) for s in samples)
-    tokens_BL = torch.zeros(len(samples), longest, dtype=torch.long)
-    real_BL = torch.zeros(len(samples), longest, dtype=torch.bool)
-    mask_BLL = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(samples), 1, 1)
-    z_rows, z_vectors, predict = [], [], []
-    targets: list[int] = []
-    for row, s in enumerate(samples):
-        x, y = len(s.x), len(s.x) + s.z
-        tokens_BL[row, :x], tokens_BL[row, y : y + len(s.y)] = torch.tensor(s.x), torch.tensor(s.y)
-        real_BL[row, : y + len(s.y)] = True
-        mask_BLL[row, y:, :x] = s.z == 0
-        z_rows += [row * longest + x + i for i in range(s.z)]
-        z_vectors += list(range(-s.z, 0))
-        predict += [row * longest + y - 1 + i for i in range(len(s.y))]
-        targets += s.y
-    embeds_ND = model.get_input_embeddings()(tokens_BL).flatten(0, 1)
-    mask: Tensor = real_BL  # without a bottleneck transformers derives the causal mask from the padding
-    if z_KD is not None:
-        embeds_ND = embeds_ND.index_copy(0, torch.tensor(z_rows), z_KD[torch.tensor(z_vectors)])
-        mask = mask_BLL[:, None]
-    embeds_BLD = embeds_ND.view(len(samples), longest, -1)
-    hidden_BLD = model.model(inputs_embeds=embeds_BLD, attention_mask=mask, use_cache=False).last_hidden_state
-    logits_LV = model.lm_head(hidden_BLD.flatten(0, 1)[torch.tensor(predict)])
-    return cross_entropy(logits_LV, torch.tensor(targets), reduction="sum")
 
 
 def report(results: dict[str, Any]) -> str:

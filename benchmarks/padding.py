@@ -20,15 +20,15 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks import lengths
 from benchmarks.common import SHAPES, add_options, head, random_model, ratio, save, table, take_turns, title
-from benchmarks.dense import collate, dense_loss
+from benchmarks.dense import backward_of, collate, dense_loss, packed_loss
 from lbr_dist.config import Bottleneck
 from lbr_dist.data.plan.packing import best_fit
 from lbr_dist.model.bottleneck import LbrModel
@@ -125,22 +125,8 @@ def measure(model: LbrModel, samples: list[Sample], args: argparse.Namespace) ->
     streams = [pack(members, bottleneck_vectors=8, hide_x=True).to(args.device) for members in bins]
     padded = {way: [collate(batch, args.device) for batch in batches] for way, batches in ways.items()}
 
-    def run(batches: Sequence[Any], loss_of: Callable[[Any], Tensor]) -> float:
-        total = 0.0
-        for batch in batches:
-            loss = loss_of(batch)
-            loss.backward()
-            total += float(loss)
-        model.zero_grad()
-        return total
-
-    def packed(batch: Any) -> Tensor:
-        batch.segments.padded = batch.segments.block_mask = None
-        return model(batch, "generate")
-
-    sides: dict[str, Callable[[], float]] = {"packed": lambda: run(streams, packed)}
-    for way, batches in padded.items():
-        sides[way] = lambda batches=batches: run(batches, lambda batch: dense_loss(model, batch))  # type: ignore[misc]
+    sides: dict[str, Callable[[], float]] = {"packed": partial(backward_of, model, streams, packed_loss)}
+    sides |= {way: partial(backward_of, model, batches, dense_loss) for way, batches in padded.items()}
     losses = {side: loss() for side, loss in sides.items()}
     tolerance = 1e-4 if args.device == "cpu" else 2e-2
     if any(abs(loss - losses["packed"]) > tolerance * losses["packed"] for loss in losses.values()):

@@ -35,6 +35,12 @@ def told(error: UserError | PermissionError) -> int:
     return EXIT_USER_ERROR
 
 
+def one_line(said: object, most: int = 200) -> str:
+    """What a library says, an error mostly, in one line: at most its first characters."""
+    text = " ".join(str(said).split())
+    return text if len(text) <= most else text[:most] + "..."
+
+
 def printable(text: str) -> str:
     """The text with what no UTF-8 file can hold (a file name's wrong bytes, half of a surrogate pair) written out."""
     return text.encode("utf-8", "backslashreplace").decode()

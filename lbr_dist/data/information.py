@@ -8,7 +8,6 @@ the index. Each shard's part is a file of its own that appears whole, so that a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +22,7 @@ import xxhash
 from lbr_dist.data.shard_writer import ShardInfo
 from lbr_dist.data.shards import PreparedSet
 from lbr_dist.data.split_index import Ragged, read_table
-from lbr_dist.disk import file_xxh128, sync
+from lbr_dist.disk import file_xxh128, replacing
 from lbr_dist.errors import UserError
 
 SCHEMA = pa.schema(
@@ -110,14 +109,11 @@ def write_part(path: Path, shard: ShardInfo, rows: dict[str, list[Any]]) -> None
     """Write one shard's table; it appears whole or not at all."""
     table = pa.table(rows, schema=SCHEMA)
     table = table.replace_schema_metadata(_metadata(table, shard))
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, temporary, compression="zstd")
-        sync(temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}): the set's folder has to be writable") from None
 
 

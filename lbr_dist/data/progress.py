@@ -9,17 +9,30 @@ from types import TracebackType
 
 
 class Progress:
-    """Bars for the phases of one command; a context manager."""
+    """Bars for the phases of one command; a context manager.
+
+    Args:
+        show: False: none, also on a terminal.
+        transient: they go when they are done.
+    """
+
+    def __init__(self, show: bool = True, *, transient: bool = False) -> None:
+        self._show, self._transient = show, transient
 
     def __enter__(self) -> Progress:
         self._bars = None
-        if sys.stderr.isatty():
+        if self._show and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bars
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bars = Bars(*columns, console=Console(stderr=True))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            self._bars = Bars(*columns, console=Console(stderr=True), transient=self._transient)
             self._bars.start()
         return self
 
@@ -39,3 +52,10 @@ class Progress:
         task = bars.add_task(description, total=total)
         yield lambda count: bars.advance(task, count)
         bars.update(task, total=bars.tasks[task].completed)
+
+
+@contextlib.contextmanager
+def bar(description: str, total: int | None, show: bool) -> Iterator[Callable[[int], None]]:
+    """A bar by itself, which goes when it is done; yields as `Progress.phase` does."""
+    with Progress(show, transient=True) as progress, progress.phase(description, total) as advance:
+        yield advance

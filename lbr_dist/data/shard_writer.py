@@ -204,16 +204,13 @@ def write_set(
     tokens: Tokens,
     *,
     name: str,
-    seed: int = 0,
-    source: Any = None,
     tokenizer_path: str = "",
     shard_records: int = 8192,
     shard_bytes: int = 256 << 20,
 ) -> dict[str, Any]:
     """Write every split and then the manifest into `root`, in the order given; returns the manifest.
 
-    Args:
-        source: what the set was made from, JSON-able; it becomes the manifest's `input`.
+    For tests and benchmarks, which have records: `lbr prepare` isolates the sides.
     """
     counter = TokenCounter(tokens)
     infos: dict[str, SplitInfo] = {}
@@ -226,7 +223,7 @@ def write_set(
         finally:
             writer.abandon()
     tokenizer = {"fingerprint": tokens.fingerprint, "path": tokenizer_path}
-    return write_manifest(root, infos, name=name, seed=seed, source=source, tokenizer=tokenizer)
+    return write_manifest(root, infos, name=name, seed=0, source=None, tokenizer=tokenizer)
 
 
 def write_manifest(

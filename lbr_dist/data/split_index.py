@@ -43,6 +43,21 @@ class Ragged:
         """Length of each row, int64 [rows]."""
         return np.diff(self.offsets)
 
+    def counts(self, row_N: np.ndarray) -> np.ndarray:
+        """Length of each of these rows, int64 [N]."""
+        return self.offsets[row_N + 1] - self.offsets[row_N]
+
+    def take(self, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of all that is in these rows, row by row: position of its row in `row_N` (int64), and the value."""
+        count_N = self.counts(row_N)
+        place_M = np.repeat(np.arange(len(row_N)), count_N)
+        return place_M, self.values[self.offsets[row_N][place_M] + within(count_N)]
+
+
+def within(count_N: np.ndarray) -> np.ndarray:
+    """0..count - 1 for each count, one behind the other."""
+    return np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N)
+
 
 @dataclass(frozen=True)
 class SplitIndex:

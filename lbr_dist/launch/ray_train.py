@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from lbr_dist.config import Recipe
-from lbr_dist.errors import EXIT_RUN_AGAIN, UserError
+from lbr_dist.errors import EXIT_RUN_AGAIN, UserError, one_line
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
 from lbr_dist.launch.ray_worker import CONTROLLER, claimed, is_ours, work
 from lbr_dist.training.checkpoint.format import newest, progress
@@ -273,9 +273,9 @@ def _brief(error: Exception) -> str:
     """The workers' own words, one line each; what an echo of another's end says comes last."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return " ".join(str(error).split())[:500]
+        return one_line(error, 500)
     lines = sorted(
         ((type(cause).__name__ == "ContactLostError", rank, cause) for rank, cause in failures.items()),
         key=lambda item: item[:2],
     )
-    return "; ".join(f"rank {rank}: {' '.join(str(cause).split())[:300]}" for _, rank, cause in lines)
+    return "; ".join(f"rank {rank}: {one_line(cause, 300)}" for _, rank, cause in lines)

@@ -31,6 +31,7 @@ from pathlib import Path
 
 from lbr_dist.environment import detect
 from lbr_dist.errors import EXIT_USER_ERROR, UserError
+from lbr_dist.launch.ray_cluster import OBJECT_STORE_BYTES
 from lbr_dist.launch.ray_start import address_towards, keep_to_node_address, start
 
 WAIT_S = 180.0
@@ -42,8 +43,6 @@ SOCKET = "r/session_2026-11-23_08-00-00_000000_1234567/sockets/plasma_store.9"
 """The longest path of a socket in Ray's folder: with a process id of seven digits, and the last start of a node."""
 SOCKET_BYTES = 107
 """Linux takes no longer paths of sockets."""
-OBJECT_STORE_BYTES = 256 << 20
-"""Training moves nothing through Ray's object store but small messages."""
 
 
 def start_options(environ: Mapping[str, str], address: str, ports: Sequence[int]) -> list[str]:

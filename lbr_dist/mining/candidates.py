@@ -16,40 +16,17 @@ import numpy as np
 from lbr_dist.data.record import normalised_hash
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shards import PreparedSet
+from lbr_dist.data.split_index import Ragged
 from lbr_dist.errors import UserError
 
 SIDE = "cl"
 """The side whose records get negatives, and whose answers are the passages: stage 2 trains on it."""
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """For each of `len(self)` owners a list of passages, stored flat."""
-
-    passages: np.ndarray
-    """int64: passages of owner 0, then of owner 1, ..."""
-    starts: np.ndarray
-    """int64 [owners + 1]: where each owner's begin."""
-
-    @classmethod
-    def of(cls, owner_M: np.ndarray, passage_M: np.ndarray, owners: int) -> Pairs:
-        """From (owner, passage) pairs in any order; a repeated pair counts once."""
-        unique_2M = np.unique(np.stack([owner_M, passage_M]).astype(np.int64), axis=1)
-        return cls(unique_2M[1], np.searchsorted(unique_2M[0], np.arange(owners + 1)))
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def count(self, owner_Q: np.ndarray) -> np.ndarray:
-        """Passages of each of these owners, int64 [Q]."""
-        return self.starts[owner_Q + 1] - self.starts[owner_Q]
-
-    def take(self, owner_Q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions in `owner_Q` and passages, one entry for each passage of each of these owners."""
-        first_Q, count_Q = self.starts[owner_Q], self.count(owner_Q)
-        position_M = np.repeat(np.arange(len(owner_Q)), count_Q)
-        inside_M = np.arange(len(position_M)) - np.repeat(np.cumsum(count_Q) - count_Q, count_Q)
-        return position_M, self.passages[first_Q[position_M] + inside_M]
+def passages_of(owner_M: np.ndarray, passage_M: np.ndarray, owners: int) -> Ragged:
+    """The passages of each owner, int64, from (owner, passage) pairs in any order; a repeated pair counts once."""
+    unique_2M = np.unique(np.stack([owner_M, passage_M]).astype(np.int64), axis=1)
+    return Ragged(unique_2M[1], np.searchsorted(unique_2M[0], np.arange(owners + 1)))
 
 
 @dataclass(frozen=True)
@@ -62,14 +39,14 @@ class Candidates:
     """int64: the passage that is each record's own answer."""
     question_Q: np.ndarray
     """int64: number of each record's question; records with the same normalised question share it."""
-    answers: Pairs
+    answers: Ragged
     """By question: its known answers."""
-    present: Pairs
+    present: Ragged
     """By record: negatives that it has already, of those that are passages."""
 
     def most_excluded(self, query_B: np.ndarray) -> int:
         """What `excluded` gives for the one of these queries that has the most."""
-        return int((self.answers.count(self.question_Q[query_B]) + self.present.count(query_B)).max())
+        return int((self.answers.counts(self.question_Q[query_B]) + self.present.counts(query_B)).max())
 
     def excluded(self, query_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What these queries must not get: known answers, and of the rest the negatives that they have already.
@@ -128,7 +105,7 @@ def survey(opened: PreparedSet, advance: Callable[[int], None]) -> Candidates:
 
     positive_owner_M, positive_M = passages(*further)
     count = int(question_Q.max()) + 1
-    answers = Pairs.of(
+    answers = passages_of(
         np.concatenate([question_Q, question_Q[positive_owner_M]]), np.concatenate([own_Q, positive_M]), count
     )
-    return Candidates(first_P[order_P], own_Q, question_Q, answers, Pairs.of(*passages(*present), len(own_Q)))
+    return Candidates(first_P[order_P], own_Q, question_Q, answers, passages_of(*passages(*present), len(own_Q)))

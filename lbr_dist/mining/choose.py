@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lbr_dist.disk import sync
+from lbr_dist.disk import replacing
 
 REJECTED = 3
 """Passages too near to the positive that are kept for the report, per query."""
@@ -119,10 +119,8 @@ def _first(
 
 def commit(file: Path, chosen: Chosen) -> None:
     """Keep the negatives of some queries in a file (.npz), which appears whole or not at all."""
-    temporary = file.with_name("chosen.tmp.npz")
-    np.savez(temporary, **vars(chosen))
-    sync(temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        np.savez(temporary, **vars(chosen))
 
 
 def is_committed(file: Path, queries: int) -> bool:

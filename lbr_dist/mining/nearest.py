@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 
-from lbr_dist.disk import file_xxh128, sync
+from lbr_dist.disk import file_xxh128, replacing, sync
+from lbr_dist.inference import search
+from lbr_dist.inference.search import ordered, top_k
 
 if TYPE_CHECKING:
     from lbr_dist.inference.bm25 import BM25
@@ -25,8 +27,6 @@ Kind = Literal["exact", "ivf"]
 
 EXACT_SCORES = 40_000_000_000
 """Query-passage pairs (200,000 of each) up to which `auto` compares all."""
-TILE_BYTES = 64 << 20
-"""Passage vectors in memory at a time."""
 LISTS = 4.0
 """Inverted lists, as a multiple of the square root of the number of passages;"""
 LEAST_POINTS, TRAINING_POINTS = 39, 64
@@ -62,27 +62,16 @@ def kind_for(choice: str, queries: int, passages: int) -> Kind:
 
 
 class Exact:
-    """Every passage is compared, tile by tile; equal scores come in the order of the passages."""
+    """Every passage is compared: `top_k`."""
 
     def __init__(self, queries_QD: np.ndarray, passages_PD: np.ndarray) -> None:
         """Both may be memory maps."""
         self._queries_QD, self._passages_PD = queries_QD, passages_PD
-        self._tile = max(1, TILE_BYTES // (4 * passages_PD.shape[1]))
 
     def search(self, query_B: np.ndarray, own_B: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See `Nearest`."""
-        import faiss
-
-        queries_BD = np.ascontiguousarray(self._queries_QD[query_B])
-        scores_BK = np.zeros((len(query_B), 0), np.float32)
-        rows_BK = np.zeros((len(query_B), 0), np.int64)
-        for start in range(0, len(self._passages_PD), self._tile):
-            tile_TD = np.ascontiguousarray(self._passages_PD[start : start + self._tile])
-            found = faiss.knn(queries_BD, tile_TD, min(k, len(tile_TD)), metric=faiss.METRIC_INNER_PRODUCT)
-            scores_BM = np.concatenate([scores_BK, found[0]], 1)
-            rows_BM = np.concatenate([rows_BK, found[1] + start], 1)
-            rows_BK, scores_BK = (part[:, :k] for part in _ordered(rows_BM, scores_BM))
-        return rows_BK, scores_BK, _own(queries_BD, self._passages_PD, own_B)
+        queries_BD = self._queries_QD[query_B]
+        return *top_k(queries_BD, self._passages_PD, k), _own(queries_BD, self._passages_PD, own_B)
 
 
 class Inverted:
@@ -104,7 +93,7 @@ class Inverted:
         """See `Nearest`."""
         queries_BD = np.ascontiguousarray(self._queries_QD[query_B])
         scores_BK, rows_BK = self._index.search(queries_BD, k)
-        return *_ordered(rows_BK, scores_BK), _own(queries_BD, self._passages_PD, own_B)
+        return *ordered(rows_BK, scores_BK), _own(queries_BD, self._passages_PD, own_B)
 
 
 class Lexical:
@@ -153,7 +142,7 @@ def _build(passages_PD: np.ndarray, folder: Path) -> None:
     index.train(np.ascontiguousarray(passages_PD[sample_S]))
     trained = folder / "trained.index"
     faiss.write_index(index, str(trained))
-    tile, files = max(1, TILE_BYTES // (4 * width)), []
+    tile, files = max(1, search.TILE_BYTES // (4 * width)), []
     for start in range(0, count, tile):
         block = faiss.read_index(str(trained))
         rows_TD = np.ascontiguousarray(passages_PD[start : start + tile])
@@ -164,19 +153,11 @@ def _build(passages_PD: np.ndarray, folder: Path) -> None:
     faiss.write_index(index, str(folder / INDEX))
     for name in (INDEX, INVERTED):
         sync(folder / name)
-    temporary = folder / "checksums.tmp"
-    temporary.write_text(json.dumps({name: file_xxh128(folder / name) for name in (INDEX, INVERTED)}), encoding="utf-8")
-    sync(temporary)
-    temporary.replace(folder / CHECKSUMS)
+    with replacing(folder / CHECKSUMS) as temporary:
+        checksums = {name: file_xxh128(folder / name) for name in (INDEX, INVERTED)}
+        temporary.write_text(json.dumps(checksums), encoding="utf-8")
     for file in files:
         Path(file).unlink()
-
-
-def _ordered(rows_BM: np.ndarray, scores_BM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Best first; equal scores by passage, nothing found (-1) last."""
-    scores_BM = np.where(rows_BM < 0, -np.inf, scores_BM)
-    order_BM = np.lexsort((rows_BM, -scores_BM), axis=1)
-    return np.take_along_axis(rows_BM, order_BM, 1), np.take_along_axis(scores_BM, order_BM, 1)
 
 
 def _own(queries_BD: np.ndarray, passages_PD: np.ndarray, own_B: np.ndarray) -> np.ndarray:

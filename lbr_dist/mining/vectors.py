@@ -81,4 +81,4 @@ def _join(parts: list[Path], count: int, file: Path) -> None:
     """One array file of all parts."""
     width = part_vectors(pq.read_table(parts[0])).shape[1]
     pieces = (part_vectors(pq.read_table(part)) for part in parts)
-    write_vectors(file, file.with_suffix(".tmp"), (count, width), pieces)
+    write_vectors(file, (count, width), pieces)

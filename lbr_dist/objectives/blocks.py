@@ -22,6 +22,9 @@ from torch.nn.functional import normalize
 NO_KEY = -(2**63)
 """Stands for "no hash" among the int64 keys; matches nothing."""
 
+CHUNK = 4096
+"""Rows whose gradient is turned at a time."""
+
 Term = Literal["passages", "query_query", "passage_passage"]
 
 
@@ -107,9 +110,8 @@ def make_blocks(
     return blocks
 
 
-def through_norm(grad: Tensor, unit: Tensor, rows: Tensor, chunk: int = 4096) -> None:
+def through_norm(grad: Tensor, unit: Tensor, rows: Tensor) -> None:
     """Turn the gradient of `unit = rows / |rows|` into that of `rows`, in place: (g - (g.u) u) / |rows|."""
-    for start in range(0, len(grad), chunk):
-        g, u = grad[start : start + chunk], unit[start : start + chunk]
+    for g, u, r in zip(*(tensor.split(CHUNK) for tensor in (grad, unit, rows)), strict=True):
         g.sub_(u * (g * u).sum(1, keepdim=True))
-        g.div_(torch.linalg.vector_norm(rows[start : start + chunk], dim=1, keepdim=True))
+        g.div_(torch.linalg.vector_norm(r, dim=1, keepdim=True))

@@ -11,6 +11,7 @@ until the backward (2 x batch x width numbers).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,14 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import normalize, softplus
 
-from lbr_dist.objectives.blocks import Block, Keys, make_blocks, through_norm
+from lbr_dist.objectives.blocks import Block, Keys, Term, make_blocks, through_norm
 from lbr_dist.objectives.gather import Ranks
 
 MIN_ROWS = 16
 _LOWEST = -1e30  # a finite stand-in for minus infinity: exp(-inf - _LOWEST) is 0 where exp(-inf + inf) is not a number
 
 RULES = ("same_question", "same_answer", "known_positive", "margin")
-TERMS = ("passages", "query_query", "passage_passage")
+TERMS: tuple[Term, ...] = get_args(Term)
 SUMS = (
     *(
         "row_loss",

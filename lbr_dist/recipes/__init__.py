@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.recipes.dialect import Dumper, Loader
+from lbr_dist.recipes.settings import section_of, settings
 
 FOLDER = Path(__file__).parent
 ELSEWHERE = {
@@ -201,15 +202,13 @@ def _explain(origin: str, error: dict[str, Any]) -> str:
 def _meant(key: str, valid: list[str]) -> str | None:
     """The setting that an unknown key is likely to stand for: by another program's name for it, by a name alike of its
     section, or by its own name in another section."""
-    from lbr_dist.recipes.settings import settings as every
-
     whole, last = (re.sub(r"[-.]", "_", name) for name in (key, key.rpartition(".")[2]))
     if known := ELSEWHERE.get(whole, ELSEWHERE.get(last)):
         return known
     if near := [name for name in valid if name.startswith(last)] or difflib.get_close_matches(last, valid, n=1):
         section = key.rpartition(".")[0]
         return f"{section}.{near[0]}" if section else near[0]
-    named = [setting.name for setting in every() if setting.name.rpartition(".")[2] == last]
+    named = [setting.name for setting in settings() if setting.name.rpartition(".")[2] == last]
     return named[0] if len(named) == 1 else None
 
 
@@ -221,27 +220,16 @@ def _valid_keys(loc: tuple[Any, ...]) -> list[str]:
         field = section.model_fields.get(str(part))
         if field is None:
             break
-        found = _section_type(field.annotation)
+        found = section_of(field.annotation)
         if found is None:
             break
         section = found
     return list(section.model_fields)
 
 
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section_type(inner)
-        if found is not None:
-            return found
-    return None
-
-
 def recipe_text(recipe: Recipe) -> str:
     """The resolved recipe (defaults filled in) as YAML; `load_recipe` reads the same from it."""
-    settings = recipe.model_dump(mode="json")
-    return yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:

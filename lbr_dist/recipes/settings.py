@@ -41,7 +41,7 @@ def settings(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[Se
     """All settings, section by section, in the order of the schema."""
     inner = []
     for name, field in section.model_fields.items():
-        below = _section(field.annotation)
+        below = section_of(field.annotation)
         many = below is not None and get_origin(field.annotation) is list
         path = f"{prefix}{name}{'.N' if many else ''}"
         if below is None or field.default is None:
@@ -70,7 +70,8 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: by itself, in a list, or where it may be null; None: it holds a value."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

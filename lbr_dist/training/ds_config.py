@@ -73,6 +73,17 @@ def name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def versions() -> dict[str, str]:
+    """Versions that a run's numbers depend on."""
+    name_accelerator()
+    import deepspeed
+    import torch
+
+    import lbr_dist
+
+    return {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+
+
 def resolve(given: dict[str, Any], recipe: Recipe, origin: str, *, cuda: bool) -> dict[str, Any]:
     """The configuration that DeepSpeed gets; `given` is not changed.
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from lbr_dist.config import Recipe
 from lbr_dist.environment import Environment
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, one_line
 from lbr_dist.model.bottleneck import LbrModel
 from lbr_dist.training.ds_config import Regime, name_accelerator
 from lbr_dist.training.optimizer import make_optimizer
@@ -120,7 +120,7 @@ def check_regime(regime: Regime) -> None:
     try:
         DeepSpeedConfig(copy.deepcopy(regime.config))
     except Exception as error:  # of many kinds, and all about what the file says
-        raise UserError(f"deepspeed {regime.name}: {' '.join(str(error).split())[:300]}: correct the file") from None
+        raise UserError(f"deepspeed {regime.name}: {one_line(error, 300)}: correct the file") from None
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from lbr_dist.environment import Environment
 from lbr_dist.errors import UserError
 from lbr_dist.model.hub import cached_first
 from lbr_dist.model.tokenizer import Tokenization
-from lbr_dist.training.ds_config import Regime, load_regime, name_accelerator
+from lbr_dist.training.ds_config import Regime, load_regime, name_accelerator, versions
 from lbr_dist.training.origin import NOT_THE_MODEL, check_resumed_model, check_start
 from lbr_dist.training.run_folder import check_folder, has_run
 from lbr_dist.training.run_recipe import FOLDERS, SET_PATH, covered, flat
@@ -244,17 +244,11 @@ def same_everywhere(job: Job) -> dict[str, str]:
     Versions, recipe fields, the data and its order, the model's configuration, the tokens around a text and what
     DeepSpeed is given.
     """
-    name_accelerator()
-    import deepspeed
-    import torch
-
-    import lbr_dist
     from lbr_dist.model.backbone import load_config
 
     fields = flat(job.recipe.model_dump(mode="json"))
     own = {name for name in fields if covered(name, OWN) or SET_PATH.fullmatch(name)}
-    versions = {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
-    named = {**versions, **{name: fields[name] for name in fields if name not in own}, **job.plan.identity}
+    named = {**versions(), **{name: fields[name] for name in fields if name not in own}, **job.plan.identity}
     named |= {"tokenizer: bos": job.tokenization.bos, "tokenizer: eos_id": job.tokenization.eos_id}
     for origin, settings, free in (
         ("config.json", load_config(job.recipe.model.path, 0).to_dict(), NOT_THE_MODEL),

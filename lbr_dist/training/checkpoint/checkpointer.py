@@ -29,6 +29,7 @@ from lbr_dist.training.checkpoint.weights import (
 from lbr_dist.training.checkpoint.writer import SLOWEST_WRITE, CheckpointWriter, Snapshot, TensorFile
 from lbr_dist.training.checkpoint.zero_state import open_engine
 from lbr_dist.training.collective import GlooTeam
+from lbr_dist.training.ds_config import versions
 
 if TYPE_CHECKING:
     from lbr_dist import config
@@ -158,10 +159,6 @@ class Checkpointer:
         return [self._slice(piece) for piece in self._state.frozen()]
 
     def _snapshot(self, step: int, state: dict[str, Any], rank_state: dict[str, Any]) -> Snapshot:
-        import deepspeed
-
-        import lbr_dist
-
         optimizer = self._state.optimizer_entry()
         tensors, metadata = pack_rank_state(rank_state)
         weights, moments = TensorFile("weights", {}), TensorFile("optimizer", {})
@@ -170,11 +167,7 @@ class Checkpointer:
             manifest={
                 "created": _now(),
                 "zero_stage": self._engine.zero_optimization_stage(),
-                "versions": {
-                    "lbr_dist": lbr_dist.__version__,
-                    "torch": torch.__version__,
-                    "deepspeed": deepspeed.__version__,
-                },
+                "versions": versions(),
                 "parameters": self._parameters,
                 "tied": self._state.tied(),
                 "optimizer": optimizer,
@@ -253,18 +246,18 @@ def _restore(state: EngineState, reader: SliceReader, optimizer: bool) -> None:
     entry = reader.manifest.optimizer if optimizer else None
     with torch.no_grad():
         for piece in state.pieces(entry, store=True):
-            _fill(piece, reader, WEIGHT)
+            _fill(piece, reader)
             for key in entry.keys if entry else ():
                 reader.read_into(piece.tensors[key], "optimizer", key, piece.name, piece.start)
         for piece in state.frozen():
-            _fill(piece, reader, WEIGHT)
+            _fill(piece, reader)
         state.loaded()
 
 
-def _fill(piece: Piece, reader: SliceReader, key: str) -> None:
+def _fill(piece: Piece, reader: SliceReader) -> None:
     if piece.name in reader.parameters:
         kind: Kind = "weights" if reader.parameters[piece.name].trained else "frozen"
-        reader.read_into(piece.tensors[key], kind, key, piece.name, piece.start)
+        reader.read_into(piece.tensors[WEIGHT], kind, WEIGHT, piece.name, piece.start)
 
 
 def _differences(manifest: Manifest, state: EngineState) -> tuple[list[str], list[str], list[str]]:

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from lbr_dist.disk import sync
+from lbr_dist.disk import replacing, sync
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -63,9 +63,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Replace a small file atomically: readers see the old or the new content, never a mixture."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
-    write_bytes(temporary, data)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
     sync(path.parent)
 
 

@@ -101,7 +101,7 @@ def iterate_weights(path_or_run: str | Path) -> Iterator[tuple[str, torch.Tensor
 
     Yields:
         (name in the model, float32 tensor in its shape): the master weights of trained parameters, and the frozen
-        ones as they are. Tied parameters come once, under their first name; `tied_names` has the others.
+        ones as they are. Tied parameters come once, under their first name; the manifest's `tied` has the others.
 
     Raises:
         UserError: nothing to read there, or it is damaged.
@@ -111,11 +111,6 @@ def iterate_weights(path_or_run: str | Path) -> Iterator[tuple[str, torch.Tensor
     reader = SliceReader(checkpoint, manifest)
     for parameter in manifest.parameters:
         yield parameter.name, reader.weight(parameter).float()
-
-
-def tied_names(path_or_run: str | Path) -> dict[str, str]:
-    """Second names of tied parameters, to the name that `iterate_weights` yields."""
-    return read_manifest(resolve(path_or_run)).tied
 
 
 def consolidate(

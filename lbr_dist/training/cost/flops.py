@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lbr_dist.config import Recipe
+from lbr_dist.training.cost.memory_model import Shape
 
 if TYPE_CHECKING:
     from lbr_dist.data.plan.base import PlannedSample
@@ -38,14 +39,11 @@ class FlopCounter:
     @classmethod
     def of(cls, settings: Any, recipe: Recipe) -> FlopCounter:
         """From a transformers configuration of a supported family."""
-        width, layers = settings.hidden_size, settings.num_hidden_layers
-        head = getattr(settings, "head_dim", None) or width // settings.num_attention_heads
-        query, key = head * settings.num_attention_heads, head * settings.num_key_value_heads
-        matrices = layers * (2 * width * query + 2 * width * key + 3 * width * settings.intermediate_size)
+        shape = Shape.of(settings)
         return cls(
-            6.0 * matrices,
-            6.0 * settings.vocab_size * width,
-            12.0 * layers * query,
+            6.0 * shape.layers * shape.per_layer,
+            6.0 * shape.table,
+            12.0 * shape.layers * shape.query,
             recipe.bottleneck.enabled,
             recipe.contrastive.attention == "causal",
         )
