@@ -378,6 +378,17 @@ def test_wrong_answers_are_left_out_where_that_is_asked_for(tmp_path: Path, monk
     assert sum(side["records"] for side in report["records"].values()) == 30
 
 
+def test_options_that_are_counted_from_1_stop_their_source(tmp_path: Path) -> None:
+    rows = [{"question": f"q {i}", "options": [f"a{i}", f"b{i}"], "answer": str(i % 2)} for i in range(40)]
+    path = write(tmp_path / "zero.jsonl", rows)
+    from_one = write(tmp_path / "one.jsonl", [{**row, "answer": int(row["answer"]) + 1} for row in rows])
+    with pytest.raises(UserError, match=r"one\.jsonl: gives right options by numbers that count from 1 .*letters"):
+        run([str(path), str(from_one)], tmp_path / "out", max_bad_share=1)
+    write(from_one, [{**row, "answer": int(row["answer"]) + 1} for row in rows[:9]])
+    report = run([str(path)], tmp_path / "out", decontaminate=[str(from_one)])
+    assert report.data["dropped"]["connected_to_external_evaluation"] == 9
+
+
 def test_empty_sources(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"a.jsonl: no records: the sources are empty"):

@@ -374,6 +374,65 @@ def test_lists_of_answers_and_negatives() -> None:
     assert convert(row).negatives == ("T ",)
 
 
+def test_answers_of_a_list_that_are_called_wrong_are_left_out() -> None:
+    multirc = [{"text": "x", "label": 0}, {"text": "a", "label": 1}, {"text": "b", "label": 1}]
+    columns = {"text": ["x", "a", "b"], "is_correct": [False, True, None], "idx": [1, 2]}
+    for answers in (multirc, columns, [{"text": "x", "Selected": "false"}, {"text": "a", "Selected": True}, "b"]):
+        found = convert({"question": "q", "answers": answers})
+        assert (found.answer, found.positives) == ("a", ("b",))
+        assert convert({"question": "q", "answers": answers}, fields={"label": ""}).answer == "x"
+    with pytest.raises(RowError, match=r"label calls each of the answers wrong: .*--max-bad-share 1") as bad:
+        convert({"question": "q", "answers": multirc[:1]})
+    assert bad.value.reason == "wrong_answer"
+    asked = Converter("question-answer", {}, max_chars=9)
+    assert "answer = answers" in asked.read_as({"question": "q", "answers": multirc[:1]})  # withheld, in a test set
+
+
+def test_an_answer_beside_negatives_is_what_they_are_negatives_to() -> None:
+    row = {"query": "q", "answers": ["short"], "pos": ["a long passage"], "neg": ["another long one"]}
+    assert convert(row).answer == "a long passage"
+    assert convert(row, fields={"answer": "answers"}).answer == "short"
+    assert convert(row, fields={"negatives": ""}).answer == "short"
+    assert convert({"question": "q", "answer": "a", "negative_1": "n"}).answer == "a"
+    with pytest.raises(RowError, match=r"answer is empty: .*\(--field answer=NAME --field negatives=\)"):
+        convert({**row, "pos": []})
+
+
+def test_further_right_answers_are_there_once_and_without_the_answer() -> None:
+    row = {"query": "q", "positives": ["p1", "p2"], "negatives": ["n"]}
+    found = convert(row, fields={"answer": "positives"})
+    assert (found.answer, found.positives) == ("p1", ("p2",))
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"passage": {"text": "t", "questions": [{"question": "q?", "answers": []}]}}, r"passage\.questions"),
+        ({"passage": "t", "qa_pairs": [{"Query": "q?", "answer": "a"}]}, "qa_pairs"),
+        ({"text": "t", "parts": [[{"asked": {"items": [{"question": "q?"}]}}]]}, r"parts\.asked\.items"),
+    ],
+)
+def test_questions_in_a_text_are_not_left_out(row: dict, name: str) -> None:
+    texts = Converter(None, {}, max_chars=100)
+    texts({"text": "t", "links": [{"anchor": "x", "question": ""}]})
+    for converter in (Converter(None, {}, max_chars=100), texts):
+        with pytest.raises(RowError, match=rf"{name} is a list of objects with questions, .*: write one row for each"):
+            converter(row)
+    assert convert(row, "corpus").text == "t"
+
+
+def test_a_question_with_options_in_an_object() -> None:
+    arc = {"question": {"stem": "q", "choices": [{"text": "x", "label": "A"}, {"text": "y", "label": "B"}]}}
+    fields = {"question": "question.stem", "options": "question.choices"}
+    for row in (arc, {**arc, "answerKey": "B"}):
+        with pytest.raises(RowError, match=r"--field question=question\.stem --field options=question\.choices"):
+            convert(row)
+    assert convert({**arc, "answerKey": "B"}, fields=fields).answer == "y"
+    half = Converter(None, {"question": "question.stem", "answer": "answerKey"}, max_chars=100)
+    half({**arc, "answerKey": "B"})
+    assert half.read_as({**arc, "answerKey": "B"}).endswith("; not used: question.choices)")
+
+
 def test_nan_is_nothing() -> None:
     nan = float("nan")
     record = convert(
@@ -403,6 +462,8 @@ def test_several_fields_make_one_text() -> None:
         ({"question": "q"}, "missing_field", "no answer: looked for answer, answers"),
         ({"question": 3, "answer": "a"}, "wrong_type", "question is a number, not a text: write it as one, in quotes"),
         ({"question": "q", "answer": True}, "wrong_type", "answer is true or false, not a text: write it as one"),
+        ({"question": ["q"], "answer": "a"}, "wrong_type", "question is a list, not a text: write one row for each"),
+        ({"question": "q", "answer": [[4, "a"]]}, "wrong_type", "answer is a list of lists: write one text for each"),
         ({"question": "q", "answer": [1, 2]}, "wrong_type", "answer is a list of numbers: write each as a text"),
         ({"question": "q", "output": [{"answer": "a"}]}, "wrong_type", "list of objects without a text, and --field"),
         ({"question": "q", "answer": ["", {"text": " "}, None]}, "empty", "answer is empty"),
@@ -427,8 +488,11 @@ def test_bad_rows_are_named(row: dict, reason: str, detail: str) -> None:
 
 def test_labels_of_right_and_wrong_answers() -> None:
     row = {"question": "q", "answer": "a", "label": "0"}
-    for label in ("1", 1, True, 0.5, None, "topic"):
+    for label in ("1", 1, True, 0.5, 2, None, "topic", float("nan"), [0]):
         assert convert({**row, "label": label}).answer == "a"
+    for label in (-1, "-0.5", Decimal(0), "No", " irrelevant", "Not_Relevant"):
+        with pytest.raises(RowError, match="so this is no answer"):
+            convert({**row, "label": label})
     assert convert(row, fields={"label": ""}).answer == "a"
     pair = {"question1": "q", "question2": "a", "same": 0}
     with pytest.raises(RowError, match="same is 0"):
@@ -570,6 +634,12 @@ def test_what_may_be_a_question_beside_an_answer_is_not_left_out(name: str, ques
          "question-answer (question = messages, answer = messages; not used: tag)"),
         ({"question": "q", "opa": "x", "opb": "y", "cop": 0, "exp": "why"},
          "multiple-choice (question = question, options = opa,opb, answer = cop; not used: exp)"),
+        ({"question": "q", "passage": "p", "options": ["x", "y"], "label": 0},
+         "multiple-choice (question = question, options = options, answer = label; not used: passage)"),
+        ({"question": "q", "answer": "a", "label": "neutral"},
+         "question-answer (question = question, answer = answer; not used: label)"),
+        ({"question": "q", "answers": [{"text": "x", "isAnswer": False}, {"text": "y", "isAnswer": True}]},
+         "question-answer (question = question, answer = answers but those whose isAnswer is false)"),
         ({"title": "t", "body": "b"}, "corpus (text = body; not used: title)"),
     ],
 )  # fmt: skip
@@ -583,7 +653,11 @@ def test_named_fields_are_told_by_their_names() -> None:
     row = {"q": "q", "a": {"value": "a", "alias": "b"}, "c": "context"}
     converter = Converter(None, {"question": "c,q", "answer": "a.value"}, max_chars=100)
     converter(row)
-    assert converter.read_as(row) == "question-answer (question = c,q, answer = a.value)"
+    assert converter.read_as(row) == "question-answer (question = c,q, answer = a.value; not used: a.alias)"
+    deep = {"question": "q", "a": {"b": {"c": "a"}, "d": 1}, "": 0}
+    converter = Converter(None, {"answer": "a.b.c"}, max_chars=100)
+    converter(deep)
+    assert converter.read_as(deep).endswith("answer = a.b.c; not used: a.d, (unnamed column))")
 
 
 @pytest.mark.parametrize("entity", ["gene", "Gene", "gene.name"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import errno
 import gzip
@@ -158,6 +159,8 @@ def test_hub_dataset_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_plain_text_by_line_and_by_paragraph(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
+    path.write_bytes(b'{"a": 1}\n{no JSON\n')
+    assert read(path, tmp_path) == [(1, {"text": '{"a": 1}'}), (2, {"text": "{no JSON"})]
     path.write_bytes("eins\r\nzwei\n\n  \ndrei ü".encode())
     assert read(path, tmp_path) == [(1, {"text": "eins"}), (2, {"text": "zwei"}), (5, {"text": "drei ü"})]
     assert read(path, tmp_path, paragraphs=True) == [(1, {"text": "eins\r\nzwei"}), (5, {"text": "drei ü"})]
@@ -372,6 +375,15 @@ def test_lines_with_rows_nested_in_them(tmp_path: Path) -> None:
     assert [row["id"] for _, row in read(tmp_path / "a.jsonl", tmp_path)] == [0, "0:2", "0:3", "", "", ""]
 
 
+def test_paragraphs_whose_list_of_questions_is_empty_are_no_rows(tmp_path: Path) -> None:
+    squad = {"title": "T", "paragraphs": [{"context": "c", "qas": PAIRS[:1]}, {"context": "d", "qas": []}]}
+    (tmp_path / "a.json").write_text(json.dumps({"data": [squad, {"title": "U", "paragraphs": []}]}))
+    assert read(tmp_path / "a.json", tmp_path) == [(1, {"title": "T", "context": "c", **PAIRS[0]})]
+    texts = [{"text": "t", "qas": []}, {"heading": "h", "paragraphs": []}]
+    (tmp_path / "a.jsonl").write_bytes(lines(texts))
+    assert [row for _, row in read(tmp_path / "a.jsonl", tmp_path)] == texts
+
+
 def test_paragraphs_without_questions_of_their_own_are_no_rows(tmp_path: Path) -> None:
     musique = {"id": "m", **PAIRS[0], "paragraphs": [{"idx": i, "paragraph_text": "p"} for i in range(20)]}
     squad = {"title": "T", "paragraphs": [{"context": "c"}, {"context": "d", "qas": PAIRS[:1]}]}
@@ -466,8 +478,12 @@ def test_numbers_of_fields_that_may_be_indices() -> None:
         Converter(None, {}, max_chars=99)(copa)
     assert Converter(None, {"answer": "label"}, max_chars=99)(copa).answer == "x"
     assert Converter(None, {}, max_chars=99)({**copa, "label": "B"}).answer == "y"
-    with pytest.raises(RowError, match="'0' is none of the 2 options"):
-        Converter(None, {}, max_chars=99)({**copa, "label": 0})
+    for row in (copa, {**copa, "label": 0}, {**copa, "label": "0"}, {**copa, "label": [0]}):
+        with pytest.raises(RowError, match=r"name the options, .* from 0 \(--field options=choice1,choice2\)"):
+            Converter(None, {}, max_chars=99)(row)
+    for label, answer in ((0, "x"), (1, "y"), ("1", "y")):
+        named = Converter(None, {"options": "choice1,choice2"}, max_chars=99)({**copa, "label": label})
+        assert named.answer == answer
     with pytest.raises(RowError, match="reads both as a text and"):
         Converter(None, {}, max_chars=99)({"question": "q", "option1": "2", "option2": "1", "answer": "1"})
     counted = {"question": "q", "choice0": "x", "choice1": "y", "label": 1}
@@ -496,6 +512,19 @@ def test_answers_of_which_one_is_right_are_options() -> None:
     assert Converter("multiple-choice", named, max_chars=99)(quail).answer == "right"
     assert Converter("multiple-choice", named, max_chars=99)({**quail, "correct_answer_id": "2"}).answer == "right"
     assert Converter(None, {}, max_chars=99)({**quail, "correct_answer_id": None}).answer == "w"
+
+
+@pytest.mark.parametrize(
+    ("right", "met"),
+    [(0, {"first"}), ("1", {"inside"}), (2.0, {"past"}), (3, set()), ("b", set()), ("x", set()), ([1], {"inside"})],
+)
+def test_how_right_options_are_counted_is_taken_down(right: object, met: set[str]) -> None:
+    converter = Converter(None, {}, max_chars=99)
+    with contextlib.suppress(RowError):
+        converter({"question": "q", "options": ["x", "y"], "answer": right})
+    assert converter.indices == met
+    converter({"question": "q", "options": {"1": "x", "2": "y"}, "answer": "1"})
+    assert converter.indices == met
 
 
 def test_lists_of_answers_are_counted_under_text_too() -> None:
@@ -550,6 +579,8 @@ def test_a_separator_that_excel_names_in_the_first_line(tmp_path: Path, separato
         ("a.jsonl", gzip.compress(b"{}", mtime=0), r"gzip: let its name end in \.gz"),
         ("a.csv.gz", gzip.compress(gzip.compress(b"{}", mtime=0), mtime=0), "compressed twice: decompress it once"),
         ("a.jsonl", bz2.compress(b"{}"), r"bzip2: let its name end in \.bz2"),
+        ("a.txt", b'{"text": "one"}\n\n{"text": "two"}\nthree\n', r"a\.txt: holds JSON lines: .* end in \.jsonl"),
+        ("a.txt.gz", gzip.compress(b'{"text": "one"}', mtime=0), "holds JSON lines"),
         ("a.csv", lzma.compress(b"{}"), r"xz: let its name end in \.xz"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),

@@ -37,6 +37,8 @@ class BadRows:
         """Rows of an evaluation set from elsewhere whose answer cannot be used: no bad rows, their question counts."""
         self.met: list[str] = []
         """Roles of --field whose field a row had."""
+        self.indices: list[str] = []
+        """Which indices of right options rows had, as `Converter.indices` has them."""
         self.read_as = ""
         """What the first row that gave a record was read as; empty: none did, or these are of several files."""
 
@@ -50,6 +52,7 @@ class BadRows:
         self.rows += other.rows
         self.questions_alone += other.questions_alone
         self.met = sorted({*self.met, *other.met})
+        self.indices = sorted({*self.indices, *other.indices})
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count
             self.first.setdefault(reason, other.first[reason])
@@ -185,10 +188,6 @@ class TextTable:
     def __init__(self, folder: Path) -> None:
         self.sketches = Sketches(folder)
         self._record, self._hash, self._sketch = array("q"), array("Q"), array("q")
-
-    def add(self, first: int, records: Sequence[Record]) -> None:
-        """Add the texts of records `first`, `first + 1`, ..."""
-        self.append(first, TextDigest.of(records))
 
     def append(self, first: int, digest: TextDigest) -> None:
         """Add what a digest holds, its record 0 being record `first`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -142,7 +142,7 @@ class DigestRows:
                 for name, value in numbers.items():
                     columns[name].append(value)
                 yield record
-            bad[part.part].met = sorted(convert.met)
+            bad[part.part].met, bad[part.part].indices = sorted(convert.met), sorted(convert.indices)
 
     def _part_records(
         self, part: PartRows, convert: Converter, bad: BadRows
@@ -206,12 +206,13 @@ def first_pass(
         sketches: folder to make, for the joined sketches.
 
     Raises:
-        UserError: a file is damaged, or its first rows are all bad.
+        UserError: a file is damaged, its first rows are all bad, or its options are counted from 1.
     """
-    summaries, bad_so_far, understood = [], dict[int, BadRows](), set[int]()
+    summaries, bad_so_far, understood, indices = [], dict[int, BadRows](), set[int](), defaultdict[int, set[str]](set)
     read = partial(row_blocks, paragraphs=paragraphs, folder=folder, most=BLOCK_ROWS)
     for summary in _in_order(executor.stream(read_jobs(jobs), read, work)):
         for number, found in summary.bad.items():
+            indices[number].update(found.indices)
             if found.misread < found.rows:
                 understood.add(number)
                 bad_so_far.pop(number, None)
@@ -225,8 +226,20 @@ def first_pass(
                     )
         summaries.append(summary)
         advance(summary.records)
+    _refuse_from_one(jobs, indices)
     summaries.sort(key=lambda summary: (summary.job, summary.number))
     return _join(jobs, summaries, folder, sketches)
+
+
+def _refuse_from_one(jobs: list[PartJob], indices: Mapping[int, set[str]]) -> None:
+    """See that no source counts its options from 1; `indices`: of each part, as `Converter.indices` has them."""
+    for number, met in sorted(indices.items()):
+        if met == {"inside", "past"} and not jobs[number].external:
+            raise UserError(
+                f"{jobs[number].part.name}: gives right options by numbers that count from 1 (0 never occurs, and that "
+                "of the last option + 1 does), so that each would be read as the one after it: write letters (A for 1) "
+                "or the texts of the options instead"
+            )
 
 
 def _in_order(summaries: Iterator[BlockSummary]) -> Iterator[BlockSummary]:

@@ -210,10 +210,6 @@ class Sketches:
         self._bands = [(folder / f"band-{band}").open("wb") for band in range(BANDS)]
         self.count = 0
 
-    def add(self, texts: Sequence[str]) -> np.ndarray:
-        """Sketch normalised texts; returns for each its row here, -1 for one too short, int64 [texts]."""
-        return self.append(SketchBlock.of(texts))
-
     def append(self, block: SketchBlock) -> np.ndarray:
         """Take sketches over; returns for each text of the block its row here, int64 [texts]."""
         rows = np.where(block.rows >= 0, block.rows + self.count, -1)

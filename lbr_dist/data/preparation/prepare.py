@@ -33,7 +33,7 @@ from lbr_dist.errors import UserError, printable
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 12
+VERSION = 13
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 NOT_GIVEN = "not given"
 

@@ -24,6 +24,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         *("document", "passage", "positive", "pos", "positive_passages", "canonical_solution", "code"),
         *("func_code_string",),
     ),
+    "positive": ("positive", "pos", "positive_passages"),
     "document": ("document", "passage", "positive", "pos", "positive_passages", "text", "answer", "response", "code"),
     "options": (
         *("options", "choices", "opa,opb,opc,opd", "option_a,option_b,option_c,option_d"),
@@ -42,7 +43,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "label": ("label", "is_duplicate", "is_correct"),
 }
 """Field names that are recognised for each role, in capitals or not; the first that a row has wins. Commas join several
-fields of one role."""
+fields of one role. Beside negatives an answer is first looked for under the names of what they are negatives to
+(`positive`): by its length or style, a short answer beside passages would give itself away."""
 PAIRS = (("body", "ideal_answer"), ("nl", "code"), ("intent", "snippet"), ("claim", "document"), ("claim", "passage"))
 """A question and its answer under names that say as much only beside each other: BioASQ, CONCODE, CoNaLa, SciFact."""
 
@@ -66,6 +68,8 @@ MAPPABLE = ("question", "answer", "options", "text", "id", "domain", "source", "
 NUMBERED = re.compile(r"negatives?_?\d+", re.IGNORECASE)
 MOST_LISTED = 300
 """Characters of field names in a message."""
+UNNAMED = "(unnamed column)"
+"""What a message calls a field whose name is empty, as pandas writes that of its index."""
 MOST_FORMS = 1000
 """Forms of rows (field names in order) whose roles are remembered."""
 
@@ -95,6 +99,10 @@ class Finder:
 
     def find(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
         """Names of the row's fields for a role; None: it has none."""
+        if role == "answer" and "answer" not in self.fields and self.find(row, "negatives") is not None:
+            beside = self._recognised(row, "positive")
+            if beside is not None:
+                return beside
         named = "answer" if role in ("right", "document") else role
         mapped = self.fields.get(named)
         if mapped == "":
@@ -106,6 +114,9 @@ class Finder:
                 return parts
             if not self._lenient:
                 return None
+        return self._recognised(row, role)
+
+    def _recognised(self, row: Mapping[str, Any], role: str) -> tuple[str, ...] | None:
         key = role, tuple(row)
         if key not in self._found:
             if len(self._found) >= MOST_FORMS:
@@ -116,7 +127,7 @@ class Finder:
 
 def listed(row: Mapping[str, Any]) -> str:
     """The names of a row's fields, for a message: the first of very many."""
-    names = ", ".join(map(str, row)) or "(none)"
+    names = ", ".join(str(name) or UNNAMED for name in row) or "(none)"
     return names if len(names) <= MOST_LISTED else f"{names[:MOST_LISTED]} ... ({len(row)} fields)"
 
 

@@ -15,9 +15,11 @@ from lbr_dist.data.record import Record, content_id, exact
 from lbr_dist.data.sources import field_names, row_values
 from lbr_dist.data.sources.chat import unfold
 from lbr_dist.data.sources.field_names import CODED, INDICES, NAMES, Finder, listed
+from lbr_dist.data.sources.options import agrees, check_number, choose, index_of, options_of
 from lbr_dist.data.sources.questions import each_question
-from lbr_dist.data.sources.recognised import may_ask, read_as, untold
+from lbr_dist.data.sources.recognised import may_ask, read_as, refuse_nested, refuse_options_within, untold
 from lbr_dist.data.sources.row_values import RowError
+from lbr_dist.data.sources.verdicts import right_ones, verdict
 
 FIRST_OPTION = "\nA. "
 """Between the stem and the options of a multiple-choice question."""
@@ -53,6 +55,8 @@ class Converter:
         self.domain, self.source = domain, source
         self._cells = cells
         self._finder = Finder(fields, lenient=external)
+        self.indices = set[str]()
+        """Which indices of right options rows had: that of the `first`, of one `inside`, or `past` the last by one."""
 
     @property
     def met(self) -> set[str]:
@@ -82,7 +86,8 @@ class Converter:
             answer, more = self._answer(row)
             self._refuse_wrong(row)
         negatives = self._texts(self._get(row, "negatives", optional=True), "negatives")
-        positives = more + self._texts(self._get(row, "positives", optional=True), "positives")
+        positives = (*more, *self._texts(self._get(row, "positives", optional=True), "positives"))
+        positives = tuple(text for text in dict.fromkeys(positives) if text != answer)
         return Record(
             id=self._id(row, question, answer, *negatives, "", *positives),
             question=question,
@@ -108,7 +113,7 @@ class Converter:
                 return None
             question = self._text(self._get(row, "question"), "question")
             if self._holds(row, "options"):
-                options, _ = row_values.options(self._get(row, "options"), self.max_chars)
+                options, _ = options_of(self._get(row, "options"), self.max_chars)
                 question = self._with_options(question, options)
             return Record(id=self._id(row, question), text=question)
         except RowError:
@@ -128,6 +133,7 @@ class Converter:
 
     def _kind_of(self, row: Mapping[str, Any]) -> str:
         has = {role: self._finder.find(row, role) is not None for role in ("question", "answer", "text")}
+        refuse_options_within(row, self._finder)
         if has["question"] and self._holds(row, "options"):
             return "multiple-choice"
         if has["question"] and has["answer"]:
@@ -146,6 +152,8 @@ class Converter:
         roles = ("question", "answer") if self.kind == "corpus" else ("options",)
         role = next((role for role in roles if self._holds(row, role)), None)
         if role is None or (self.kind == "corpus" and not self._holds(row, "text")):
+            if self.kind == "corpus" and "text" not in self._finder.fields:
+                refuse_nested(row)
             return
         if role == "answer":
             self._refuse_unasked(row)
@@ -164,7 +172,10 @@ class Converter:
     def _refuse_unasked(self, row: Mapping[str, Any]) -> None:
         """See that no answer would be left out with the question that is not recognised, nor the question itself."""
         names = self._finder.find(row, "answer")
-        if names is None or "text" in self._finder.fields:
+        if "text" in self._finder.fields:
+            return
+        refuse_nested(row)
+        if names is None:
             return
         [name, *_] = names
         if names == self._finder.find(row, "text"):
@@ -237,14 +248,21 @@ class Converter:
                     "the row has a list of answers and a correct_answer_id: read them as options (--kind "
                     "multiple-choice --field options=answers --field answer=correct_answer_id)",
                 )
-            first, *more = dict.fromkeys(self._texts(value, "answer") or (self._text("", "answer"),))
+            if self._finder.fields.get("label") != "":
+                value = right_ones(value)
+            answers = dict.fromkeys(self._texts(value, "answer"))
+            if not answers:
+                beside = "answer" not in self._finder.fields and self._holds(row, "negatives")
+                hint = ": name that of the negatives, or leave these aside (--field answer=NAME --field negatives=)"
+                raise RowError("empty", "answer is empty" + hint * beside)
+            first, *more = answers
             return first, tuple(more)
         return self._text(value, "answer"), ()
 
     def _refuse_wrong(self, row: Mapping[str, Any]) -> None:
         """See that the row's label, where data sets hold right and wrong answers, does not call the answer wrong."""
         value = self._get(row, "label", optional=True)
-        if str(value).strip().lower() in ("0", "0.0", "false", "f"):
+        if verdict(value) is False:
             name = ",".join(self._finder.find(row, "label") or ())
             raise RowError(
                 "wrong_answer",
@@ -255,35 +273,28 @@ class Converter:
     def _multiple_choice(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """Stem and options, one per line with a letter, as the question; the right option as the answer."""
         stem = self._text(self._get(row, "question"), "question")
-        options, labels = row_values.options(self._get(row, "options"), self.max_chars)
+        options, labels = options_of(self._get(row, "options"), self.max_chars)
         if not labels:
-            labels = field_names.column_labels(self._finder.find(row, "options") or ())
-            self._refuse_index(row, options, labels)
+            columns = self._finder.find(row, "options") or ()
+            labels = field_names.column_labels(columns)
+            if "options" in self._finder.fields and labels[:1] == ["1"]:
+                labels = []
+            if labels[:1] == ["1"]:
+                [name, *_] = self._finder.find(row, "right") or [""]
+                told = name.lower() not in INDICES or name == self._finder.fields.get("answer")
+                check_number(self._get(row, "right"), name, options, columns, told=told)
         return self._with_options(stem, options), options[self._right(row, options, labels)]
-
-    def _refuse_index(self, row: Mapping[str, Any], options: list[str], labels: list[str]) -> None:
-        """See that the number of a field that holds an option is no index; `labels` are those of the fields."""
-        [name, *_] = self._finder.find(row, "right") or [""]
-        if name.lower() not in INDICES or name == self._finder.fields.get("answer") or labels[:1] != ["1"]:
-            return
-        value = self._get(row, "right")
-        _, number = row_values.readings(value, options, labels)
-        _, index = row_values.readings(value, options, [])
-        if number is not None and index is not None and number != index:
-            raise RowError(
-                "bad_option",
-                f"{name} is {value!r}, which reads both as the number of a field and as an index from 0: if it is the "
-                f"former, say so (--field answer={name}), else number the fields from 0",
-            )
 
     def _right(self, row: Mapping[str, Any], options: list[str], labels: list[str]) -> int:
         """Number of the right option, which must agree with an answer beside it."""
         value = self._get(row, "right")
         [name, *_] = self._finder.find(row, "right") or ()
-        right = row_values.choose(value, options, labels, coded=name.lower() in CODED)
+        if not labels and (index := index_of(value, options)) is not None and index <= len(options):
+            self.indices.add("first" if index == 0 else "inside" if index < len(options) else "past")
+        right = choose(value, options, labels, coded=name.lower() in CODED)
         if name.lower() != "answer" and name != self._finder.fields.get("answer"):
             answer = field_names.look_up(row, "answer")
-            if not _agrees(answer, right, options, labels):
+            if not agrees(answer, right, options, labels):
                 raise RowError(
                     "bad_option",
                     f"answer is {str(answer)[:40]!r} and {name} is {value!r}, another option: name the field of the "
@@ -317,14 +328,3 @@ class Converter:
         value = self._get(row, "id", optional=True)
         name = row_values.identifier(value)
         return content_id(*content) if name is None else self._text(name, "id")
-
-
-def _agrees(answer: Any, right: int, options: list[str], labels: list[str]) -> bool:
-    """Whether an answer names the right option, or none: it is an explanation."""
-    if row_values.blank(answer) or str(answer).strip() == options[right]:
-        return True
-    try:
-        named = [options[number] for number in row_values.readings(answer, options, labels) if number is not None]
-    except RowError:
-        return True
-    return not named or options[right] in named

@@ -51,11 +51,11 @@ def json_rows(part: Part) -> Numbered:
     items: Any = None
     if first[:1] == b"[":
         items = _document(part)
-    elif first[:1] == b"{" and not (second and _is_line(first)):
+    elif first[:1] == b"{" and not (second and is_line(first)):
         try:
             items = _items(_document(part))
         except (ValueError, RecursionError):
-            if not _is_line(second):  # else the first of lines is damaged, and no more
+            if not is_line(second):  # else the first of lines is damaged, and no more
                 raise
     if items is None:
         with part.open() as file:
@@ -101,7 +101,7 @@ def _decoded(data: bytes) -> Any:
     return _DECODER.decode(data.decode("utf-8-sig"))
 
 
-def _is_line(line: bytes) -> bool:
+def is_line(line: bytes) -> bool:
     """Whether a line is an object by itself, if one that has a key twice."""
     row = json_object(line)
     return not isinstance(row, RowError) or _TWICE in row.detail
@@ -156,14 +156,17 @@ def _counted(count: int) -> list[str]:
 def _nested(row: Row) -> list[Row]:
     """The rows nested in a row, each with the fields around it, else the row itself.
 
-    An id around them is the first one's; the others, where they have none of their own, get a number behind it.
+    An id around them is the first one's; the others, where they have none of their own, get a number behind it. What is
+    around an empty list is no row, unless it may be one without it.
     """
     for name in NESTED:
         inner = None if isinstance(row, RowError) else row.get(name)
-        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner):
-            if name == "paragraphs" and not any("qas" in item for item in inner):
-                continue  # of one question, as in MuSiQue
+        if isinstance(inner, list) and all(isinstance(item, dict) for item in inner):
             assert not isinstance(row, RowError)
+            if not inner and _is_row(row, name):
+                continue
+            if inner and name == "paragraphs" and not any("qas" in item for item in inner):
+                continue  # of one question, as in MuSiQue
             around = {key: value for key, value in row.items() if key != name}
             ids = {key: value for key, value in around.items() if key.lower() in NAMES["id"] and not blank(value)}
             found: list[Row] = []
@@ -172,3 +175,10 @@ def _nested(row: Row) -> list[Row]:
                 found += _nested({**around, **more, **item})
             return found
     return [row]
+
+
+def _is_row(row: Mapping[str, Any], name: str) -> bool:
+    """Whether a row with an empty list under `name` may be one by itself: it asks or says something."""
+    if name == "paragraphs":
+        return not row.keys() <= {"title", name}
+    return any(key.lower() in (*NAMES["question"], *NAMES["text"]) for key in row)

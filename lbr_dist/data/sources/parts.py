@@ -23,7 +23,7 @@ from lbr_dist.data.sources.field_names import KINDS
 from lbr_dist.data.sources.formats import ENDING, FORMATS, UNITS, format_of, is_source
 from lbr_dist.data.sources.patterns import SPECIAL, matches
 from lbr_dist.disk import file_xxh128
-from lbr_dist.errors import UserError, printable
+from lbr_dist.errors import UserError, one_line, printable
 
 MOST_LISTED = 10
 """Endings of files in a message."""
@@ -299,7 +299,7 @@ def _dataset_part(source: Source, path: str, folder: Path | None) -> Part:
             name, _, config = address.partition(":")
             data = datasets.load_dataset(name, config or None, keep_in_memory=False)
     except Exception as error:  # datasets raises anything from OSError to its own and the hub's types
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{path}: datasets cannot load it ({reason})") from None
     if isinstance(data, datasets.DatasetDict):
         if split not in data:

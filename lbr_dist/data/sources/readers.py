@@ -8,15 +8,15 @@ be read at all stops the run.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
-from itertools import chain, groupby
+from collections.abc import Iterable, Iterator
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from lbr_dist.data.sources import beir, compressed
 from lbr_dist.data.sources.csv_rows import csv_rows
 from lbr_dist.data.sources.field_names import check_distinct, composed
-from lbr_dist.data.sources.json_rows import Numbered, Row, json_lines, json_object, json_rows
+from lbr_dist.data.sources.json_rows import Numbered, Row, is_line, json_lines, json_object, json_rows
 from lbr_dist.data.sources.parts import Part
 from lbr_dist.data.sources.row_values import CONVERT, RowError, unseen
 from lbr_dist.errors import UserError
@@ -42,6 +42,8 @@ WIDE = ((0, 1, "UTF-16BE"), (1, 0, "UTF-16LE"))
 """Of two bytes of a text without a byte order mark: the one that is null, the one that is not, and the encoding."""
 START = 1 << 16
 """Most bytes of a text file that tell how its lines end."""
+FIRST = 3
+"""Lines of a plain text that tell whether it is one."""
 HEAD = 64
 """Bytes of a line that mostly tell whether it is blank."""
 LONGEST = 1 << 28
@@ -103,7 +105,10 @@ def _rows(part: Part, paragraphs: bool) -> Numbered:
                 elif part.format == "json":
                     yield from json_rows(part)
                 elif part.format == "text":
-                    yield from _paragraphs(file) if paragraphs else _lines(file)
+                    first = list(islice(file, FIRST))
+                    _refuse_json(part, first)
+                    lines = chain(first, file)
+                    yield from _paragraphs(lines) if paragraphs else _lines(lines)
                 else:
                     yield from csv_rows(file, "\t" if part.format == "tsv" else ",")
     except DAMAGE as error:
@@ -139,6 +144,13 @@ def _refuse_pointer(part: Part) -> None:
                 raise UserError(f"{part.name}: is a pointer to a file in Git LFS: fetch the file (git lfs pull)")
 
 
+def _refuse_json(part: Part, first: list[bytes]) -> None:
+    """See that the first lines of a plain text are no JSON lines: their braces and names would be texts to learn."""
+    seen = [line for line in first if not line.isspace()]
+    if seen and all(map(is_line, seen)):
+        raise UserError(f"{part.name}: holds JSON lines: let its name end in .jsonl, so that its fields are read")
+
+
 def _decoded(data: bytes) -> Row:
     try:
         return {"text": data.decode("utf-8-sig")}
@@ -153,13 +165,13 @@ def _blank(line: bytes) -> bool:
     return unseen(line[:HEAD].decode("utf-8", "ignore")) and unseen(line.decode("utf-8", "replace"))
 
 
-def _lines(file: IO[bytes]) -> Numbered:
+def _lines(file: Iterable[bytes]) -> Numbered:
     for number, line in enumerate(file, 1):
         if not _blank(line):
             yield number, _decoded(line.rstrip(b"\r\n"))
 
 
-def _paragraphs(file: IO[bytes]) -> Numbered:
+def _paragraphs(file: Iterable[bytes]) -> Numbered:
     first, size, block = 0, 0, list[bytes]()
     for number, line in enumerate(chain(file, (b"\n",)), 1):
         if not _blank(line):

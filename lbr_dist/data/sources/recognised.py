@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from lbr_dist.data.record import SPACELESS
 from lbr_dist.data.sources.chat import CONVERSATIONS, INPUTS
-from lbr_dist.data.sources.field_names import RECOGNISED, Finder, listed, spelled
+from lbr_dist.data.sources.field_names import NAMES, RECOGNISED, Finder, listed, reach, spelled
+from lbr_dist.data.sources.row_values import RowError, nothing, parsed
+from lbr_dist.data.sources.verdicts import label_of_each, verdict
 
 ROLES: dict[str | None, tuple[str, ...]] = {
     None: ("question", "options"),
@@ -21,12 +23,13 @@ ROLES: dict[str | None, tuple[str, ...]] = {
 """What rows of a kind are read for; None: an evaluation set's row that is a question alone."""
 BESIDE: dict[str | None, tuple[str, ...]] = {
     None: ("id",),
-    "question-answer": ("id", "domain", "source", "label"),
-    "query-document": ("id", "domain", "source", "label"),
-    "multiple-choice": ("id", "domain", "source", "answer"),
+    "question-answer": ("id", "domain", "source"),
+    "query-document": ("id", "domain", "source"),
+    "multiple-choice": ("id", "domain", "source"),
     "corpus": ("id",),
 }
-"""What is looked at beside it."""
+"""What is looked at beside it, as are a label, where it says that an answer is right, and an answer beside a right
+option."""
 ABOUT = re.compile(
     r"(?:.*[\W_])?(?:title|subtitle|name|url|uri|link|meta|metadata|info|date|time|timestamp|year|at|published|created"
     r"|updated|modified|source|publisher|journal|venue|language|lang|author|creator|editor|license|licence|copyright"
@@ -42,6 +45,8 @@ ASKS = 3
 MAP = 20
 """An object with more texts than this, none of them in a field that is recognised, is taken for a map of them."""
 EACH = "write one row for each"
+ASKED = ("question", "questions", "query", "question_stem")
+"""Fields with a question, in small letters, in objects that are in a list."""
 
 
 def read_as(
@@ -62,16 +67,82 @@ def read_as(
         elif role in ("answer", "document"):
             names = said or names
         if names:
-            shown.append(f"{'answer' if role in ('right', 'document') else role} = {','.join(names)}")
-        used.update(name if name in row else name.split(".")[0] for name in names)
+            by = _label_of_each(unfolded, names, finder) if role in ("answer", "document") else ""
+            shown.append(f"{'answer' if role in ('right', 'document') else role} = {','.join(names)}{by}")
+        used.update(names)
         if role == "question" and any(name.lower() == "instruction" for name in names):
             used.update(name for name in row if str(name).lower() in INPUTS)
     for role in BESIDE[kind]:
         used.update(finder.find(row, role) or ())
+    if kind in ("question-answer", "query-document") and (names := list(finder.find(row, "label") or ())):
+        used.update(names if verdict(reach(row, names[0])) is not None else ())
+    if kind == "multiple-choice" and "answer" not in finder.fields:
+        used.update(name for name in row if str(name).lower() == "answer")
     if entity and (name := spelled(row, entity) or spelled(row, entity.split(".")[0])):
         used.add(name)
-    left = {name: None for name in row if name not in used}
+    left = dict.fromkeys(_left(row, used))
     return f"{kind or 'question alone'} ({', '.join(shown)}{f'; not used: {listed(left)}' if left else ''})"
+
+
+def _left(row: Mapping[str, Any], used: set[Any]) -> Iterator[Any]:
+    """The fields that are not used, and of an object of which only parts are, its other parts."""
+    for name, value in row.items():
+        parts = [str(part) for part in used if str(part).startswith(f"{name}.")] if isinstance(value, Mapping) else []
+        if name in used or not parts:
+            yield from () if name in used else (name,)
+        else:
+            others = (f"{name}.{part}" for part in value)
+            yield from (other for other in others if not any(f"{part}.".startswith(f"{other}.") for part in parts))
+
+
+def _label_of_each(row: Mapping[str, Any], names: list[str], finder: Finder) -> str:
+    """By which label those of several answers that are right were taken, for `read_as`."""
+    if len(names) > 1 or finder.fields.get("label") == "":
+        return ""
+    label = label_of_each(parsed(reach(row, names[0])))
+    return f" but those whose {label} is false" if label else ""
+
+
+def refuse_nested(row: Mapping[str, Any]) -> None:
+    """See that no questions lie in lists of objects, at any depth, of a row that would be a text.
+
+    Raises:
+        RowError: names the list.
+    """
+    left: list[tuple[str, Any]] = [("", row)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, list | tuple):
+            objects = [item for item in value if isinstance(item, Mapping)]
+            if any(str(key).lower() in ASKED and not nothing(held) for item in objects for key, held in item.items()):
+                raise RowError(
+                    "missing_field",
+                    f"{name} is a list of objects with questions, which would be left out: {EACH}; or, for the texts "
+                    "alone, --kind corpus",
+                )
+            left += [(name, item) for item in value if isinstance(item, Mapping | list | tuple)]
+        elif isinstance(value, Mapping):
+            left += [(f"{name}.{key}" if name else str(key), item) for key, item in value.items()]
+
+
+def refuse_options_within(row: Mapping[str, Any], finder: Finder) -> None:
+    """See that the object in the field of a question holds no options: ARC, OpenBookQA, CommonsenseQA.
+
+    Raises:
+        RowError: names the parts.
+    """
+    [name, *_] = finder.find(row, "question") or ("",)
+    value = row.get(name)
+    if "question" in finder.fields or not isinstance(value, Mapping):
+        return
+    options = next((part for part in value if str(part).lower() in NAMES["options"]), None)
+    stem = next((part for part in value if str(part).lower() in (*NAMES["question"], "text")), None)
+    if options is not None and stem is not None:
+        raise RowError(
+            "wrong_type",
+            f"{name} is an object with options: name its parts (--field question={name}.{stem} --field "
+            f"options={name}.{options})",
+        )
 
 
 def may_ask(row: Mapping[str, Any], text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Values of a row, checked: texts, lists of texts, options. What is wrong is a `RowError`; reasons are counted.
+"""Values of a row, checked: texts, lists of texts, ids. What is wrong is a `RowError`; reasons are counted.
 
 Nothing is repaired silently. A list may be written as JSON (in a cell of a CSV file), and a text may lie in an object
 under `text`, with its `title` before it, as retrieval data sets have it.
@@ -33,7 +33,6 @@ CONVERT = (
     ": convert a file in another encoding, as with iconv -f ENCODING -t UTF-8 (Chinese: GB18030, Japanese: CP932, "
     "Korean: CP949, Cyrillic: WINDOWS-1251, Western: WINDOWS-1252)"
 )
-LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 WHOLE = re.compile(r"-?\d+\.0")
 """A whole number as pandas writes it, in a file of any format, where another row has none."""
 PYTHON_LIST = re.compile(r"\s*\[\s*(['\"]).*\1\s*\]\s*", re.DOTALL)
@@ -67,7 +66,7 @@ def text(value: Any, role: str, max_chars: int) -> str:
     Raises:
         RowError: it is none, or empty, or has more than `max_chars` characters.
     """
-    if _holds_text(value):
+    if holds_text(value):
         title = value.get("title")
         value = f"{title} {value['text']}" if isinstance(title, str) and title else value["text"]
     if role == "answer" and _is_exact(value):
@@ -78,6 +77,8 @@ def text(value: Any, role: str, max_chars: int) -> str:
         hint = ": write it as one, in quotes" if isinstance(value, int | float | Decimal) else ""
         if isinstance(value, Mapping):
             hint = f": name a field in it, for example --field {role}=FIELD.PART"
+        if role == "question" and isinstance(value, list | tuple):
+            hint = ": write one row for each"
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a text{hint}")
     if unseen(value):
         raise RowError("empty", f"{role} is empty")
@@ -105,9 +106,11 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise RowError("wrong_type", f"{role} is {type_name(value)}, not a list of texts")
     items = [item for item in value if not _is_nothing(item)]
-    if any(isinstance(item, Mapping) and not _holds_text(item) for item in items):
+    if any(isinstance(item, Mapping) and not holds_text(item) for item in items):
         hint = "--field leads into none: let each be a text, or hold it under text"
         raise RowError("wrong_type", f"{role} is a list of objects without a text, and {hint}")
+    if any(isinstance(item, list | tuple) for item in items):
+        raise RowError("wrong_type", f"{role} is a list of lists: write one text for each")
     if role == "answer" and any(map(_is_exact, items)):
         hint = "write each as a text, in quotes, or, where it is one answer, the list"
         raise RowError("wrong_type", f"answer is a list of numbers: {hint}")
@@ -116,7 +119,7 @@ def texts(value: Any, role: str, max_chars: int) -> tuple[str, ...]:
 
 def _is_nothing(item: Any) -> bool:
     """Whether an item of a list is null or nothing that can be seen, or an object with such a text and no title."""
-    value = item["text"] if _holds_text(item) and blank(item.get("title")) else item
+    value = item["text"] if holds_text(item) and blank(item.get("title")) else item
     return blank(value) or (isinstance(value, str) and unseen(value))
 
 
@@ -161,90 +164,9 @@ def holds_list(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple)
 
 
-def _holds_text(value: Any) -> bool:
+def holds_text(value: Any) -> bool:
+    """Whether a value is an object with a text under `text`."""
     return isinstance(value, Mapping) and isinstance(value.get("text"), str)
-
-
-def options(value: Any, max_chars: int) -> tuple[list[str], list[str]]:
-    """Option texts and their labels: a list of texts or of {"text": ..., "label": ...}, {"text": [...], "label": [...]}
-    or {"A": ..., "B": ...}.
-
-    In the last form one that is null or blank is no option: columnar files give all rows the options of the row that
-    has the most. In the others this holds for those at the end, which no letter or index of another depends on.
-    """
-    labels: list[str] = []
-    value = parsed(value)
-    if isinstance(value, Mapping):
-        if holds_list(value):
-            given = value.get("label")
-            labels = [str(label) for label in given] if isinstance(given, list | tuple) else []
-            value = value["text"]
-        else:
-            value = {str(label): option for label, option in value.items() if not blank(option)}
-            labels, value = list(value), list(value.values())
-    if not isinstance(value, list | tuple):
-        raise RowError("wrong_type", f"options is {type_name(value)}, not a list")
-    while value and blank(value[-1]):
-        value = value[:-1]
-    found = [text(option, "options", max_chars) for option in value]
-    if value and all(isinstance(option, Mapping) and "label" in option for option in value):
-        labels = [str(option["label"]) for option in value]
-    if not 2 <= len(found) <= 26:
-        raise RowError("bad_option", f"{len(found)} options; 2 to 26 are expected")
-    return found, labels
-
-
-def choose(value: Any, options: list[str], labels: list[str], *, coded: bool = False) -> int:
-    """Number of the right option, from its label, its text, its letter or its index (from 0).
-
-    Args:
-        coded: the value comes out of a field for labels, letters and numbers: it is a text only if it is none of these.
-
-    Raises:
-        RowError: it is none of the options, or the text of one and the label, letter or index of another.
-    """
-    if isinstance(value, list | tuple):
-        if len(value) != 1:
-            hint = "leave such rows out (--max-bad-share 1)"
-            raise RowError("wrong_type", f"the row has {len(value)} right options, where one is expected: {hint}")
-        [value] = value
-    by_text, by_code = readings(value, options, labels)
-    repaired = WHOLE.fullmatch(str(value).strip()) is not None
-    number = by_text if by_code is None or (repaired and by_text is not None and not coded) else by_code
-    if number is None:
-        hint = "; a number counts from 0, unless the options have labels"
-        shown = str(_whole(value)).strip()
-        raise RowError("bad_option", f"{shown[:40]!r} is none of the {len(options)} options{hint * shown.isdecimal()}")
-    if by_text is not None and options[by_text] != options[number] and not coded:
-        raise RowError(
-            "bad_option",
-            f"{str(value)[:40]!r} reads both as a text and as a letter or number of different options: give the letter "
-            "or number of the right one, in a field answer_key",
-        )
-    return number
-
-
-def readings(value: Any, options: list[str], labels: list[str]) -> tuple[int | None, int | None]:
-    """Numbers of the options that a value names: as their text, and as their label, letter or index.
-
-    Where the labels are letters, a letter is one of them and says nothing about the place; likewise a number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-        raise RowError("wrong_type", f"the right option is {type_name(value)}, not a text or a whole number")
-    written, number = str(value), -1
-    name = str(_whole(value)).strip().upper()
-    name = name[:-2] if WHOLE.fullmatch(name) else name
-    known = [label.strip().upper() for label in labels]
-    if written in labels:
-        number = labels.index(written)
-    elif name in known:
-        number = known.index(name)
-    elif name in LETTERS and not any(label in LETTERS for label in known):
-        number = LETTERS.index(name)
-    elif name.isdecimal() and len(name) < 3 and not any(label.isdecimal() for label in known):
-        number = int(name)
-    by_text = options.index(written) if written in options and not isinstance(value, int) else None
-    return by_text, number if 0 <= number < len(options) else None
 
 
 def parsed(value: Any) -> Any:
@@ -265,9 +187,9 @@ def cell(value: Any, role: str) -> Any:
         RowError: it is one of these as Python prints it.
     """
     found = parsed(value)
-    if holds_list(found) or _holds_text(found):
+    if holds_list(found) or holds_text(found):
         return found
-    if isinstance(found, list) and all(blank(item) or isinstance(item, str) or _holds_text(item) for item in found):
+    if isinstance(found, list) and all(blank(item) or isinstance(item, str) or holds_text(item) for item in found):
         return found
     _refuse_python(value, role)
     return value
@@ -286,7 +208,7 @@ def identifier(value: Any) -> str | None:
     Raises:
         RowError: neither a text nor a whole number, or not UTF-8.
     """
-    value = str(value) if isinstance(value, UUID) else _whole(value)
+    value = str(value) if isinstance(value, UUID) else whole(value)
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -294,7 +216,7 @@ def identifier(value: Any) -> str | None:
     return text(str(value), "id", sys.maxsize)
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """A whole number as int: pandas makes floats of those of a column with an empty cell, databases have decimals."""
     return int(value) if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value) else value
 
