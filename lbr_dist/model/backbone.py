@@ -23,7 +23,7 @@ from torch import nn
 
 from lbr_dist import config
 from lbr_dist.environment import lost_contact, out_of_memory
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, one_line
 from lbr_dist.model import attention
 from lbr_dist.model.head import LossHead
 from lbr_dist.model.hub import cached_first, snapshot
@@ -86,7 +86,7 @@ def load_backbone(
         if isinstance(error, RuntimeError) and (lost_contact(error) or out_of_memory(error)):
             raise
         raise UserError(
-            f"model {model.path}: its weights cannot be loaded ({_line(error)}); download it again"
+            f"model {model.path}: its weights cannot be loaded ({one_line(error)}); download it again"
         ) from None
     backbone, info = loaded
     _check_whole(info, settings, f"model {model.path}")
@@ -121,8 +121,8 @@ def equip(backbone: PreTrainedModel, model: config.Model, seed: int) -> PreTrain
         getattr(backbone, "activation_checkpointing_enable", old)({"use_reentrant": False})
     if model.lora is None:
         return backbone
-    if whole := _trained_whole(backbone, model.lora.train_modules):
-        log.info("model.lora.train_modules: trained whole: %s", whole)
+    if found := _matched(backbone, model.lora.train_modules):
+        log.info("model.lora.train_modules: matches %s", found)
     return _with_lora(backbone, model, model.lora, seed)
 
 
@@ -157,7 +157,8 @@ def load_config(path: str, longest: int) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         elsewhere = "" if Path(path).exists() else ", nor a hub name in its cache or on the hub"
         raise UserError(
-            f"model {path}: not a model folder{elsewhere} ({_line(error)}); give a folder with config.json and weights"
+            f"model {path}: not a model folder{elsewhere} ({one_line(error)}); give a folder with config.json and "
+            "weights"
         ) from None
     if family not in FAMILIES:
         raise UserError(f"model {path}: family {family} is not supported; use a model of {', '.join(FAMILIES)}")
@@ -286,7 +287,7 @@ def _with_lora(backbone: PreTrainedModel, model: config.Model, lora: config.Lora
             return get_peft_model(backbone, adapters, autocast_adapter_dtype=False)  # ZeRO-3 takes one dtype alone
         except ValueError as error:
             raise UserError(
-                f"model.lora: does not fit model {model.path} ({_line(error)}); "
+                f"model.lora: does not fit model {model.path} ({one_line(error)}); "
                 "set model.lora.target_modules to names of its linear layers, or to all-linear"
             ) from None
 
@@ -312,7 +313,7 @@ def _check_modules(backbone: PreTrainedModel, path: str, lora: config.Lora) -> N
         )
 
 
-def _trained_whole(backbone: PreTrainedModel, ends: list[str]) -> str:
+def _matched(backbone: PreTrainedModel, ends: list[str]) -> str:
     """In words, the modules whose names end so, as peft matches them: `norm` is that of every layer, too."""
     found = Counter(name.rpartition(".")[2] for name, _ in backbone.named_modules() if name.endswith(tuple(ends)))
     listed = ", ".join(f"{name} ({count})" for name, count in found.most_common(8))
@@ -323,8 +324,3 @@ def causal_lm(backbone: nn.Module) -> Any:
     """The transformers model itself, adapters (if any) inside its layers."""
     peft = sys.modules.get("peft")  # not imported, which takes half a second, for a model that cannot be of it
     return backbone.get_base_model() if peft and isinstance(backbone, peft.PeftModel) else backbone
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -8,6 +8,7 @@ ZeRO-3 every rank must make the same calls.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -24,6 +25,8 @@ from lbr_dist.model.tokenizer import Tokenization
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+log = logging.getLogger("lbr")
 
 Task = Literal["generate", "embed", "embed_with_temperature", "hidden"]
 Pooling = Literal["bottleneck", "last", "mean"]
@@ -131,8 +134,12 @@ class LbrModel(nn.Module):
 
     def freeze_head(self) -> None:
         """Give a head of its own (not tied to the embedding) no gradients: a contrastive loss does not use it."""
-        if not self.causal_lm.config.tie_word_embeddings:
-            self.causal_lm.lm_head.requires_grad_(False)
+        head = self.causal_lm.lm_head
+        if self.causal_lm.config.tie_word_embeddings:
+            return
+        if self.backbone is not self.causal_lm and any(weight.requires_grad for weight in head.parameters()):
+            log.info("model.lora.train_modules: lm_head is frozen all the same: a contrastive loss does not use it")
+        head.requires_grad_(False)
 
     @property
     def causal_lm(self) -> Any:
@@ -172,7 +179,8 @@ class LbrModel(nn.Module):
         embeds_TD = model.get_input_embeddings()(batch.tokens_T)
         if self.z is not None:
             rows_N = batch.z_positions_N
-            embeds_TD = embeds_TD.index_copy(0, rows_N, self.z[batch.z_index_T[rows_N]].to(embeds_TD.dtype))
+            z_ND = precise(self.z)[batch.z_index_T[rows_N]]  # so that all texts' gradients are not summed in bfloat16
+            embeds_TD = embeds_TD.index_copy(0, rows_N, z_ND.to(embeds_TD.dtype))
         output = model.model(
             inputs_embeds=embeds_TD.unsqueeze(0),
             position_ids=batch.positions_T.unsqueeze(0),

@@ -33,7 +33,8 @@ class PaddedGroups:
     Attributes:
         shapes: (segments, padded length) of every group, in the order of the slots.
         masks: per group a key mask [segments, 1, 1, length], or None where causality hides the padding.
-        rows_P: row of the stream that stands in each slot; row 0 in the padding.
+        rows_P: row of the stream that stands in each slot; in the padding the segment's own first key, so that a NaN
+            (times 0 it is NaN) stays in its own segment.
         slot_T: slot in which each row of the stream is a query.
         idle_N: slots that are no row's query: padding, and Z in front of Y.
         again_rows_M, again_slots_M: rows of Z, and the slots in which they stand a second time.
@@ -85,7 +86,7 @@ def padded_groups(segments: Segments) -> PaddedGroups:
         members = order[start:end, None]
         offset = np.arange(longest)
         real_SL = offset < k_lengths[members]
-        rows.append(np.where(real_SL, kv_index[np.where(real_SL, cu_k[members] + offset, 0)], 0).ravel())
+        rows.append(kv_index[cu_k[members] + np.where(real_SL, offset, 0)].ravel())
         real.append(real_SL.ravel())
         query.append((real_SL & (offset >= k_lengths[members] - q_lengths[members])).ravel())
         shapes.append((end - start, int(longest)))

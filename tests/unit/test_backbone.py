@@ -261,7 +261,17 @@ def test_lora_says_what_a_name_in_train_modules_matches(folder, caplog):
     caplog.set_level(logging.INFO, "lbr")
     LbrModel.build(recipe(folder, lora={"r": 2, "train_modules": ["norm"]}))
     (said,) = [record.getMessage() for record in caplog.records if "train_modules" in record.getMessage()]
-    assert said.endswith("trained whole: input_layernorm (2), post_attention_layernorm (2), norm (1)")
+    assert said.endswith("matches input_layernorm (2), post_attention_layernorm (2), norm (1)")
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["norm"], None])
+def test_a_head_that_is_frozen_is_not_said_to_be_trained(folder, caplog, whole):
+    model = LbrModel.build(recipe(folder, lora=whole and {"r": 2, "train_modules": whole}))
+    caplog.clear()
+    caplog.set_level(logging.INFO, "lbr")
+    model.freeze_head()
+    assert not any(weight.requires_grad for weight in model.causal_lm.lm_head.parameters())
+    assert ["lm_head is frozen" in message for message in caplog.messages] == [True] * (whole == ["lm_head"])
 
 
 def test_lora_starts_as_the_base_model_and_merges_to_a_plain_one(folder):
@@ -308,6 +318,17 @@ def test_bfloat16(folder):
     batch = pack([Sample([5, 6], 2, [7])], bottleneck_vectors=2, hide_x=True)
     assert model(batch, "generate").dtype == torch.float32
     assert model(batch, "embed").dtype == torch.float32
+
+
+def test_bfloat16_sums_the_gradient_of_z_over_any_number_of_texts(folder):
+    """In bfloat16 a sum of equal numbers stands still at 256 of them."""
+    model = LbrModel.build(recipe(folder, dtype="bfloat16"))
+    lengths = []
+    for count in (1, 1024):
+        model.zero_grad()
+        model(pack([Sample([5, 6], 2)] * count, bottleneck_vectors=2, hide_x=True), "embed").sum().backward()
+        lengths.append(model.z.grad.float().norm())
+    torch.testing.assert_close(lengths[1], 1024 * lengths[0], rtol=0.02, atol=0)
 
 
 def test_z_starts_as_an_ordinary_token_from_the_seed():

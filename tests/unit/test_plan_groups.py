@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import WORLDS, all_rows, epoch_refs, make_index, make_plan, make_recipe, texts_of
 
-from lbr_dist.data.plan import ContrastivePlan
+from lbr_dist.data.plan import ContrastivePlan, Source
 from lbr_dist.data.split_index import Ragged, SplitIndex
 from lbr_dist.errors import UserError
 
@@ -94,6 +96,31 @@ def test_positives_that_no_record_has_are_noted() -> None:
     assert make_plan(recipe, [index, other]).notes == []
 
 
+@pytest.mark.parametrize(("weight", "period"), [(0.5, 2), (0.3, 10), (0.9, 10), (1.5, 2), (0.25, 4)])
+def test_the_weight_is_that_of_the_set_and_not_of_each_domain(weight: float, period: int) -> None:
+    """A domain of 3 pairs gave 1 and 2 in turn at 0.5, as did all others, in the same epochs; at 0.3 none."""
+    indexes = [make_index(300), with_domains(make_index(90, 1), 7)]
+    indexes[0].__dict__["domains"] = np.array([f"{row // 3}" for row in range(300)], dtype=object)
+    recipe = make_recipe("contrastive", sets=2, contrastive={"homogeneous": "domain"})
+    plan = make_plan(recipe, indexes, [weight, 1.0])
+    epochs = [Counter(epoch_refs(plan, epoch)) for epoch in range(period)]
+    for number, epoch in enumerate(epochs):
+        assert sum(count for ref, count in epoch.items() if ref.set == 0) == round(300 * weight)
+        most = math.ceil((number + 1) * Fraction(str(weight))) - math.floor(number * Fraction(str(weight)))
+        assert max(epoch.values()) <= most  # as the audit wants it
+        assert plan.summary(number).samples == sum(epoch.values())
+    whole = Counter({ref: round(period * (1.0 if ref.set else weight)) for ref in all_rows(*indexes)})
+    assert sum(epochs, Counter()) == whole
+
+
+def test_a_plan_says_where_parts_of_pairs_are_carried_over() -> None:
+    """Runs begun before they were had other pairs; those of other weights go on."""
+    index = with_domains(make_index(50), 3)
+    recipe = make_recipe("contrastive", contrastive={"homogeneous": "domain"})
+    found = [make_plan(recipe, [index], [weight]).identity["contrastive.homogeneous"] for weight in (2.0, 0.5)]
+    assert found == ["domain", "domain, parts of pairs carried over"]
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_pairs_are_cut_alike_at_any_world_size(world: int) -> None:
     indexes = [with_domains(make_index(200), 3)]
@@ -172,5 +199,35 @@ def test_missing_hard_negatives_are_counted_or_refused() -> None:
     assert f"{(counts < 2).sum()} of 100 records have fewer" in note
     assert f"({(counts == 0).sum()} have none)" in note
     index.__dict__["negative_tokens"] = Ragged(np.zeros(0, dtype=np.int32), np.zeros(101, dtype=np.int64))
-    with pytest.raises(UserError, match=r"hard_negatives=2, but no record of set0 has `negatives`"):
+    with pytest.raises(UserError, match=r"hard_negatives=2, but no record of set0 has `negatives`: mine some"):
         make_plan(make_recipe("contrastive", contrastive={"hard_negatives": 2}), [index])
+
+
+def test_hard_negatives_that_are_dropped_are_missing() -> None:
+    index = make_index(100)
+    data = {"max_x_tokens": 20, "too_long": "drop"}
+    recipe = make_recipe("contrastive", contrastive={"hard_negatives": 2}, data=data)
+    plan = make_plan(recipe, [index])
+    rows = [row for row in range(100) if max(index.question_tokens[row] + 3, index.answer_tokens[row] + 1) <= 20]
+    counts = np.array([(index.negative_tokens[row] + 1 <= 20).sum() for row in rows])
+    few = f"{(counts < 2).sum()} of {len(rows)} records have fewer than contrastive.hard_negatives=2"
+    assert plan.notes == [f"set0: {few} ({(counts == 0).sum()} have none); they are used with what they have"]
+    index.negative_tokens.values[:] = 25
+    dropped = rf"`negatives` that are used \(.*{len(index.negative_tokens.values)} samples whose negative exceeds 20"
+    with pytest.raises(UserError, match=dropped + r" .*: raise data.max_x_tokens"):
+        make_plan(recipe, [index])
+
+
+def test_empty_texts_of_a_record_are_never_read_without_bottleneck() -> None:
+    """Such a hard negative ended the run in its middle."""
+    index = with_positives(make_index(60))
+    index.negative_tokens.values[::3] = index.positive_tokens.values[::3] = 0  # type: ignore[union-attr]
+    options = {"pooling": "last", "hard_negatives": 3, "positives": "draw"}
+    recipe = make_recipe("contrastive", bottleneck={"enabled": False}, contrastive=options)
+    plan = ContrastivePlan(recipe, [Source("set0", "print", index, 1.0, "pairs")], query_extra=0, passage_extra=0)
+    texts = [text for g in range(plan.steps_per_epoch(0)) for pair in texts_of(plan.step(g)) for text in pair]
+    assert min(text.tokens for text in texts) == 1
+    negatives = index.negative_tokens.values
+    assert sum(text.side == "negative" for text in texts) == (negatives > 0).sum()
+    assert f"set0: {(negatives == 0).sum()} samples with an empty negative dropped" in map(str, plan.too_long)
+    assert "with an empty further positive dropped" in str(plan.too_long[-1])

@@ -158,13 +158,13 @@ class EpochSummary:
 
 @dataclass(frozen=True)
 class TooLong:
-    """Samples of one set that exceed a limit, in one pass over the set."""
+    """Samples of one set that exceed a limit, or are empty, in one pass over the set."""
 
     set_name: str
     part: str
-    """question, answer, document, passage, negative ...; "empty" for samples with nothing to read."""
+    """question, answer, document, passage, negative ..."""
     limit: int
-    """Tokens allowed, specials included."""
+    """Tokens allowed, specials included; 0 where the part has none, so that there is nothing to read."""
     action: str
     """"cut" or "drop"."""
     count: int
@@ -172,8 +172,8 @@ class TooLong:
     """Tokens of the longest one, specials included."""
 
     def __str__(self) -> str:
-        if self.part == "empty":
-            return f"{self.set_name}: {self.count} samples with an empty text dropped"
+        if not self.limit:
+            return f"{self.set_name}: {self.count} samples with an empty {self.part} dropped"
         done = "cut" if self.action == "cut" else "dropped"
         return (
             f"{self.set_name}: {self.count} samples whose {self.part} exceeds {self.limit} tokens {done} "

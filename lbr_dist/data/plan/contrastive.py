@@ -156,7 +156,7 @@ class ContrastivePlan(Plan):
             self._lengths.append(lengths)
             self.too_long += too_long
             rows.append(rows_N)
-        self._check_negatives()
+        self._check_negatives(rows)
         self._groups = make_groups(recipe, self.sources, rows)
         usable = [len(s.index) if row_N is None else len(row_N) for s, row_N in zip(self.sources, rows, strict=True)]
         self._check_weights(self._groups.size(0), usable)
@@ -170,6 +170,8 @@ class ContrastivePlan(Plan):
             value = getattr(recipe.contrastive, name)
             if value != default:  # left out otherwise, so that runs begun before these settings existed go on
                 self.identity[f"contrastive.{name}"] = value
+        if self._groups.carried:  # runs begun before it was carried over had other pairs
+            self.identity["contrastive.homogeneous"] += ", parts of pairs carried over"
         self._steps = lru_cache(maxsize=None)(self._groups.steps)
         self._ordered = lru_cache(maxsize=2 + min(len(self._groups), CACHED_GROUPS))(self._order)
 
@@ -221,8 +223,11 @@ class ContrastivePlan(Plan):
         columns = columns[:, np.argsort(columns[5], kind="stable")]
         return Texts(columns, np.append(0, np.cumsum(np.bincount(columns[5], minlength=len(set_N)))))
 
-    def _check_negatives(self) -> None:
-        """Count the records with fewer hard negatives than asked for.
+    def _check_negatives(self, rows: Sequence[np.ndarray | None]) -> None:
+        """Count the records with fewer hard negatives than asked for, those left aside that are too long or empty.
+
+        Args:
+            rows: usable rows of each set (None: all).
 
         Raises:
             UserError: no record has one.
@@ -230,8 +235,8 @@ class ContrastivePlan(Plan):
         wanted, found = self._recipe.contrastive.hard_negatives, False
         if not wanted:
             return
-        for source in self.sources:
-            counts_N = source.index.negative_tokens.lengths
+        for source, lengths, row_N in zip(self.sources, self._lengths, rows, strict=True):
+            counts_N = lengths.count_negatives(row_N)
             found |= bool(counts_N.any())
             short = int((counts_N < wanted).sum())
             if short:
@@ -240,9 +245,13 @@ class ContrastivePlan(Plan):
                     f"{wanted} ({int((counts_N == 0).sum())} have none); they are used with what they have"
                 )
         if not found:
+            left, remedy = "", "mine some (lbr mine)"
+            if any(len(source.index.negative_tokens.values) for source in self.sources):
+                left = f" that are used ({'; '.join(map(str, self.too_long))})"
+                remedy = "raise data.max_x_tokens, mine others (lbr mine)"
             raise UserError(
                 f"contrastive.hard_negatives={wanted}, but no record of {', '.join(s.name for s in self.sources)} has "
-                "`negatives`: mine some (lbr mine), or set it to 0"
+                f"`negatives`{left}: {remedy}, or set it to 0"
             )
 
     def _note_options(self) -> None:

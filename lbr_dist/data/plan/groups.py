@@ -4,11 +4,15 @@ Negatives from another domain are easy, and a batch of many domains lets a model
 is cut into equal batches: of n pairs, ceil(n / B) batches of at most B, so that no pair is left out and none of the
 batches is tiny, at the price of batches that are a little below B. The batches of all groups are then shuffled over the
 epoch. Without groups there is one, whose batches are whole but for the last.
+
+A weight asks for parts of a pair: 1.5 of a domain of 3 at weight 0.5. What one group of a set leaves of them the next
+one has more, so that the set as a whole gets its share, exactly in the first epoch and on average in all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -75,8 +79,15 @@ class Turn(NamedTuple):
 class Groups:
     """All groups of a plan, and whose turn it is."""
 
-    def __init__(self, groups: Sequence[Group], seed: int) -> None:
-        self._groups, self._seed = list(groups), seed
+    def __init__(self, groups: Sequence[Group], seed: int, carried: bool) -> None:
+        """Set up.
+
+        Args:
+            groups: all of them.
+            seed: of their turns.
+            carried: some group begins with a part of a pair that another one left.
+        """
+        self._groups, self._seed, self.carried = list(groups), seed, carried
         self._turns = lru_cache(maxsize=2)(self._order)
 
     def __len__(self) -> int:
@@ -133,14 +144,18 @@ def make_groups(recipe: Recipe, sources: Sequence[Source], rows: Sequence[np.nda
                 parts.setdefault(name, []).append((number, of_domain_N))
         else:
             parts.setdefault(source.name if kind == "set" else "", []).append((number, row_N))
-    groups = []
+    groups, carried = [], False
+    left = [Fraction(0)] * len(sources)  # of each set: what its groups up to here took less than its weight asks for
     for name in sorted(parts) if kind == "domain" else parts:
         streams = [make_stream(recipe, sources[number], number, row_N) for number, row_N in parts[name]]
-        mixture = Mixture(streams, [sources[number].weight for number, _ in parts[name]])
         sets = [number for number, _ in parts[name]]
+        mixture = Mixture(streams, [sources[number].weight for number in sets], [left[number] for number in sets])
+        carried |= any(left[number] for number in sets)
+        for number, stream, weight in zip(sets, streams, mixture.weights, strict=True):
+            left[number] = (left[number] + weight * stream.count) % 1
         size, window = recipe.batch.global_batch, recipe.data.window
         groups.append(Group(name, mixture, sets, batch=size, window=window, even=kind != "none"))
-    return Groups(groups, recipe.seed)
+    return Groups(groups, recipe.seed, carried)
 
 
 def _by_domain(source: Source, row_N: np.ndarray | None) -> dict[str, np.ndarray]:

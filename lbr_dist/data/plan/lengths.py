@@ -7,7 +7,6 @@ lengths, so a plan made from the index of another tokenizer cannot pass unnotice
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +14,8 @@ from lbr_dist.config import Bottleneck, Recipe
 from lbr_dist.data.information import known_bits
 from lbr_dist.data.plan.base import Source, TooLong
 from lbr_dist.data.plan.order import key64, uniform
+from lbr_dist.data.split_index import Ragged, within
 from lbr_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from lbr_dist.data.split_index import Ragged
 
 
 def bottleneck_lengths(bottleneck: Bottleneck, x_N: np.ndarray, bits_N: np.ndarray | None = None) -> np.ndarray:
@@ -146,7 +143,7 @@ class ContrastiveLengths:
         self._key = key64(recipe.seed, "negatives", number)
         self._draws = key64(recipe.seed, "positives") if recipe.contrastive.positives == "draw" else None
         self._query_extra, self._passage_extra = query_extra, passage_extra
-        self._limit = recipe.data.max_x_tokens
+        self._least, self._limit = int(not recipe.bottleneck.enabled), recipe.data.max_x_tokens
         index = source.index
         if _lacks(index.question_tokens, index.answer_tokens):
             raise UserError(
@@ -214,21 +211,25 @@ class ContrastiveLengths:
         columns = zip(row_N.tolist(), pass_N.tolist(), count_N.tolist(), strict=True)
         starts = [key64(self._key, row, number) % count if count else 0 for row, number, count in columns]
         place_K = np.repeat(np.arange(len(row_N)), wanted_N)
-        turn_K = (np.array(starts, np.int64)[place_K] + _within(wanted_N)) % count_N[place_K]
+        turn_K = (np.array(starts, np.int64)[place_K] + within(wanted_N)) % count_N[place_K]
         choice_K = choice_M[(np.cumsum(count_N) - count_N)[place_K] + turn_K]
         bits = None if known is None else known.negatives
         return place_K, choice_K, *self._further(texts, bits, row_N[place_K], choice_K)
 
+    def count_negatives(self, row_N: np.ndarray | None) -> np.ndarray:
+        """Hard negatives that each of these rows (None: all) may be used with."""
+        rows = np.arange(len(self._source.index)) if row_N is None else row_N
+        return self._usable(self._source.index.negative_tokens, rows)[1]
+
     def _usable(self, texts: Ragged, row_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which of each record's texts may be used, record by record, and how many of each."""
-        first_N = texts.offsets[row_N]
-        count_N = texts.offsets[row_N + 1] - first_N
-        choice_M = _within(count_N)
-        if self._recipe.data.too_long == "cut":
-            return choice_M, count_N
-        place_M = np.repeat(np.arange(len(row_N)), count_N)
-        fits_M = texts.values[first_N[place_M] + choice_M] + self._passage_extra <= self._limit
-        return choice_M[fits_M], np.bincount(place_M[fits_M], minlength=len(row_N))
+        choice_M = within(texts.counts(row_N))
+        place_M, tokens_M = texts.take(row_N)
+        tokens_M = tokens_M.astype(np.int64) + self._passage_extra
+        used_M = tokens_M >= self._least
+        if self._recipe.data.too_long == "drop":
+            used_M &= tokens_M <= self._limit
+        return choice_M[used_M], np.bincount(place_M[used_M], minlength=len(row_N))
 
     def _further(
         self, texts: Ragged, bits: Ragged | None, row_N: np.ndarray, choice_N: np.ndarray
@@ -255,7 +256,7 @@ class ContrastiveLengths:
         query_N = index.question_tokens.astype(np.int64) + self._query_extra
         passage_N = index.answer_tokens.astype(np.int64) + self._passage_extra
         limits = [("query", query_N, self._limit), ("passage", passage_N, self._limit)]
-        empty_N = ((query_N == 0) | (passage_N == 0)) & (not self._recipe.bottleneck.enabled)
+        empty_N = (query_N < self._least) | (passage_N < self._least)
         kept_N, too_long = keep(self._source.name, action, limits, empty_N)
         others = {"negative": index.negative_tokens} if self._recipe.contrastive.hard_negatives else {}
         if self._draws is not None and index.positive_tokens is not None:
@@ -265,6 +266,9 @@ class ContrastiveLengths:
             long = int((tokens_M > self._limit).sum())
             if long:
                 too_long.append(TooLong(self._source.name, part, self._limit, action, long, int(tokens_M.max())))
+            empty = int((tokens_M < self._least).sum())
+            if empty:
+                too_long.append(TooLong(self._source.name, part, 0, "drop", empty, 0))
         return kept_N, too_long
 
 
@@ -294,7 +298,7 @@ def keep(
         if action == "drop":
             drop_N |= long_N
     if empty_N.any():
-        too_long.append(TooLong(name, "empty", 0, "drop", int(empty_N.sum()), 0))
+        too_long.append(TooLong(name, "text", 0, "drop", int(empty_N.sum()), 0))
     if drop_N.all():
         why = "; ".join(map(str, too_long)) or "the split is empty"
         raise UserError(f"{name}: no sample is left ({why}): raise data.max_x_tokens or data.max_y_tokens, or add data")
@@ -303,8 +307,3 @@ def keep(
 
 def _lacks(*columns_N: np.ndarray) -> bool:
     return any(bool((column < 0).any()) for column in columns_N)
-
-
-def _within(count_N: np.ndarray) -> np.ndarray:
-    """0..count - 1 for each count, one behind the other."""
-    return np.arange(count_N.sum()) - np.repeat(np.cumsum(count_N) - count_N, count_N)

@@ -97,14 +97,24 @@ class Mixture:
     So weight 0.5 uses one half of a set in even epochs and the other half in odd ones, and weight 2 every sample twice.
     """
 
-    def __init__(self, streams: Sequence[Stream], weights: Sequence[float]) -> None:
+    def __init__(
+        self, streams: Sequence[Stream], weights: Sequence[float], carried: Sequence[Fraction] | None = None
+    ) -> None:
+        """Mix.
+
+        Args:
+            streams: one for each set.
+            weights: of each.
+            carried: part of a sample, from 0 up to 1, that each is ahead from the start; default: none.
+        """
         self.streams = streams
         self.weights = [Fraction(str(weight)) for weight in weights]  # exact: ten epochs of 0.1 are one pass
+        self._carried = carried or [Fraction(0)] * len(streams)
 
     def _ranges(self, epoch: int) -> list[tuple[int, int]]:
         return [
-            (int(epoch * weight * stream.count), int((epoch + 1) * weight * stream.count))
-            for stream, weight in zip(self.streams, self.weights, strict=True)
+            (int(epoch * weight * stream.count + carried), int((epoch + 1) * weight * stream.count + carried))
+            for stream, weight, carried in zip(self.streams, self.weights, self._carried, strict=True)
         ]
 
     def size(self, epoch: int) -> int:
