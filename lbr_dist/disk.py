@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import logging
 import os
@@ -118,7 +119,8 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
     """A folder beside `out` to write into, which becomes `out` at the end and is removed if anything fails.
 
     Modes are those that new files and folders have there (umask, a folder's group), also of what a library wrote for
-    its owner alone, as safetensors does. A SIGTERM ends the process with 143, and leaves nothing.
+    its owner alone, as safetensors does. A SIGTERM ends the process with 143, and leaves nothing; what a killed one
+    left is removed by the next that makes `out`.
 
     Raises:
         UserError: `out` is a file, holds something, or cannot be made; or the disk is full. `what` names it.
@@ -132,8 +134,8 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
         if is_mount(place) or Path.cwd().is_relative_to(place):
             raise UserError(f"{what}: it is the current folder, holds it, or is a mount; name a folder to make in it")
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f".{place.name}-{secrets.token_hex(4)}")
-        temporary.mkdir()
+        _sweep(place)
+        temporary, lock = _own_folder(place)
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{what}: cannot be made ({reason}); choose another folder") from None
@@ -149,6 +151,33 @@ def new_folder(out: Path, what: str) -> Iterator[Path]:
                 raise UserError(f"{what}: something else was written there meanwhile; choose another folder") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _own_folder(place: Path) -> tuple[Path, int]:
+    """A new hidden folder beside `place`, and the descriptor that holds its lock where the file system has any."""
+    while True:
+        temporary = place.with_name(f".{place.name}-{secrets.token_hex(4)}")
+        temporary.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # another process swept it before it was locked
+            lock = os.open(temporary, os.O_RDONLY)
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.exists():
+                return temporary, lock
+            os.close(lock)
+
+
+def _sweep(place: Path) -> None:
+    """Remove such folders of processes that were killed: nobody holds their locks."""
+    for left in place.parent.glob(f".{glob.escape(place.name)}-{'[0-9a-f]' * 8}"):
+        with contextlib.suppress(OSError):  # held, or on a file system without locks
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 @contextlib.contextmanager
@@ -223,6 +252,24 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             raise UserError(f"{what}: {holder} is writing it: wait for its end or stop it, or choose another output")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Within it no other process is within it for the same folder: the next one waits. No file is left there.
+
+    Where the file system has no locks, nobody waits.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lbr_dist.disk import replacing, usable_folder
+from lbr_dist.disk import in_turn, replacing, usable_folder
 from lbr_dist.errors import UserError, printable
 from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 from lbr_dist.evaluation.table import read_evaluation
@@ -110,10 +110,12 @@ def evaluate(
                 _keep_unfinished(results, out / UNFINISHED, spec)
             raise
     try:
-        for name in ("eval.json", UNFINISHED):
-            _set_aside(name, out, results["data"])
-        write_results(results, out)
-        (out / UNFINISHED).unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        with in_turn(out):  # an evaluation on other data may end now too
+            for name in ("eval.json", UNFINISHED):
+                _set_aside(name, out, results["data"])
+            write_results(results, out)
+            (out / UNFINISHED).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; the results {_elsewhere(results, 'eval.json')}") from error
     return results
@@ -171,8 +173,9 @@ def _write_json(results: dict[str, Any], file: Path) -> None:
 def _keep_unfinished(results: dict[str, Any], file: Path, failed: str) -> None:
     """Keep or show what was measured before a model failed; a full disk does not take the place of that failure."""
     try:
-        _set_aside(file.name, file.parent, results["data"])
-        _write_json(results, file)
+        with in_turn(file.parent):
+            _set_aside(file.name, file.parent, results["data"])
+            _write_json(results, file)
     except OSError as error:
         kept = _elsewhere(results, file.name)
         log.warning("%s: %s; results of the models before %s %s", file, error.strerror, failed, kept)

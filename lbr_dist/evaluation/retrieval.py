@@ -19,7 +19,7 @@ import numpy as np
 from lbr_dist.data.sources import beir
 from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.disk import home
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, one_line
 from lbr_dist.evaluation.held_out import HeldOut, load_benchmark
 from lbr_dist.inference.blocks import BLOCK_TEXTS, grouped
 from lbr_dist.inference.bm25 import BM25
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 K_VALUES = (1, 3, 5, 10, 20, 100)
-"""Cut-offs of the held-out task; the last is how many passages mteb ranks per query."""
+"""Cut-offs of the held-out task; the last is how many passages mteb ranks per query. Where queries are documents it has
+mteb's own, which go further: of what was ranked mteb then takes the query itself out."""
 
 
 def import_mteb() -> ModuleType:
@@ -84,7 +85,7 @@ def named_task(name: str) -> AbsTask:
     try:
         return import_mteb().get_task(name)
     except KeyError as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())[:200]
+        reason = one_line(error.args[0] if error.args else error)
         raise UserError(f"--task {name}: mteb has no such task ({reason})") from None
 
 
@@ -117,7 +118,7 @@ def _parts(task: AbsTask) -> list[AbsTask]:
 
 
 def _cannot_run(task: AbsTask, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     return UserError(
         f"mteb task {task.metadata.name}: cannot be run ({reason}); download its data set "
         f"{task.metadata.dataset['path']} once while online, or leave the task out"
@@ -126,7 +127,7 @@ def _cannot_run(task: AbsTask, error: Exception) -> UserError:
 
 def held_out_task(data: HeldOut) -> AbsTask:
     """The held-out split as an mteb retrieval task, data included."""
-    return _retrieval_task(f"HeldOut-{data.name}", lambda: data, K_VALUES)
+    return _retrieval_task(f"HeldOut-{data.name}", lambda: data, () if data.itself else K_VALUES)
 
 
 def benchmark_task(path: str) -> AbsTask:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lbr_dist.inference.encoder import unit
+
 TILE = 1024
 """Rows of one block of scores: memory is TILE x passages, whatever the number of queries."""
 UNIFORMITY_POINTS = 10_000
@@ -50,9 +52,9 @@ def separation(
         raise ValueError(f"separation compares with at least one non-positive per query, not {hardest}")
     if len(positives) != len(queries_QD) or any(len(p) == 0 for p in positives):
         raise ValueError("separation needs at least one positive for every query")
-    q_QD, p_PD = _normalised(queries_QD), _normalised(passages_PD)
+    q_QD, p_PD = (unit(np.asarray(rows_ND, np.float32)) for rows_ND in (queries_QD, passages_PD))
     mean_D = np.concatenate([q_QD, p_PD]).mean(0, dtype=np.float64).astype(np.float32)
-    right, wrong = _scores(_normalised(q_QD - mean_D), _normalised(p_PD - mean_D), positives, hardest, itself or {})
+    right, wrong = _scores(unit(q_QD - mean_D), unit(p_PD - mean_D), positives, hardest, itself or {})
     ratio = _ratio(right, wrong) if len(wrong) else None
     return {
         **({} if ratio is None else {"sr": ratio, "auc": auc(ratio)}),
@@ -77,13 +79,13 @@ def potential_gain(sr_domain: float, sr_reference: float) -> float:
     return 1.0 - sr_domain / sr_reference
 
 
-def uniformity(points_ND: np.ndarray, t: float = 2.0) -> float:
-    """log mean exp(-t |x - y|^2) over pairs of different rows of normalised embeddings (Wang & Isola 2020, eq. 2)."""
+def uniformity(points_ND: np.ndarray) -> float:
+    """log mean exp(-2 |x - y|^2) over pairs of different rows of normalised embeddings (Wang & Isola 2020, eq. 2)."""
     if len(points_ND) > UNIFORMITY_POINTS:
         points_ND = points_ND[np.linspace(0, len(points_ND) - 1, UNIFORMITY_POINTS).astype(np.int64)]
     total, count = 0.0, len(points_ND)
     for start in range(0, count, TILE):
-        potential = np.exp(-t * (2.0 - 2.0 * points_ND[start : start + TILE] @ points_ND.T))
+        potential = np.exp(-2.0 * (2.0 - 2.0 * points_ND[start : start + TILE] @ points_ND.T))
         np.fill_diagonal(potential[:, start:], 0)  # of a row with itself
         total += float(potential.sum(dtype=np.float64))
     return math.log(total / (count * (count - 1)))
@@ -111,9 +113,3 @@ def _alignment(q_QD: np.ndarray, p_PD: np.ndarray, positives: Sequence[Sequence[
     query = np.repeat(np.arange(len(q_QD)), [len(p) for p in positives])
     passage = np.concatenate([np.asarray(p) for p in positives])
     return float(((q_QD[query] - p_PD[passage]) ** 2).sum(1).mean())
-
-
-def _normalised(rows_ND: np.ndarray) -> np.ndarray:
-    rows_ND = np.asarray(rows_ND, dtype=np.float32)
-    norm_N1 = np.linalg.norm(rows_ND, axis=1, keepdims=True)
-    return rows_ND / np.maximum(norm_N1, np.float32(1e-12))

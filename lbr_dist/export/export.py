@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lbr")
 
-EVALUATION = "eval/eval.json"
-"""Where `lbr eval` leaves a run's own scores."""
-
 COSINE = {"float32": 0.9999, "bfloat16": 0.99}
 """Least agreement with the run that the check accepts; bfloat16 rounds weights to 3 digits."""
 
@@ -66,8 +63,8 @@ def export(
         out: folder to make; it may exist if it is empty.
         tokens: number of bottleneck tokens that every text gets, for a run where their number varies.
         dtype: of the weights on disk.
-        scores: an `eval.json` for the model card; default: `eval/eval.json` in the run, if there is one that measured
-            this checkpoint.
+        scores: an `eval.json` for the model card; default: the run's own, if there is one that measured this
+            checkpoint.
         check: compare with the run through sentence-transformers before the folder appears.
 
     Returns:
@@ -79,12 +76,14 @@ def export(
             tokens or vector differ.
     """
     out = Path(out)
-    evaluation = _evaluation(run, scores)
-    _check_tokens(run, tokens)
+    evaluations = {} if scores is None else _named_evaluation(Path(scores))
+    checkpoint = _check_tokens(run, tokens)
+    if scores is None:
+        evaluations = _own_evaluations(Path(run), checkpoint)
     with new_folder(out, f"export to {out}") as folder, _full_disk_by_number():
         with_checkpoint(
             run,
-            lambda found: _write(run, found, folder, out, tokens, dtype, evaluation, scores is not None, check),
+            lambda found: _write(run, found, folder, out, tokens, dtype, evaluations, scores is not None, check),
         )
     return out
 
@@ -103,22 +102,34 @@ def _full_disk_by_number() -> Iterator[None]:
         raise
 
 
-def _check_tokens(run: str | Path, tokens: int | None) -> None:
-    """Refuse a number of bottleneck tokens that does not suit the run before any weight is read."""
-    recipe = with_checkpoint(
-        run, lambda checkpoint: load_recipe(checkpoint / "recipe.yaml", kept=True), kinds={"extra"}
+def _check_tokens(run: str | Path, tokens: int | None) -> str:
+    """Refuse a number of bottleneck tokens that does not suit the run before any weight is read; returns the name of
+    the checkpoint."""
+    recipe, name = with_checkpoint(
+        run,
+        lambda checkpoint: (load_recipe(checkpoint / "recipe.yaml", kept=True), checkpoint.name),
+        kinds={"extra"},
     )
     fixed_tokens(recipe, tokens)
+    return name
 
 
-def _evaluation(run: str | Path, scores: str | Path | None) -> dict[str, Any] | None:
-    """The evaluation for the model card."""
-    if scores is not None:
-        if not Path(scores).is_file():
-            raise UserError(f"--scores {scores}: no such file; give the eval.json that `lbr eval` wrote")
-        return read_evaluation(Path(scores), f"--scores {scores}")
-    own = Path(run) / EVALUATION
-    return read_evaluation(own, f"{own} (for the model card; --scores names another)") if own.is_file() else None
+def _named_evaluation(scores: Path) -> dict[Path, dict[str, Any]]:
+    if not scores.is_file():
+        raise UserError(f"--scores {scores}: no such file; give the eval.json that `lbr eval` wrote")
+    return {scores: read_evaluation(scores, f"--scores {scores}")}
+
+
+def _own_evaluations(run: Path, checkpoint: str) -> dict[Path, dict[str, Any]]:
+    """What `lbr eval` left of the run, and of the checkpoint given by its path; of what `run` is comes first."""
+    given = run.absolute().parent.name == "checkpoints"
+    folder = (run.absolute().parent.parent if given else run) / "eval"
+    files = [folder / "eval.json", folder / checkpoint / "eval.json"]
+    return {
+        file: read_evaluation(file, f"{file} (for the model card; --scores names another)")
+        for file in (files[::-1] if given else files)
+        if file.is_file()
+    }
 
 
 def _measured(evaluation: dict[str, Any], digest: str) -> bool:
@@ -133,7 +144,7 @@ def _write(
     out: Path,
     tokens: int | None,
     dtype: Literal["float32", "bfloat16"],
-    evaluation: dict[str, Any] | None,
+    evaluations: dict[Path, dict[str, Any]],
     named: bool,
     check: bool,
 ) -> None:
@@ -143,13 +154,13 @@ def _write(
 
     loaded = load_run(run, "cpu", checkpoint)
     recipe = loaded.recipe
-    if evaluation is not None and not named and not _measured(evaluation, loaded.digest):
+    evaluation = next((found for found in evaluations.values() if named or _measured(found, loaded.digest)), None)
+    for file in evaluations if evaluation is None else ():
         log.warning(
             "%s: not put on the model card: it did not measure %s; run `lbr eval` again, or name it with --scores",
-            Path(run) / EVALUATION,
+            file,
             loaded.checkpoint.name,
         )
-        evaluation = None
     count = fixed_tokens(recipe, tokens)
     reference = _reference(loaded, count) if check else None
     backbone = _write_model(loaded, folder, count, dtype)
@@ -247,7 +258,13 @@ def _check(folder: Path, reference_ND: np.ndarray, least: float, recipe: Recipe)
         model = SentenceTransformer(str(folder), device="cpu")
     texts = list(CHECK_TEXTS)
     options: dict[str, Any] = {"normalize_embeddings": True, "show_progress_bar": False}
-    vectors_ND = np.concatenate([model.encode_query(texts, **options), model.encode_document(texts, **options)])
+    vectors_ND = np.concatenate(  # the long one apart: beside it the others would be padded to its length
+        [
+            np.asarray(encode(part, **options))
+            for encode in (model.encode_query, model.encode_document)
+            for part in (texts[:-1], texts[-1:])
+        ]
+    )
     defined_N = reference_ND.any(axis=1)  # a text without any token has no vector
     cosines_N = np.where(defined_N, (vectors_ND.astype(np.float32) * reference_ND).sum(1), 1.0)
     cosines_N = np.nan_to_num(cosines_N, nan=-1)

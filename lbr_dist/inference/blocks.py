@@ -9,7 +9,6 @@ input alone, so it does not matter which process embeds which.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from lbr_dist.disk import sync
+from lbr_dist.disk import replacing
 
 if TYPE_CHECKING:
     from lbr_dist.inference.encoder import Encoder, Side
@@ -148,12 +147,7 @@ def _write_part(file: Path, ids: list[str], vectors_ND: np.ndarray, cut: int) ->
     vectors_ND = np.ascontiguousarray(vectors_ND, dtype=np.float32)
     flat = pa.array(vectors_ND.reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, vectors_ND.shape[1])
-    temporary = file.with_suffix(f".{os.urandom(4).hex()}.tmp")  # two nodes may have been given the block
-    try:
-        known = {"cut": str(cut), "xxh128": _digest(ids, vectors_ND, cut)}
-        table = pa.table({"id": pa.array(ids, pa.string()), "embedding": column}, metadata=known)
+    known = {"cut": str(cut), "xxh128": _digest(ids, vectors_ND, cut)}
+    table = pa.table({"id": pa.array(ids, pa.string()), "embedding": column}, metadata=known)
+    with replacing(file) as temporary:  # two nodes may have been given the block
         pq.write_table(table, temporary, write_page_checksum=True)
-        sync(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

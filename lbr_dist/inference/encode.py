@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from lbr_dist.data.execute import Executor, current
+from lbr_dist.data.progress import bar
 from lbr_dist.disk import locked, replacing, room, sync
 from lbr_dist.errors import UserError
 from lbr_dist.inference.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
@@ -94,7 +95,7 @@ def encode_file(
         "block": [block, BLOCK_CHARACTERS],
     }
     resumed = total = count = cut = 0
-    with _open_parts(out, job) as parts, _Bar(progress, source) as advance:
+    with _open_parts(out, job) as parts, bar(f"encoding {source.name}", None, progress) as advance:
         read = partial(_blocks, side=side, field=field, parts=parts, most=block)
         work = EncodeBlock(model, side, parts, device)
         for done in (executor or current()).stream([source.absolute()], read, work, model=True):
@@ -195,18 +196,3 @@ def _fingerprint(source: Path) -> str:
         file.seek(max(0, status.st_size - (1 << 20)))
         digest.update(file.read(1 << 20))
     return digest.hexdigest()
-
-
-class _Bar:
-    """Progress in texts, on a terminal; the total is not known without reading the file first."""
-
-    def __init__(self, show: bool, source: Path) -> None:
-        from tqdm import tqdm
-
-        self._tqdm = tqdm(disable=None if show else True, desc=f"encoding {source.name}", unit="text", unit_scale=True)
-
-    def __enter__(self) -> Any:
-        return self._tqdm.update
-
-    def __exit__(self, *_: object) -> None:
-        self._tqdm.close()

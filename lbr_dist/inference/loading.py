@@ -5,7 +5,6 @@ This is above training because it knows both checkpoints and encoders, which do 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import xxhash
 
 from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
+from lbr_dist.inference.identity import folders, identity, origins
 from lbr_dist.inference.model_folder import damage, damaged_export, is_export
 from lbr_dist.recipes import load_recipe
 
@@ -209,8 +209,7 @@ def split_dim(spec: str) -> tuple[str, int | None]:
 def model_fingerprint(spec: str) -> str:
     """Hash that changes when the model behind `spec` does.
 
-    Of a checkpoint's manifest, of the file times of a folder, or of a hub name's commit (the one in the local cache,
-    else the hub's newest).
+    Of a checkpoint's manifest, of a folder's files, or of a hub name's commit (see `identity`).
     """
     path, dim = split_dim(spec)
     if is_run(path):
@@ -219,46 +218,29 @@ def model_fingerprint(spec: str) -> str:
         mark = b"" if dim is None else str(dim).encode()
         manifest = with_checkpoint(path, lambda checkpoint: (checkpoint / "manifest.json").read_bytes())
         return xxhash.xxh128_hexdigest(manifest + mark)
-    folder = Path(spec.removeprefix("hf:").partition("?")[0])
     parts = [spec, f"version {HF_VERSION}"] if spec.startswith("hf:") else [spec]
-    if folder.is_dir():
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            status = file.stat()
-            parts.append(f"{file.relative_to(folder)} {status.st_size} {status.st_mtime_ns}")
-    else:
-        parts.append(_commit(str(folder)))
-    return xxhash.xxh128_hexdigest("\n".join(parts).encode())
+    return xxhash.xxh128_hexdigest("\n".join([*parts, *identity(_place(spec))]).encode())
 
 
 def check_output(spec: str, out: Path) -> None:
-    """See that an output does not lie in the folder of a model that the times of all files there identify.
+    """See that an output does not lie in a folder of a model that all files there identify.
 
     Raises:
         UserError: it does: what is written there would make the model another one before the command is repeated.
     """
-    path, _ = split_dim(spec)
-    folder = Path(path.removeprefix("hf:").partition("?")[0])
-    if folder.is_dir() and not is_run(path) and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+    if is_run(split_dim(spec)[0]):
+        return
+    places = [place for origin in origins(_place(spec)) if Path(origin).is_dir() for place in folders(Path(origin))]
+    if any(Path(os.path.realpath(out)).is_relative_to(os.path.realpath(place)) for place in places):
         raise UserError(
             f"{out}: lies in the folder of model {spec}, which every file in it identifies: the same command could not "
             "go on after an interruption; choose a place outside it"
         )
 
 
-def _commit(name: str) -> str:
-    """Commit of a hub model as it would be loaded now; empty where there is none of that name."""
-    from huggingface_hub import hf_hub_download
-
-    from lbr_dist.model.hub import snapshot
-
-    cached = snapshot(name)
-    if cached is not None:
-        return cached.name
-    repository = name if "/" in name else f"sentence-transformers/{name}"
-    for file in ("modules.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError):  # the hub's errors, and names that cannot be
-            return Path(hf_hub_download(repository, file)).parent.name
-    return ""
+def _place(spec: str) -> str:
+    """The folder or hub name of a specification that is no run's."""
+    return split_dim(spec)[0].removeprefix("hf:").partition("?")[0]
 
 
 def _check_surprisal_model(checkpoint: Path, path: str) -> None:

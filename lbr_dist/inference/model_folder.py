@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, one_line
 
 EXPORT_RECIPE = "lbr_recipe.yaml"
 """Marks a folder that `lbr export` made."""
@@ -44,7 +44,7 @@ def damaged_export(spec: str, reason: str) -> str:
 
 def unreadable(path: str, error: Exception) -> str:
     """The message on a model that sentence-transformers cannot load."""
-    folder, reason = Path(path), " ".join(str(error).split())[:200]
+    folder, reason = Path(path), one_line(error)
     if is_export(folder):
         return damaged_export(path, reason)
     no_model = f"model {path}: not a run, an export or a sentence-transformers model"

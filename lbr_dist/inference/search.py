@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from lbr_dist.data.progress import bar
 from lbr_dist.data.remote import is_url
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shard_writer import SPLITS
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lbr")
 
-TILE = 65_536
-"""Passages scored at a time."""
+TILE_BYTES = 64 << 20
+"""Passage vectors in memory at a time."""
+LEFT_S = 24 * 3600
+"""Seconds after which nobody writes a half-written file of the cache any more: the process was killed."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +138,30 @@ def load_corpus(corpus: str | Path, field: str | None = None) -> tuple[list[str]
 
 
 def top_k(queries_QD: np.ndarray, passages_PD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and scores [queries, k] of the largest inner products, best first; equal scores in the order of the rows."""
-    k = min(k, len(passages_PD))
-    best_QK = np.full((len(queries_QD), 0), -np.inf, dtype=np.float32)
-    rows_QK = np.zeros((len(queries_QD), 0), dtype=np.int64)
-    for start in range(0, len(passages_PD), TILE):
-        scores_QT = queries_QD @ passages_PD[start : start + TILE].T
-        tile_T = np.broadcast_to(np.arange(start, start + scores_QT.shape[1]), scores_QT.shape)
-        scores_QM = np.concatenate([best_QK, scores_QT], 1)
-        rows_QM = np.concatenate([rows_QK, tile_T], 1)
-        order_QK = np.argsort(-scores_QM, axis=1, kind="stable")[:, :k]
-        best_QK = np.take_along_axis(scores_QM, order_QK, 1)
-        rows_QK = np.take_along_axis(rows_QM, order_QK, 1)
-    return rows_QK, best_QK
+    """Rows and scores of the largest inner products, best first: int64 and float32 [queries, k].
+
+    Every passage is compared, tile by tile; they may be a memory map. Equal scores come in the order of the rows, but
+    of those that share the last places any may be left out.
+    """
+    import faiss
+
+    k, queries_QD = min(k, len(passages_PD)), np.ascontiguousarray(queries_QD)
+    scores_QK, rows_QK = np.zeros((len(queries_QD), 0), np.float32), np.zeros((len(queries_QD), 0), np.int64)
+    tile = max(1, TILE_BYTES // (4 * passages_PD.shape[1]))
+    for start in range(0, len(passages_PD), tile):
+        tile_TD = np.ascontiguousarray(passages_PD[start : start + tile])
+        found = faiss.knn(queries_QD, tile_TD, min(k, len(tile_TD)), metric=faiss.METRIC_INNER_PRODUCT)
+        scores_QM = np.concatenate([scores_QK, found[0]], 1)
+        rows_QM = np.concatenate([rows_QK, found[1] + start], 1)
+        rows_QK, scores_QK = (part[:, :k] for part in ordered(rows_QM, scores_QM))
+    return rows_QK, scores_QK
+
+
+def ordered(rows_QM: np.ndarray, scores_QM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and scores, best first; equal scores by row, nothing found (row -1) last."""
+    scores_QM = np.where(rows_QM < 0, -np.inf, scores_QM)
+    order_QM = np.lexsort((rows_QM, -scores_QM), axis=1)
+    return np.take_along_axis(rows_QM, order_QM, 1), np.take_along_axis(scores_QM, order_QM, 1)
 
 
 def print_hits(queries: Sequence[str], results: Sequence[Sequence[Hit]]) -> None:
@@ -183,31 +196,27 @@ def _embedded(encoder: Encoder, model: str, texts: list[str], folder: Path, prog
     if known_PD is not None:
         return known_PD
     passages_PD = _in_blocks(encoder, texts, progress)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp.npy")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_vectors(file, temporary, passages_PD.shape, [passages_PD])
+        for left in folder.glob(".tmp-*.npy"):
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                left.unlink(missing_ok=True)
+        write_vectors(file, passages_PD.shape, [passages_PD])
     except OSError as error:
         log.warning("%s: the vectors of the corpus are not kept (%s)", folder, error.strerror)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return passages_PD
 
 
 def _in_blocks(encoder: Encoder, texts: list[str], progress: bool) -> np.ndarray:
     """Vectors of texts that are tokenized a block at a time, under one bar."""
-    from tqdm import tqdm
-
     from lbr_dist.inference.encoder import check_finite
 
     blocks = list(grouped(texts, len, BLOCK_TEXTS))
     several = len(blocks) > 1
     pieces = []
-    with tqdm(
-        total=len(texts), disable=None if progress and several else True, desc=encoder.name, unit="text", leave=False
-    ) as bar:
+    with bar(encoder.name, len(texts), progress and several) as advance:
         for block in blocks:
             pieces.append(encoder.encode(block, "passage", progress and not several))
             check_finite(pieces[-1], block, encoder.name)
-            bar.update(len(block))
+            advance(len(block))
     return np.concatenate(pieces)

@@ -92,7 +92,7 @@ def measure(data: str, model: str, device: str | None = None) -> list[Measured]:
                     rows[name] += bits
                 advance(len(batch))
             write_part(path, shard, rows)
-            for file in path.parent.glob(f"{path.stem}.*.tmp"):  # of a start that was killed while it wrote the part
+            for file in path.parent.glob(f".tmp-*-{path.name}"):  # of a start that was killed while it wrote the part
                 with contextlib.suppress(OSError):
                     if file.stat().st_mtime < begun:
                         file.unlink()

@@ -15,26 +15,26 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from lbr_dist.disk import sync
+from lbr_dist.disk import replacing, sync
 
 DIGEST_BYTES = xxhash.xxh3_128().digest_size
 CHUNK_BYTES = 1 << 20
 
 
-def write_vectors(file: Path, temporary: Path, shape: tuple[int, int], pieces: Iterable[np.ndarray]) -> None:
+def write_vectors(file: Path, shape: tuple[int, int], pieces: Iterable[np.ndarray]) -> None:
     """Write vectors, float32 [N, D]; the file appears whole or not at all.
 
     Args:
-        temporary: file beside it, which becomes it.
         shape: N and D.
         pieces: the vectors in order, [any, D] at a time.
 
     Raises:
-        OSError: it cannot be written; `temporary` may be left.
+        OSError: it cannot be written.
     """
     header, digest = io.BytesIO(), xxhash.xxh3_128(os.fsencode(file.name))
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    with temporary.open("wb") as sink:  # written, not mapped: on a full disk a mapped page ends the process
+    # written, not mapped: on a full disk a mapped page ends the process
+    with replacing(file) as temporary, temporary.open("wb") as sink:
         sink.write(header.getvalue())
         digest.update(header.getvalue())
         for piece_ND in pieces:
@@ -42,8 +42,6 @@ def write_vectors(file: Path, temporary: Path, shape: tuple[int, int], pieces: I
             sink.write(data)
             digest.update(data)
         sink.write(digest.digest())
-    sync(temporary)
-    temporary.replace(file)
     sync(file.parent)
 
 

@@ -68,17 +68,23 @@ def _decode(
     logits_SV, cache, visible_SM = _prefill(model, batch, hide_x)
     positions_S = batch.x_len_S + batch.z_len_S
     answers: list[list[int]] = [[] for _ in prompts]
-    running = torch.ones(len(prompts), dtype=torch.bool)
+    rows, running = list(range(len(prompts))), torch.ones(len(prompts), dtype=torch.bool)
     for step in range(max_new_tokens):
         tokens_S = logits_SV.argmax(-1)
-        for i, token in enumerate(tokens_S.tolist()):
+        for i, (row, token) in enumerate(zip(rows, tokens_S.tolist(), strict=True)):
             if running[i] and token == eos_id:
                 running[i] = False
             elif running[i]:
-                answers[i].append(token)
+                answers[row].append(token)
         if step + 1 == max_new_tokens or not running.any():
             break
-        visible_SM = torch.cat([visible_SM, visible_SM.new_ones(len(prompts), 1)], 1)
+        if 4 * running.sum() <= 3 * len(rows):  # answers that have ended need not be computed further
+            kept_S = running.nonzero()[:, 0]
+            rows, running = [rows[i] for i in kept_S.tolist()], running[kept_S]
+            kept_S = kept_S.to(model.device)
+            cache.batch_select_indices(kept_S)
+            tokens_S, positions_S, visible_SM = tokens_S[kept_S], positions_S[kept_S], visible_SM[kept_S]
+        visible_SM = torch.cat([visible_SM, visible_SM.new_ones(len(rows), 1)], 1)
         output = model.causal_lm(
             input_ids=tokens_S[:, None],
             position_ids=(positions_S + step)[:, None],

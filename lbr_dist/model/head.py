@@ -60,9 +60,11 @@ class _LinearCrossEntropy(Function):
         grad_hidden_LD = torch.zeros_like(hidden_LD, dtype=wide) if need_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
         loss = hidden_LD.new_zeros((), dtype=torch.float32)
+        logits_RV = hidden_LD.new_empty((min(rows, len(targets_L)), weight_VD.shape[0]))  # once: a CPU is slow at it
         for start in range(0, len(targets_L), rows):
             hidden_CD, targets_C1 = hidden_LD[start : start + rows], targets_L[start : start + rows, None]
-            log_CV = torch.log_softmax((hidden_CD @ weight_VD.t()).float(), 1)
+            log_CV = torch.mm(hidden_CD, weight_VD.t(), out=logits_RV[: len(hidden_CD)]).float()
+            torch.log_softmax(log_CV, 1, out=log_CV)
             own_C1 = log_CV.gather(1, targets_C1)
             loss -= own_C1.sum()
             if not (need_hidden or need_weight):

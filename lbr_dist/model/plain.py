@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from safetensors import SafetensorError
 
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, one_line
 from lbr_dist.model.hub import cached_first
 
 POOLER = "pooler."
@@ -19,7 +19,8 @@ POOLER = "pooler."
 
 def position_limit(settings: Any) -> int | None:
     """Most tokens that a model has positions for, by its configuration; None: no limit (BLOOM; XLNet says -1)."""
-    limit: int | None = getattr(settings, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
+    limit: int | None = next((known for name in names if (known := getattr(settings, name, None))), None)
     return limit if limit and limit > 0 else None
 
 
@@ -40,7 +41,7 @@ def load_plain(kind: Any, path: str, device: torch.device | str, what: str) -> A
                 kind.from_pretrained, path, dtype="float32", output_loading_info=True, trust_remote_code=False
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise UserError(f"{what}: cannot be loaded ({reason})") from None
     _check_whole(info, what)
     return model.eval().to(device)

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 from tokenizers import Tokenizer
 
-from lbr_dist.errors import UserError
+from lbr_dist.errors import UserError, one_line
 from lbr_dist.model.hub import cached_first, snapshot
 
 PAD = "<|lbr_pad|>"
@@ -78,7 +78,7 @@ class Tokenization:
                 AutoTokenizer.from_pretrained, path, needs="tokenizer.json", trust_remote_code=False
             )  # without that file Qwen2Tokenizer has one token, and is content
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(
                 f"tokenizer {path}: cannot be loaded ({reason}); give a folder that holds tokenizer.json, or a hub name"
             ) from None
@@ -131,14 +131,18 @@ class Tokenization:
     @property
     def _tokenizer(self) -> Tokenizer:
         if not self._loaded:
-            tokenizer = Tokenizer.from_str(self._text)
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            self._loaded.append(tokenizer)
+            self._loaded.append(_bare(Tokenizer.from_str(self._text)))
         return self._loaded[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_loaded": []}
+
+
+def _bare(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer itself, without truncation and padding."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _check_obeyed(path: str, tokenizer: Any) -> None:
@@ -156,10 +160,7 @@ def _check_obeyed(path: str, tokenizer: Any) -> None:
     file, made = (folder or Path(path)) / "tokenizer.json", type(tokenizer)
     if made is PreTrainedTokenizerFast or not file.is_file():  # that one is what the file says
         return
-    both = Tokenizer.from_file(str(file)), Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    for one in both:
-        one.no_truncation()
-        one.no_padding()
+    both = map(_bare, (Tokenizer.from_file(str(file)), Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())))
     by_file, loaded = ([one.encode(text, add_special_tokens=False).ids for text in BEGINNINGS] for one in both)
     if sum(a != b for a, b in zip(by_file, loaded, strict=True)) > len(BEGINNINGS) / 2:
         raise UserError(
@@ -180,9 +181,6 @@ def _fingerprint(text: str) -> str:
 
 def _prefix(text: str) -> list[int]:
     """Ids that the post-processor puts before a text."""
-    tokenizer = Tokenizer.from_str(text)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    encoding = tokenizer.encode("a", add_special_tokens=True)
+    encoding = _bare(Tokenizer.from_str(text)).encode("a", add_special_tokens=True)
     special = encoding.special_tokens_mask
     return encoding.ids[: special.index(0) if 0 in special else 0]

@@ -115,6 +115,21 @@ def test_a_checkpoint_is_committed_though_an_old_one_stays(
     assert "checkpoints before step-000001 could not be removed" in caplog.text
 
 
+def test_a_checkpoint_that_cannot_be_replaced_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, rename = writer(tmp_path), Path.rename
+    save(made, 1)
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.startswith(".tmp-"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match="earlier checkpoints are intact"):
+        save(writer(tmp_path), 1)
+    assert names(tmp_path) == ["step-000001"]
+
+
 class Believing(Alone):
     """Rank 0 of two; what the other one says that it wrote is there or not."""
 

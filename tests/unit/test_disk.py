@@ -83,6 +83,54 @@ def test_a_command_that_is_terminated_leaves_no_half_written_folder(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_command_left_is_removed_by_the_next_and_not_what_one_at_work_writes(tmp_path: Path) -> None:
+    other = tmp_path / ".out2-0123abcd"
+    for file in (other / "x", tmp_path / ".out-of-hand" / "x", tmp_path / ".out-89abcdef"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    kept = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-c", HALF_WRITTEN, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        half = tmp_path / process.stdout.readline().strip()
+        with new_folder(tmp_path / "out", "make it") as folder:
+            assert sorted(tmp_path.iterdir()) == sorted([*kept, half, folder])
+        process.kill()
+    (tmp_path / "out").rmdir()
+    assert (half / "half").exists()
+    with new_folder(tmp_path / "out", "make it") as folder:
+        assert sorted(tmp_path.iterdir()) == sorted([*kept, folder])
+
+
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, swept = module.fcntl.flock, []
+
+    def flock(descriptor: int, how: int) -> None:
+        if not swept:
+            swept.extend(tmp_path.iterdir())
+            swept[0].rmdir()
+        real(descriptor, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with new_folder(tmp_path / "out", "make it") as folder:
+        assert folder not in swept
+        (folder / "x").touch()
+    assert (tmp_path / "out" / "x").exists()
+
+
+def test_without_locks_nothing_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    (tmp_path / ".out-0123abcd").mkdir()
+    with new_folder(tmp_path / "out", "make it") as folder:
+        (folder / "x").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-0123abcd", "out"]
+
+
 def test_what_cannot_become_a_new_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "here").mkdir()

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 
@@ -9,7 +10,7 @@ from runs import make_run
 
 from lbr_dist.errors import UserError
 from lbr_dist.inference import encoder as module
-from lbr_dist.inference.loading import is_run, load_encoder, load_run, model_fingerprint, pinned
+from lbr_dist.inference.loading import check_output, is_run, load_encoder, load_run, model_fingerprint, pinned
 from lbr_dist.inference.model_folder import EXPORT_FILES
 from lbr_dist.model.batching import batches
 
@@ -88,7 +89,7 @@ def test_vectors_do_not_depend_on_company_or_order(run, monkeypatch):
     together = encoder.encode(many)
     order = np.random.default_rng(1).permutation(len(many))
     assert encoder.encode([many[i] for i in order]) == pytest.approx(together[order], abs=1e-5)
-    monkeypatch.setattr(module, "MICRO_TOKENS", 100)
+    monkeypatch.setattr(module, "CPU_MICRO_TOKENS", 100)
     assert encoder.encode(many) == pytest.approx(together, abs=1e-5)
     assert np.concatenate([encoder.encode([text]) for text in many]) == pytest.approx(together, abs=1e-5)
     assert np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-5)
@@ -148,28 +149,31 @@ def test_hf_models_are_padded_right(tiny_model_dir):
 
 
 def test_hf_models_cut_to_their_positions_and_no_others(tmp_path, tiny_model_dir):
-    from transformers import AutoTokenizer, GPT2Config, GPT2Model, RobertaConfig, RobertaModel, T5Config, T5Model
+    import transformers as hf
 
-    small, behind, other = tmp_path / "gpt2", tmp_path / "roberta", tmp_path / "t5"
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
-    GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
-        small
-    )
-    T5Model(T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
-        other
-    )
+    small, behind, named, both, other = (tmp_path / name for name in ("gpt2", "roberta", "mpt", "t5", "t5-encoder"))
+    tokenizer = hf.AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
+    hf.GPT2Model(
+        hf.GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    ).save_pretrained(small)
+    settings = hf.T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    hf.T5Model(settings).save_pretrained(both)
+    hf.T5EncoderModel(settings).save_pretrained(other)
+    settings = hf.MptConfig(vocab_size=len(tokenizer), max_seq_len=16, d_model=8, n_layers=1, n_heads=2)
+    hf.MptModel(settings).save_pretrained(named)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    settings = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=18, pad_token_id=1, **sizes)
-    RobertaModel(settings).save_pretrained(behind)
+    settings = hf.RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=18, pad_token_id=1, **sizes)
+    hf.RobertaModel(settings).save_pretrained(behind)
     long = " ".join(texts(12))
-    for folder in (small, behind, other):
+    for folder in (small, behind, named, both, other):
         tokenizer.save_pretrained(folder)
-    for folder in (small, behind):
+    for folder in (small, behind, named):
         encoder = load_encoder(f"hf:{folder}?pooling=mean", "cpu")
         assert np.linalg.norm(encoder.encode([long])) == pytest.approx(1)
         assert (encoder.max_tokens, encoder.cut) == (16, 1)
-    with pytest.raises(UserError, match=r"is a t5, and not a causal language model of text alone"):
-        load_encoder(f"hf:{other}", "cpu")
+    for folder in (both, other):
+        with pytest.raises(UserError, match=r"is a t5, and not a causal language model of text alone"):
+            load_encoder(f"hf:{folder}", "cpu")
 
 
 def test_hf_models_that_say_they_have_no_limit_cut_to_none(tmp_path, tiny_model_dir):
@@ -182,6 +186,28 @@ def test_hf_models_that_say_they_have_no_limit_cut_to_none(tmp_path, tiny_model_
     encoder = load_encoder(f"hf:{tmp_path}?max_tokens=20", "cpu")
     assert np.linalg.norm(encoder.encode(texts(3)), axis=1) == pytest.approx(1)
     assert encoder.max_tokens == 20
+
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "message"),
+    [
+        ("ConvBert", {"embedding_size": 16}, "is a convbert, whose vector of a text depends on the texts beside it"),
+        ("FNet", {}, "is a fnet, whose vector of a text depends on the texts beside it: name another model"),
+        ("Nystromformer", {"num_landmarks": 8}, r"cannot read a text of \d+ tokens \(shape .*with &max_tokens=N"),
+    ],
+)
+def test_hf_models_that_no_mask_keeps_to_one_text_are_refused(tmp_path, tiny_model_dir, family, sizes, message):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model_dir("llama"))
+    tokenizer.save_pretrained(tmp_path)
+    settings = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), **SIZES, **sizes)
+    getattr(transformers, f"{family}Model")(settings).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"model hf:{tmp_path}: {message}"):
+        load_encoder(f"hf:{tmp_path}?pooling=mean", "cpu")
 
 
 def test_an_hf_model_s_own_code_is_never_asked_for(tmp_path, tiny_model_dir, monkeypatch):
@@ -365,6 +391,62 @@ def test_an_export_s_text_without_a_token_is_zero_whatever_its_batch(tmp_path, t
         vectors = model.encode(given, side)
         assert (vectors[-1] != 0).any() == (side == "query")
         np.testing.assert_allclose(vectors, load_encoder(str(run), "cpu").encode(given, side), atol=1e-5)
+
+
+def write_at(file, content, seconds=10**9):
+    """As what unpacks an archive whose files all have one time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+    os.utime(file, (seconds, seconds))
+
+
+@pytest.mark.parametrize("size", [3, 5 << 20, 130 << 20])
+def test_a_model_is_another_by_what_its_files_hold(tmp_path, size):
+    """Two exports of one run have the same sizes; of a large file 64 pieces are read."""
+    file, seen = tmp_path / "m" / "model.safetensors", []
+    for place in (None, 0, size // 2, size - 1):
+        content = bytearray(size)
+        if place is not None:
+            content[place : place + size // 50 + 1] = b"1" * len(content[place : place + size // 50 + 1])
+        write_at(file, content)
+        seen += [model_fingerprint(f"hf:{tmp_path / 'm'}"), model_fingerprint(f"hf:{tmp_path / 'm'}")]
+    assert seen[::2] == seen[1::2]
+    assert len(set(seen)) == 4
+
+
+def test_a_model_is_another_by_what_links_lead_to(tmp_path):
+    """As sentence-transformers reads its modules; a link that leads back is no endless way."""
+    write_at(tmp_path / "words" / "model.safetensors", b"1")
+    (tmp_path / "m" / "a").mkdir(parents=True)
+    for link, place in (("0_Transformer", "words"), ("up", "."), ("b", "m/a"), ("a/b", "m/b"), ("a/none", "none")):
+        (tmp_path / "m" / link).symlink_to(tmp_path / place)
+    before = model_fingerprint(str(tmp_path / "m"))
+    write_at(tmp_path / "words" / "model.safetensors", b"2")
+    assert model_fingerprint(str(tmp_path / "m")) != before
+    with pytest.raises(UserError, match=r"out: lies in the folder of model .*m, which every file"):
+        check_output(str(tmp_path / "m"), tmp_path / "words" / "out")
+    check_output(str(tmp_path / "m"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["", "0_Transformer"])
+def test_an_adapter_is_another_by_its_base(tmp_path, monkeypatch, place):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    commits = tmp_path / "hub" / "models--clinic--tiny"
+    seen = []
+    for base in (str(tmp_path / "base"), "clinic/tiny"):
+        settings = json.dumps({"base_model_name_or_path": base})
+        write_at(tmp_path / "m" / place / "adapter_config.json", settings.encode())
+        for content in ("1", "2"):
+            write_at(tmp_path / "base" / "model.safetensors", content.encode())
+            write_at(commits / "snapshots" / content / "config.json", b"{}")
+            write_at(commits / "refs" / "main", content.encode())
+            seen.append(model_fingerprint(f"hf:{tmp_path / 'm'}"))
+    assert len(set(seen)) == 4
+    shutil.copytree(tmp_path / "m", tmp_path / "hub" / "models--clinic--adapter" / "snapshots" / "1")
+    write_at(tmp_path / "hub" / "models--clinic--adapter" / "refs" / "main", b"1")
+    fetched = model_fingerprint("hf:clinic/adapter")
+    write_at(commits / "refs" / "main", b"1")
+    assert model_fingerprint("hf:clinic/adapter") != fetched
 
 
 def test_a_hub_model_is_known_by_its_commit(tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from runs import make_run
 from lbr_dist.cli import main
 from lbr_dist.data.preparation.prepare import prepare
 from lbr_dist.errors import UserError
+from lbr_dist.evaluation import evaluate as module
 from lbr_dist.evaluation.evaluate import default_out, evaluate
-from lbr_dist.evaluation.held_out import load_held_out
+from lbr_dist.evaluation.held_out import HeldOut, load_held_out
 from lbr_dist.evaluation.report import report
 from lbr_dist.evaluation.separation import separation
 from lbr_dist.export.export import export
@@ -160,6 +163,34 @@ def test_results_of_other_data_are_set_aside(tmp_path, data):
     evaluate(["bm25"], data, out, distractors=20, progress=False)
     assert {file.name for file in out.iterdir()} == {*before, aside.name, "a_b-01234567-50"}
     assert "| BM25 |" in report([out, aside], tmp_path / "report")
+
+
+def test_of_evaluations_that_end_together_none_is_lost(tmp_path, monkeypatch):
+    """On several sets, into the folder of one run: each finds there what the others wrote."""
+    out, real = tmp_path / "out", module.read_evaluation
+
+    def slowly(*arguments):
+        try:
+            return real(*arguments)
+        finally:
+            time.sleep(0.2)
+
+    def held_out(name):
+        return HeldOut(name, name * 8, ["a"], ["a b", "c"], [[0]])
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "load_held_out", lambda name, **_: held_out(name))
+    monkeypatch.setattr(module, "_evaluate_one", lambda spec, *_: fail() if spec == "hf:x" else {"name": spec})
+    monkeypatch.setattr(module, "read_evaluation", slowly)
+    with ThreadPoolExecutor() as pool:
+        done = [pool.submit(evaluate, ["bm25", "hf:x"][: 1 + i % 2], str(i), out, device="cpu") for i in range(6)]
+    assert [type(future.exception()) for future in done] == [type(None), MemoryError] * 3
+    for name, expected in (("eval.json", "024"), ("eval.unfinished.json", "135")):
+        found = {file: json.loads(file.read_text())["data"]["name"] for file in out.rglob(name)}
+        assert sorted(found.values()) == list(expected)
+        assert all(file.parent in (out, out / f"{data}-{data * 8}-2") for file, data in found.items())
 
 
 def test_what_was_measured_before_a_model_failed_is_kept(tmp_path, data, monkeypatch):

@@ -535,6 +535,34 @@ def test_scores_of_another_checkpoint_stay_off_the_model_card(tmp_path, tiny_mod
 
 
 @pytest.mark.parametrize(
+    ("exported", "measured", "shown"),
+    [
+        ("run", {"": "newer"}, ""),
+        ("run", {"": "older", "step-000020": "newer"}, "step-000020"),
+        ("run", {"": "newer", "step-000020": "newer"}, ""),
+        ("older", {"": "older"}, ""),
+        ("older", {"": "newer", "step-000010": "older", "step-000020": "newer"}, "step-000010"),
+        ("older", {"": "older", "step-000010": "older"}, "step-000010"),
+        ("older", {"": "newer", "step-000020": "newer"}, None),
+    ],
+)
+def test_the_model_card_has_the_scores_of_its_checkpoint(tmp_path, tiny_model_dir, caplog, exported, measured, shown):
+    """`lbr eval` leaves those of a checkpoint that it was given in a folder of their own."""
+    run = tmp_path / "run"
+    for step in (10, 20):
+        make_run(run, tiny_model_dir("llama"), step=step)
+    places = {"run": run, "older": run / "checkpoints" / "step-000010", "newer": run / "checkpoints" / "step-000020"}
+    for folder, what in measured.items():
+        found = {"name": "mine", "checkpoint": load_run(places[what]).encoder().checkpoint}
+        data = {"name": f"data of {folder}", "fingerprint": "f", "queries": 10, "answers": 20, "passages": 25}
+        (run / "eval" / folder).mkdir(parents=True, exist_ok=True)
+        (run / "eval" / folder / "eval.json").write_text(json.dumps({"data": data, "models": [found]}))
+    card = (export(places[exported], tmp_path / "out", check=False) / "README.md").read_text()
+    assert (f"\ndata of {shown}: 10 held-out" in card) == (shown is not None) == ("## Scores" in card)
+    assert ("run/eval/eval.json: not put on the model card" in caplog.text) == (shown is None)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("no json", r"--scores .*bad.json: not an evaluation that `lbr eval` wrote \(not JSON"),

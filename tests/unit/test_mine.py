@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from prepared import Bytes, contents
 
 from lbr_dist.data.execute import Here
 from lbr_dist.data.record import Record, normalise
@@ -30,13 +31,6 @@ from lbr_dist.mining import mine as module
 from lbr_dist.mining.mine import MineReport, mine
 
 WORDS = [f"word{i}" for i in range(60)]
-
-
-class Bytes:
-    fingerprint = "bytes-1"
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
 
 
 class Words:
@@ -99,17 +93,13 @@ def run(data: Path, out: Path, model: str = "words", **settings: Any) -> MineRep
     return mine(model, data, out, **{"count": 3, "block": 32, **settings})
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_a_mined_set_is_the_set_with_negatives(data: Path, tmp_path: Path, words: Words) -> None:
     report = run(data, tmp_path / "out")
     opened = open_set(tmp_path / "out")
     assert verify(opened) > 0
     for side in ("gl", "eval"):
-        assert {n: b for n, b in files(tmp_path / "out").items() if n.startswith(side)} == {
-            n: b for n, b in files(data).items() if n.startswith(side)
+        assert {n: b for n, b in contents(tmp_path / "out").items() if n.startswith(side)} == {
+            n: b for n, b in contents(data).items() if n.startswith(side)
         }
     before, after = records(data), records(tmp_path / "out")
     answers = {normalise(row["answer"]) for row in before}
@@ -187,7 +177,7 @@ def test_twice_the_same_and_a_second_run_does_nothing(data: Path, tmp_path: Path
     assert again.data == first.data
     assert len(words.calls) == calls
     run(data, tmp_path / "b/out")
-    assert files(tmp_path / "a/out") == files(tmp_path / "b/out")
+    assert contents(tmp_path / "a/out") == contents(tmp_path / "b/out")
     with pytest.raises(UserError, match=r"made from other input \(another settings\).*--overwrite"):
         run(data, tmp_path / "a/out", depth=50)
     with pytest.raises(UserError, match=r"another model"):
@@ -197,12 +187,12 @@ def test_twice_the_same_and_a_second_run_does_nothing(data: Path, tmp_path: Path
 
 def test_overwrite_finds_a_changed_byte(data: Path, tmp_path: Path, words: Words) -> None:
     run(data, tmp_path / "out")
-    before, shard = files(tmp_path / "out"), tmp_path / "out/cl/000000.tar"
+    before, shard = contents(tmp_path / "out"), tmp_path / "out/cl/000000.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
     assert run(data, tmp_path / "out").unchanged  # by the sizes
     assert not run(data, tmp_path / "out", overwrite=True).unchanged
-    assert files(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before
     (tmp_path / "out/runs").mkdir()
     assert run(data, tmp_path / "out", overwrite=True).unchanged
     with pytest.raises(UserError, match="no part of it: runs: --overwrite would remove that too"):
@@ -212,7 +202,7 @@ def test_overwrite_finds_a_changed_byte(data: Path, tmp_path: Path, words: Words
 def test_exact_ivf_and_words(data: Path, tmp_path: Path, words: Words) -> None:
     exact, ivf = run(data, tmp_path / "a/out"), run(data, tmp_path / "b/out", index="ivf")
     assert (exact.data["mined"]["search"], ivf.data["mined"]["search"]) == ("exact", "ivf")
-    assert files(tmp_path / "a/out/cl") == files(tmp_path / "b/out/cl")  # so few lists that all are searched
+    assert contents(tmp_path / "a/out/cl") == contents(tmp_path / "b/out/cl")  # so few lists that all are searched
     lexical = run(data, tmp_path / "c", model="bm25")
     assert lexical.data["mined"]["search"] == "bm25"
     for row in records(tmp_path / "c"):
@@ -222,7 +212,7 @@ def test_exact_ivf_and_words(data: Path, tmp_path: Path, words: Words) -> None:
 
 
 def test_bm25_is_no_model_of_the_hub(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lbr_dist.inference.loading._commit", lambda name: pytest.fail(f"asked for {name}"))
+    monkeypatch.setattr("lbr_dist.inference.identity._commit", lambda name: pytest.fail(f"asked for {name}"))
     assert run(data, tmp_path / "out", model="bm25").data["mined"]["model"] == "bm25"
     assert run(data, tmp_path / "out", model="bm25").unchanged
 
@@ -230,7 +220,7 @@ def test_bm25_is_no_model_of_the_hub(data: Path, tmp_path: Path, monkeypatch: py
 def test_a_mined_file_gives_the_same_set(data: Path, tmp_path: Path, words: Words) -> None:
     run(data, tmp_path / "a")
     run(data, tmp_path / "b", model=str(tmp_path / "a/mined.jsonl"))
-    assert files(tmp_path / "a/cl") == files(tmp_path / "b/cl")
+    assert contents(tmp_path / "a/cl") == contents(tmp_path / "b/cl")
 
 
 def test_negatives_that_were_there_are_no_known_answers(data: Path, tmp_path: Path, words: Words) -> None:
@@ -432,7 +422,7 @@ def test_killed_and_resumed(data: Path, tmp_path: Path, words: Words) -> None:
         assert not out.exists()
     run(data, out, block=8)
     assert 0 < sum(words.calls) <= embedded - 120 - 16  # all questions and two blocks of answers were there
-    assert files(out) == files(tmp_path / "whole/out")
+    assert contents(out) == contents(tmp_path / "whole/out")
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -457,7 +447,7 @@ def test_a_failed_search_goes_on_where_it_stopped(
     run(data, tmp_path / "out")
     assert calls == [25, 25, 25, 25, 25, 20]
     assert words.calls == []
-    assert files(tmp_path / "out/cl") == files(tmp_path / "whole/out/cl")
+    assert contents(tmp_path / "out/cl") == contents(tmp_path / "whole/out/cl")
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "zeros"])
@@ -483,7 +473,7 @@ def test_what_was_committed_and_damaged_is_made_again(
     if file.parent.name != "chosen":
         shutil.rmtree(tmp_path / ".out.preparing/resume/chosen")  # else nothing is searched
     run(data, tmp_path / "out", index="ivf")
-    assert files(tmp_path / "out") == files(tmp_path / "whole/out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole/out")
 
 
 class Interrupted(Here):
@@ -514,7 +504,7 @@ def test_a_damaged_block_of_vectors_is_made_again(data: Path, tmp_path: Path, wo
     words.calls.clear()
     run(data, tmp_path / "out")
     assert words.calls[:3] == [32, 32, 24]  # all questions but those of the second block
-    assert files(tmp_path / "out") == files(tmp_path / "whole/out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole/out")
 
 
 def test_what_is_committed_is_on_disk_before_it_has_its_name(

@@ -7,27 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared import Bytes
 
 from lbr_dist.data.record import Record
 from lbr_dist.data.shard_writer import write_set
 from lbr_dist.data.shards import open_set
 from lbr_dist.errors import UserError
+from lbr_dist.inference import search
 from lbr_dist.inference.bm25 import BM25
 from lbr_dist.inference.encoder import unit
-from lbr_dist.mining import nearest
-from lbr_dist.mining.candidates import Pairs, survey
+from lbr_dist.mining.candidates import passages_of, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose
 from lbr_dist.mining.given import GivenNegatives
 from lbr_dist.mining.nearest import Exact, Inverted, Lexical, kind_for
 
 NONE = (np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-
-class Bytes:
-    fingerprint = "bytes-1"
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
 
 
 def prepared(folder: Path, cl: list[Record]) -> Path:
@@ -91,7 +85,7 @@ def test_places_that_a_search_left_empty_are_never_chosen() -> None:
 
 
 def test_pairs_of_several_owners() -> None:
-    pairs = Pairs.of(np.array([2, 0, 2, 2]), np.array([7, 5, 6, 7]), 4)
+    pairs = passages_of(np.array([2, 0, 2, 2]), np.array([7, 5, 6, 7]), 4)
     positions, passages = pairs.take(np.array([2, 1, 0, 2]))
     assert positions.tolist() == [0, 0, 2, 3, 3]
     assert passages.tolist() == [6, 7, 5, 6, 7]
@@ -133,7 +127,7 @@ def clustered(count: int, width: int = 16, centres: int = 40, seed: int = 0) -> 
 
 
 def test_exact_search_in_tiles_equals_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "TILE_BYTES", 4 * 16 * 37)
+    monkeypatch.setattr(search, "TILE_BYTES", 4 * 16 * 37)
     queries, passages = clustered(25, seed=1), clustered(300)
     passages[200] = passages[3]  # equal scores: the first passage first
     rows, scores, own = Exact(queries, passages).search(np.arange(5, 25), np.arange(20), 50)
@@ -144,7 +138,7 @@ def test_exact_search_in_tiles_equals_the_whole_product(monkeypatch: pytest.Monk
 
 
 def test_inverted_lists_find_what_exact_search_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "TILE_BYTES", 4 * 16 * 999)  # several blocks on disk
+    monkeypatch.setattr(search, "TILE_BYTES", 4 * 16 * 999)  # several blocks on disk
     queries, passages = clustered(200, seed=1), clustered(8000)
     exact = Exact(queries, passages).search(np.arange(200), np.arange(200), 20)
     inverted = Inverted(queries, passages, tmp_path / "ivf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from lbr_dist.recipes import load_recipe, parse_recipe, save_recipe
 from lbr_dist.training import preflight
 from lbr_dist.training.checkpoint.format import encode_manifest, read_manifest
 from lbr_dist.training.ds_config import Regime
-from lbr_dist.training.origin import check_resumed_model
+from lbr_dist.training.origin import check_resumed_model, other_attention
 from lbr_dist.training.position import _check_plan, choose, loop_state
 from lbr_dist.training.preflight import Job, check, deep_check, disagreement, same_everywhere
 from lbr_dist.training.run_folder import check_same, claim
@@ -168,6 +169,44 @@ def test_a_folder_that_another_start_took_since_is_refused(raw: dict[str, Any], 
     (tmp_path / "run" / "audit" / "rank-1.jsonl").write_text('{"start":0}\n{"step":0,"epoch":0,"ids":[]}\n')
     with pytest.raises(UserError, match=r"holds another run \(optim\.lr was 1\.0 and is 0\.003"):
         choose(late, "auto")
+
+
+def test_weights_that_learned_with_another_attention_are_told(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], raw: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "is_causal": False}))
+    causal, both_ways = ({"contrastive": {"attention": name}} for name in ("causal", "bidirectional"))
+    before = make_run(tmp_path / "before", model, **both_ways)
+
+    def told(model: dict[str, str], stage: str = "contrastive", **settings: Any) -> str:
+        made = recipe(tmp_path / "new", tiny_model_dir(), tmp_path / "set", stage, model=model, **settings)
+        return other_attention(parse_recipe(made, "test"))
+
+    assert told({}) == told({}, **both_ways) == told({"path": str(model)}, **both_ways) == ""
+    base = told({"path": str(model)}, **causal)
+    assert base.startswith(f"model {model}: its attention is bidirectional (is_causal: false in its config.json), and")
+    assert base.endswith(
+        "is causal in this run: set contrastive.attention=bidirectional, or name the model that it was trained from, "
+        "unless that is meant"
+    )
+    assert told({"start_from": str(before)}, **both_ways) == ""
+    assert "and is causal in this run: set contrastive.attention=bidir" in told({"start_from": str(before)}, **causal)
+    with caplog.at_level(logging.WARNING, logger="lbr"):
+        choose(check(parse_recipe({**raw, "model": {"path": str(model)}}, "test"), ENVIRONMENT), "auto")
+    assert "and is causal in this run: name the model that it was trained from, unless" in caplog.text
+
+
+@pytest.mark.parametrize(("stage", "takes"), [("generative", "90 samples"), ("joint", "40 pairs")])
+def test_an_epoch_of_one_step_is_told(
+    raw: dict[str, Any], stage: str, takes: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a joint run in pairs, which its epochs are of, without the samples in bins."""
+    job = check(parse_recipe({**raw, "stage": stage, "batch": {"global_batch": 99}}, "test"), ENVIRONMENT)
+    with caplog.at_level(logging.WARNING, logger="lbr"):
+        choose(job, "auto")
+    assert f"an epoch is a single step: batch.global_batch=99 takes all its {takes} at once" in caplog.text
 
 
 def test_a_tokenizer_without_an_end_of_sequence_is_told(

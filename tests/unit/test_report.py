@@ -1,6 +1,8 @@
 import json
 import resource
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -211,6 +213,28 @@ def test_panels_say_what_they_show(tmp_path, results, monkeypatch):
     assert all(tick == int(tick) for tick in above.axes[0].get_xticks())
 
 
+def test_a_run_has_one_colour_whatever_its_title(tmp_path, results, monkeypatch):
+    """In one panel another model has its name, in another there are two of its checkpoints."""
+    from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    runs = [make_log(tmp_path / "runs" / name, name, "contrastive", 4, 1.0) for name in ("s1", "s2", "s3")]
+    one, two = ({**model(name, 0.3), "checkpoint": {"name": "step-4", "digest": name}} for name in ("s1", "s2"))
+    namesake = {**two, "model": "models/s2"}
+    newer = {**two, "checkpoint": {"name": "step-8", "digest": "newer"}}
+    panels = [[two, model("BM25", 0.1), one], [namesake, one, two], [newer, two, model("BM25", 0.2)]]
+    panels.append([{**model("s3", 0.3), "model": "../elsewhere/s3"}])  # alone of that name
+    figure(read_all(runs)[0], [{**results, "models": models} for models in panels], tmp_path / "report.png")
+    losses, _, *below = drawn[0].subfigs
+    s1, s2, s3 = (line.get_color() for line in losses.axes[0].lines[1::2])
+    bars = [[to_hex(bar.get_facecolor()) for bar in panel.axes[0].patches] for panel in below]
+    bm25, other = bars[0][1], bars[1][0]
+    assert bars == [[s2, bm25, s1], [other, s1, s2], [s2, s2, bm25], [s3]]
+    assert len({s1, s2, s3, bm25, other}) == 5
+
+
 def test_what_the_metrics_list_is_drawn_where_a_run_has_it(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
@@ -250,6 +274,23 @@ def test_report_of_runs_alone_and_of_an_evaluation_alone(tmp_path, results):
     write_results(results, tmp_path / "e")
     assert "## Training" not in report([tmp_path / "e"], tmp_path / "o2")
     assert is_png(tmp_path / "o2" / "report.png")
+
+
+def test_table_and_picture_are_of_one_call(tmp_path, results, monkeypatch):
+    """Two of them write into one folder."""
+
+    def draw(_, evaluations, file):
+        name = evaluations[0]["data"]["name"]
+        time.sleep(0.5 * (name == "slow"))
+        file.write_text(name)
+
+    monkeypatch.setattr("lbr_dist.evaluation.report.figure", draw)
+    with ThreadPoolExecutor() as pool:
+        for name in ("slow", "quick"):
+            (tmp_path / name).write_text(json.dumps({**results, "data": {**results["data"], "name": name}}))
+            pool.submit(report, [tmp_path / name], tmp_path / "out")
+            time.sleep(0.2)
+    assert f"## {(tmp_path / 'out' / 'report.png').read_text()}\n" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_run_that_has_not_logged_yet(tmp_path):

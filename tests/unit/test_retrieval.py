@@ -78,6 +78,18 @@ def test_mteb_agrees_with_a_numpy_computation():
     assert scores["main_score"] == scores["ndcg_at_10"]
 
 
+def test_a_query_that_is_a_document_takes_no_place_of_the_hundred():
+    """mteb ranks it with the others, and takes it out of what was ranked."""
+    data, encoder = problem(passages=101)
+    itself = {row: row for row in range(50)}
+    encoder.table |= {query: encoder.table[f"p {row}"] for row, query in enumerate(data.queries)}
+    last = np.argsort(-(encoder.encode(data.queries) @ encoder.encode(data.passages).T), axis=1)[:, -1].tolist()
+    data = HeldOut("toy", "f", data.queries, data.passages, [[row] for row in last], itself=itself)
+    scores = retrieval_scores(MtebEncoder(encoder), held_out_task(data))
+    assert scores["recall_at_100"] == 1
+    assert scores["ndcg_at_100"] == pytest.approx(1 / np.log2(101), abs=1e-5)
+
+
 def test_a_large_corpus_is_embedded_in_blocks(monkeypatch):
     data, encoder = problem()
     whole, sizes, encode = MtebEncoder(encoder, keep=True), [], encoder.encode

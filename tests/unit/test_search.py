@@ -114,6 +114,17 @@ def test_a_cache_s_file_in_the_place_of_another_is_not_read(tmp_path, run, corpu
     assert search(run, corpus, ["x"], **options)[0][0].text == "x"
 
 
+def test_what_a_killed_search_left_in_the_cache_is_removed_a_day_later(tmp_path, run, corpus):
+    old, young, other = (tmp_path / name for name in (".tmp-0123abcd-a.npy", ".tmp-4567abcd-b.npy", "c.npy"))
+    for file in (old, young, other):
+        file.touch()
+    for file in (old, other):
+        os.utime(file, (1, 1))
+    before = set(tmp_path.iterdir())
+    search(run, corpus, ["pain"], cache_dir=tmp_path, device="cpu", progress=False)
+    assert before - set(tmp_path.iterdir()) == {old}
+
+
 def test_the_cache_is_on_disk_before_it_has_its_name(tmp_path, run, corpus, monkeypatch):
     calls, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_ino) or fsync(file))
@@ -172,7 +183,7 @@ def test_top_k_over_tiles(monkeypatch):
     rng = np.random.default_rng(0)
     queries, passages = rng.normal(size=(7, 5)).astype(np.float32), rng.normal(size=(101, 5)).astype(np.float32)
     scores = queries @ passages.T
-    monkeypatch.setattr(module, "TILE", 13)
+    monkeypatch.setattr(module, "TILE_BYTES", 4 * 5 * 13)
     rows, best = top_k(queries, passages, 20)
     assert np.array_equal(rows, np.argsort(-scores, axis=1, kind="stable")[:, :20])
     assert best == pytest.approx(-np.sort(-scores, axis=1)[:, :20], abs=1e-5)

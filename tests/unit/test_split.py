@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lbr_dist.data.preparation import minhash
-from lbr_dist.data.preparation.collect import NO_ENTITY, Numbers, Texts, TextTable
+from lbr_dist.data.preparation.collect import NO_ENTITY, Numbers, TextDigest, Texts, TextTable
 from lbr_dist.data.preparation.isolation import Containment, crossings
-from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, sketch, word_hashes
+from lbr_dist.data.preparation.minhash import MIN_WORDS, SketchBlock, Sketches, sketch, word_hashes
 from lbr_dist.data.preparation.split import (
     CL,
     EVAL,
@@ -48,7 +48,7 @@ def jaccard(a: str, b: str) -> float:
 def table(folder: Path, records: list[Record]) -> tuple[Texts, Sketches]:
     made = TextTable(folder)
     for start in range(0, len(records), 7):  # in batches: they must not matter
-        made.add(start, records[start : start + 7])
+        made.append(start, TextDigest.of(records[start : start + 7]))
     return made.finish(), made.sketches
 
 
@@ -145,7 +145,7 @@ def test_candidates_find_near_duplicates(tmp_path: Path, monkeypatch: pytest.Mon
         texts.append(" ".join(words))  # Jaccard similarity 35/41 = 0.85
     texts += [" ".join(sentence(rng)) for _ in range(200)]
     sketches = Sketches(tmp_path)
-    rows = sketches.add(texts)
+    rows = sketches.append(SketchBlock.of(texts))
     sketches.close()
     found = set()
     for a, b in sketches.candidates(rows):
@@ -158,7 +158,7 @@ def test_a_template_shared_by_very_many_stays_linear(tmp_path: Path, monkeypatch
     monkeypatch.setattr(minhash, "LARGE_RUN", 50)
     texts = [f"please give the definition of the medical term number w{i} in one short sentence" for i in range(2000)]
     sketches = Sketches(tmp_path)
-    rows = sketches.add(texts)
+    rows = sketches.append(SketchBlock.of(texts))
     sketches.close()
     pairs = sum(len(a) for a, _ in sketches.candidates(rows))
     assert pairs < 2000 * 50 * minhash.BANDS * 2

@@ -198,7 +198,7 @@ def test_only_what_is_missing_or_damaged_is_measured_again(made, tmp_path, monke
         (split, kind, ROWS) for split in ("gl", "cl") for kind in ("question", "answer")
     ]
     assert found[0].bits == pytest.approx(before.question.sum(), rel=1e-6)
-    assert not list(Path(tmp_path / "qa").rglob("*.tmp"))
+    assert not list(Path(tmp_path / "qa").rglob(".tmp-*"))
 
 
 def test_a_set_that_cannot_be_written_is_found_before_anything_is_measured(made, tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_what_a_killed_measurement_left_is_removed_by_the_next(made, tmp_path):
     opened = open_set(tmp_path / "qa")
     path = part_path(opened, "gl", opened.splits["gl"].shards[1], model_fingerprint(str(model)))
     path.unlink()
-    left, others = path.with_suffix(".7223.tmp"), path.with_suffix(".7224.tmp")
+    left, others = (path.with_name(f".tmp-{number}-{path.name}") for number in (7223, 7224))
     left.write_bytes(b"half")
     others.write_bytes(b"being written")
     os.utime(others, (time.time() + 60, time.time() + 60))
