@@ -15,7 +15,8 @@ every rank; `reduce="each"` reduces after every backward instead, for ZeRO-3 mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -51,7 +52,8 @@ def accumulate(
         ValueError: no closure, or an engine configured otherwise.
 
     An error in a closure leaves the step's gradients dropped and starts no collective call, so that it reaches the
-    launcher at once and the other ranks can be stopped.
+    launcher at once and the other ranks can be stopped. Where all ranks meet it they may go on: the next step begins
+    with nothing, if the error was in the first closure or gradients are reduced once.
     """
     if not closures:
         raise ValueError("accumulate: no micro-batch on this rank; give it a dummy one")
@@ -61,17 +63,35 @@ def accumulate(
             "from the plan) and no managed_gradient_accumulation: false"
         )
     if len(closures) > 1 and _once(engine, len(closures), reduce):
-        with engine.coalesce_grad_reduction():
-            try:
-                return [_backward(engine, closure) for closure in closures]
-            except BaseException:
-                engine.zero_grad()  # with nothing left to reduce, leaving the block starts no collective call
-                raise
+        with _coalesced(engine):
+            return [_backward(engine, closure) for closure in closures]
     values = []
     for number, closure in enumerate(closures):
         engine.set_gradient_accumulation_boundary(number == len(closures) - 1)
         values.append(_backward(engine, closure))
     return values
+
+
+@contextmanager
+def _coalesced(engine: DeepSpeedEngine) -> Iterator[None]:
+    """DeepSpeed's one reduction for all backward passes inside; after an error the next step begins with nothing."""
+    count = engine.optimizer.micro_step_id
+    try:
+        with engine.coalesce_grad_reduction():
+            try:
+                yield
+            except BaseException:
+                _drop(engine)  # with nothing left to reduce, leaving the block starts no collective call
+                raise
+    except BaseException:
+        _drop(engine)  # leaving it counts as a backward all the same, to whose gradient the next one would be added
+        engine.optimizer.micro_step_id = count
+        raise
+
+
+def _drop(engine: DeepSpeedEngine) -> None:
+    engine.zero_grad()
+    engine.optimizer.zero_grad()  # float32 sums of bfloat16 gradients too; in this order, for a CPU without streams
 
 
 def _backward(engine: DeepSpeedEngine, closure: Callable[[], Tensor]) -> Tensor:

@@ -135,6 +135,28 @@ def check_settings(before: Recipe, recipe: Recipe, start: str) -> None:
         raise UserError(f"model.start_from {start}: other bottleneck settings ({listed}): set them as there")
 
 
+def other_attention(recipe: Recipe) -> str:
+    """In words, that the weights a run begins with have learned with another attention; "" where they have not.
+
+    A causal base under `contrastive.attention: bidirectional` is what the paper's ablation asks for.
+    """
+    from lbr_dist.model.backbone import load_config
+    from lbr_dist.training.checkpoint.chosen import with_checkpoint
+
+    pairs, start = "contrastive" in recipe.tasks, recipe.model.start_from
+    now = recipe.contrastive.attention if pairs else "causal"
+    if start is not None:
+        before = with_checkpoint(start, load_run_recipe, kinds={"extra"})
+        was = before.contrastive.attention if "contrastive" in before.tasks else now
+        found = f"model.start_from {start}: was trained with contrastive.attention={was}"
+        remedy = f"set contrastive.attention={was}" if pairs else "name the run before it"
+    else:
+        was = now if getattr(load_config(recipe.model.path, 0), "is_causal", True) else "bidirectional"
+        found = f"model {recipe.model.path}: its attention is {was} (is_causal: false in its config.json)"
+        remedy = f"{f'set contrastive.attention={was}, or ' * pairs}name the model that it was trained from"
+    return "" if was == now else f"{found}, and is {now} in this run: {remedy}, unless that is meant"
+
+
 def _other_adapters(before: Lora | None, now: Lora | None) -> str:
     """In words, up to the name of the run before, why adapters have other weights; "" where they have the same."""
     if before is None or now is None:

@@ -8,9 +8,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import lbr_dist
 from lbr_dist.config import Recipe
 from lbr_dist.data.plan.base import FOLLOWS
 from lbr_dist.disk import usable_folder
@@ -27,8 +24,10 @@ from lbr_dist.training.checkpoint.format import (
     verify,
 )
 from lbr_dist.training.checkpoint.random_state import random_state
+from lbr_dist.training.checkpoint.rotation import bring_back
 from lbr_dist.training.collective import on_rank_zero
-from lbr_dist.training.origin import check_resumed_model, outdated
+from lbr_dist.training.ds_config import versions
+from lbr_dist.training.origin import check_resumed_model, other_attention, outdated
 from lbr_dist.training.preflight import Job
 
 log = logging.getLogger("lbr")
@@ -42,6 +41,8 @@ def choose(job: Job, resume: str) -> Path | None:
             checkpoint is of another model or plan.
     """
     recipe = job.recipe
+    kept = checkpoints_folder(Path(recipe.output))
+    bring_back(kept)  # else the newest one may be passed over, and rotated away later
     for change in run_folder.check_folder(recipe, resume=resume, allow_change=job.allow_change):
         log.info("changed since the last start: %s", change)
     if other := check_resumed_model(recipe, resume, job.allow_change):
@@ -49,8 +50,10 @@ def choose(job: Job, resume: str) -> Path | None:
     for entry in (*job.plan.too_long, *job.plan.notes):
         log.info("%s", entry)
     if job.plan.steps_per_epoch(0) == 1:
-        count, samples = recipe.batch.global_batch, job.plan.summary(0).samples
-        log.warning("an epoch is a single step: batch.global_batch=%d takes all its %d samples at once", count, samples)
+        step = job.plan.step(0)
+        takes = f"{step.samples} samples" if recipe.stage == "generative" else f"{len(step.pairs(0, 1))} pairs"
+        batch = recipe.batch.global_batch
+        log.warning("an epoch is a single step: batch.global_batch=%d takes all its %s at once", batch, takes)
     checkpoint: Path | None = None
     reasons: list[str] = []
     if resume not in ("auto", "never"):
@@ -76,10 +79,11 @@ def choose(job: Job, resume: str) -> Path | None:
             log.warning("%s", other)
     elif resume == "auto" and last_attempt(Path(recipe.output)):
         log.warning("%s: was started before, and has no checkpoint: from step 0", recipe.output)
+    if checkpoint is None and (other := other_attention(recipe)):
+        log.warning("%s", other)
     if checkpoint is None or not run_folder.has_run(Path(recipe.output)):
         run_folder.claim(recipe)
     if checkpoint is None or read_manifest(checkpoint).step < job.total_steps:  # not found out at the first save
-        kept = checkpoints_folder(Path(recipe.output))
         usable_folder(kept, str(kept), "see to it that this user can write there, or choose another output")
     return checkpoint
 
@@ -163,9 +167,7 @@ def _fields(key: str, old: str | None, new: str | None, before: Recipe, recipe: 
 
 def _check_versions(checkpoint: Path) -> None:
     """Say what else changed. The data order and the shapes are compared by themselves, so this refuses nothing."""
-    import deepspeed
-
-    now = {"lbr_dist": lbr_dist.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
+    now = versions()
     for name, before in read_manifest(checkpoint).versions.items():
         if now.get(name) != before:
             log.warning("%s was %s and is now %s: losses may differ in the last digits", name, before, now.get(name))

@@ -63,7 +63,8 @@ def load_run_recipe(folder: Path) -> Recipe:
 
 def copy_of(folder: Path) -> Path | None:
     """A copy of a run's recipe: the recipe that the last of a run's checkpoints carries."""
-    return max(folder.glob(f"checkpoints/step-*/{RECIPE}"), default=None)
+    found = folder.glob(f"checkpoints/step-*/{RECIPE}")
+    return max(found, key=lambda file: (len(file.parent.name), file), default=None)  # six digits, or more
 
 
 def started_in(folder: Path, recipe: Recipe) -> Path:

@@ -20,8 +20,8 @@ from typing import Any, TextIO
 
 from lbr_dist.config import Recipe, Tracking
 from lbr_dist.disk import DENIED, FULL, replacing
-from lbr_dist.errors import UserError
-from lbr_dist.logs import open_log, read_rows
+from lbr_dist.errors import UserError, one_line
+from lbr_dist.logs import iterate_rows, open_log
 
 METRICS = "metrics.jsonl"
 PLAIN_SECONDS = 5.0
@@ -163,9 +163,10 @@ class _Terminal:
 def keep_rows(file: Path, done: int) -> None:
     """Drop the rows of steps after `done`, which a resumed run takes back, and a last row torn by a kill."""
     if file.is_file():
-        rows = [row for row in read_rows(file) if row.get("step", done + 1) <= done]
-        with replacing(file) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        with replacing(file) as temporary, temporary.open("w", encoding="utf-8") as kept:
+            for row in iterate_rows(file):
+                if row.get("step", done + 1) <= done:
+                    kept.write(json.dumps(row) + "\n")
 
 
 def duration(seconds: float) -> str:
@@ -243,7 +244,7 @@ def check_wandb(tracking: Tracking) -> None:
 
 
 def _no_wandb(tracking: Tracking, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    reason = one_line(error)
     return UserError(
         f"tracking.wandb_project {tracking.wandb_project}: wandb does not start ({reason}): run `wandb login`, or "
         "set tracking.wandb_mode=offline"
@@ -272,7 +273,7 @@ def _start_wandb(recipe: Recipe, run_dir: Path, run_id: str | None) -> Any:
     except (UsageError, AuthenticationError) as error:
         raise _no_wandb(tracking, error) from None
     except CommError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         log.warning(
             "wandb does not answer (%s): goes on offline; later: wandb sync %s/wandb/offline-*", reason, run_dir
         )

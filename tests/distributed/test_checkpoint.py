@@ -13,8 +13,8 @@ import torch
 from checkpoint_worker import perform_all
 from ranks import run_ranks
 
-from lbr_dist.training.checkpoint.format import find_resumable, verify
-from lbr_dist.training.checkpoint.weights import consolidate, iterate_weights, tied_names
+from lbr_dist.training.checkpoint.format import find_resumable, read_manifest, resolve, verify
+from lbr_dist.training.checkpoint.weights import consolidate, iterate_weights
 
 pytestmark = pytest.mark.timeout(900)
 CASES = [("fp32", stage) for stage in (0, 1, 2, 3)] + [("bf16", stage) for stage in (1, 2, 3)]
@@ -258,7 +258,7 @@ def test_consolidate_writes_plain_shards_with_tied_weights_once(chain, tmp_path,
     merged = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     expected = dict(iterate_weights(folder / "four-fp32-2"))
     assert merged.keys() == expected.keys() == index["weight_map"].keys()
-    assert tied_names(folder / "four-fp32-2") == {"head.weight": "embed.weight"}
+    assert read_manifest(resolve(folder / "four-fp32-2")).tied == {"head.weight": "embed.weight"}
     assert "head.weight" not in merged
     for name, tensor in expected.items():
         assert torch.equal(merged[name], tensor.to(getattr(torch, dtype)))

@@ -161,6 +161,22 @@ def test_a_zero_embedding_stops_the_run_or_is_skipped(runs: dict[Any, dict[str, 
         assert audit(raw["output"]).problems == []
 
 
+def test_a_skipped_joint_step_leaves_no_gradient(runs: dict[Any, dict[str, Any]], tmp_path: Path) -> None:
+    one_micro = {"batch": {"global_batch": 11, "micro_tokens": 4000}, "on_nan": "skip"}  # fails in the first backward
+    recipes = [
+        {**runs["joint", 1], **one_micro, "deepspeed": regime, "output": str(tmp_path / regime)}
+        for regime in ("zero0", "zero3")
+    ]
+    assert run_ranks(with_zero_embedding, 1, tmp_path, recipes)[0] == [{"step": 4, "code": 0}] * 2
+    plain, sharded = recipes
+    assert [row.get("skipped", False) for row in rows(sharded)] == [False, True, False, False]
+    for found, wanted in zip(rows(sharded)[2:], rows(plain)[2:], strict=True):
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
+    expected = dict(iterate_weights(plain["output"]))
+    for name, weight in iterate_weights(sharded["output"]):
+        assert (weight - expected[name]).norm() <= 1e-5 * (expected[name].norm() + 1e-2), name
+
+
 def without_embeddings(rank: int, world: int, recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The model embeds everything as zero."""
     from lbr_dist.training import steps

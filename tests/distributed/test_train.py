@@ -343,6 +343,18 @@ def test_going_back_is_not_forgotten_by_a_start_that_saved_nothing(
     assert found.steps == len(losses(raw["output"]))
 
 
+def test_a_checkpoint_that_was_being_replaced_is_gone_on_from(
+    both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]
+) -> None:
+    """The run ended between the two renames of a save, and has no other one."""
+    raw = {**both["one"], "output": cut_off(both["one"]["output"], place[0] / "replaced")}
+    last = Path(raw["output"]) / "checkpoints" / f"step-{CUT:06d}"
+    last.rename(last.with_name(f".replaced-{last.name}"))
+    assert run(place[0], 1, [raw])[0].get("code") == 0
+    assert f"resuming from {last}" in (place[0] / "replaced/log.txt").read_text()
+    assert losses(raw["output"]) == pytest.approx(losses(both["one"]["output"]), rel=1e-4)
+
+
 def test_a_start_that_is_refused_does_not_take_the_folder(
     both: dict[str, dict[str, Any]], place: tuple[Path, Path, Path]
 ) -> None:

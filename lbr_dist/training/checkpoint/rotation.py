@@ -33,12 +33,17 @@ def rotate(run_dir: Path, keep_last: int, keep_every: int | None, trusted: Calla
             shutil.rmtree(discarded, ignore_errors=True)
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove what a dead writer left. A checkpoint that it was about to replace gets its name back."""
+def bring_back(folder: Path) -> None:
+    """Give a checkpoint its name back that a writer was about to replace when it died."""
     for path in folder.glob(f"{REPLACED}*"):
         original = folder / path.name.removeprefix(REPLACED)
         if not original.exists():
             path.rename(original)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what a dead writer left, but for what it was about to replace."""
+    bring_back(folder)
     for prefix in (REPLACED, DISCARDED, TEMPORARY):
         for path in folder.glob(f"{prefix}*"):
             if path.is_dir():

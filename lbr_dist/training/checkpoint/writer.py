@@ -9,6 +9,7 @@ a network file system arrive when its caches expire and a dead rank is a time-ou
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -24,10 +25,10 @@ import torch
 
 from lbr_dist.disk import DENIED, FULL, mark, sync
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint import files as files
+from lbr_dist.training.checkpoint import files
 from lbr_dist.training.checkpoint import format as layout
 from lbr_dist.training.checkpoint.format import FileEntry, Kind, Manifest
-from lbr_dist.training.checkpoint.rotation import remove_stale, rotate
+from lbr_dist.training.checkpoint.rotation import bring_back, remove_stale, rotate
 from lbr_dist.training.checkpoint.tensor_file import NAMES, TensorSpec, write_tensors
 from lbr_dist.training.collective import Team
 from lbr_dist.training.run_folder import in_time
@@ -235,6 +236,8 @@ class CheckpointWriter:
             self._sequence += 1
             self._name_latest(final.name)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                bring_back(self.folder)
             return _explain(error, 0, temporary)
         try:
             rotate(self.folder.parent, self.keep_last, self.keep_every, self._trusted)
