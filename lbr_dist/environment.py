@@ -78,7 +78,7 @@ def lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or _GLOO.search(str(error)) is not None
 
 
-def out_of_memory(error: RuntimeError | MemoryError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an error is of memory that does not suffice: a GPU's, or the host's."""
     import torch
 

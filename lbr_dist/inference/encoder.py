@@ -1,4 +1,4 @@
-"""Texts to unit vectors: of a trained run, of any Hugging Face causal model, of any sentence-transformers model.
+"""Texts to unit vectors: of a trained run, of any sentence-transformers model (of any other: `hf_encoder`).
 
 A text's vector must depend on the text alone. So our own models are packed without padding (nothing to mask, nothing to
 waste), and whatever the order or the company of the texts, they are sorted by length, embedded, and put back in order;
@@ -7,7 +7,6 @@ in float32 the vectors of two calls agree to about 1e-6. What is too long is cut
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,7 +18,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.data.information import known_bits
 from lbr_dist.data.progress import bar
 from lbr_dist.data.sources.row_values import unseen
-from lbr_dist.errors import UserError, one_line
+from lbr_dist.errors import UserError
 from lbr_dist.inference.model_folder import check_padding, unreadable
 from lbr_dist.model.batching import batches
 from lbr_dist.model.tokenizer import Tokenization
@@ -116,7 +115,7 @@ class PackedEncoder:
         lengths = np.array([len(s.x) + s.z for s in samples], dtype=np.int64)
         out: np.ndarray | None = None
         with torch.inference_mode(), bar(self.name, len(texts), progress) as advance:
-            for rows in batches(lengths, _micro_tokens(self.model.device)):
+            for rows in batches(lengths, micro_tokens(self.model.device)):
                 real = rows[lengths[rows] > 0]
                 if len(real) == 0:
                     continue
@@ -133,106 +132,6 @@ class PackedEncoder:
                 advance(len(real))
         width = self.model.causal_lm.config.hidden_size
         return unit(out if out is not None else np.zeros((len(texts), width), dtype=np.float32))
-
-
-class PaddedEncoder:
-    """Any Hugging Face model of text with a pooling, through plain padded batches: causal ones, and BERT's family."""
-
-    def __init__(self, path: str, pooling: Literal["mean", "last"], max_tokens: int, device: str) -> None:
-        """Load the base model (without its head) of `path` in float32; texts are cut to the positions that it has,
-        and what its tokenizer puts in front of them and behind them stays.
-
-        Raises:
-            UserError: not a model folder, a damaged one, an encoder with a decoder, not of text alone, or of a family
-                whose vector of a text depends on the texts beside it.
-        """
-        from transformers import AutoConfig, AutoModel
-
-        from lbr_dist.model.hub import cached_first
-        from lbr_dist.model.plain import load_plain, position_limit
-
-        self.path, self.name = path, f"{path.rstrip('/').rsplit('/', 1)[-1]} ({pooling})"
-        self.tokenization = Tokenization.load(path)
-        with contextlib.suppress(OSError, ValueError, KeyError):  # an adapter has none; else loading says what is wrong
-            self._check_family(cached_first(AutoConfig.from_pretrained, path, trust_remote_code=False))
-        self.model = load_plain(AutoModel, path, device, f"model hf:{path}")
-        settings = self.model.config
-        self._check_family(settings)
-        positions = position_limit(settings) or max_tokens
-        learned: Any = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        if getattr(learned, "padding_idx", None) is not None:  # RoBERTa's begin behind it
-            positions -= learned.padding_idx + 1
-        self.pooling, self.max_tokens, self.cut = pooling, min(max_tokens, positions), 0
-        self._check_company()
-
-    def _check_family(self, settings: Any) -> None:
-        """Encoder alone (T5EncoderModel) or not, a family with a decoder is read as both."""
-        both = settings.is_encoder_decoder or getattr(type(settings), "is_encoder_decoder", False)
-        if both or not hasattr(settings, "hidden_size"):
-            raise UserError(
-                f"model hf:{self.path}: is a {settings.model_type}, and not a causal language model of text alone: "
-                "name one that is"
-            )
-
-    def _check_company(self) -> None:
-        """A short text beside a longer one is the same as alone, where attention is all that joins its tokens."""
-        import torch
-
-        two = self._inputs(self.tokenization.encode(["a short text", "a short text " * 8]))
-        if not two[0]:  # a tokenizer that knows none of these words
-            return
-        with torch.inference_mode():
-            alone_D, beside_D = self._forward(two[:1])[0], self._forward(two)[0]
-        if np.abs(alone_D - beside_D).max() > 1e-4 * np.abs(alone_D).max():
-            raise UserError(
-                f"model hf:{self.path}: is a {self.model.config.model_type}, whose vector of a text depends on the "
-                "texts beside it: name another model"
-            )
-
-    def encode(self, texts: Sequence[str], side: Side = "passage", progress: bool = False) -> np.ndarray:
-        """See `Encoder`; both sides are the same, there are no instructions."""
-        import torch
-
-        encoded = self.tokenization.encode(texts)
-        self.cut += sum(len(ids) > self._room for ids in encoded)
-        inputs = self._inputs(encoded)
-        lengths = np.array([len(x) for x in inputs], dtype=np.int64)
-        out = np.zeros((len(texts), self.model.config.hidden_size), dtype=np.float32)
-        with torch.inference_mode(), bar(self.name, len(texts), progress) as advance:
-            for rows in batches(lengths, _micro_tokens(self.model.device), padded=True):
-                out[rows] = self._forward([inputs[row] for row in rows])
-                advance(len(rows))
-        return unit(out)
-
-    @property
-    def _room(self) -> int:
-        """Tokens of a text that are kept."""
-        return max(0, self.max_tokens - len(self.tokenization.bos) - len(self.tokenization.end))
-
-    def _inputs(self, encoded: Sequence[list[int]]) -> list[list[int]]:
-        return [self.tokenization.bos + ids[: self._room] + self.tokenization.end for ids in encoded]
-
-    def _forward(self, inputs: list[list[int]]) -> np.ndarray:
-        import torch
-
-        from lbr_dist.model.batching import pad
-
-        ids_BT, mask_BT = pad(inputs, self.model.device)
-        try:
-            hidden_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise UserError(
-                f"model hf:{self.path}: cannot read a text of {ids_BT.shape[1]} tokens ({one_line(error)}): cut texts "
-                "to fewer with &max_tokens=N, or name another model"
-            ) from error
-        lengths_B = mask_BT.sum(1)
-        if self.pooling == "last":
-            pooled_BD = hidden_BTD[torch.arange(len(inputs), device=ids_BT.device), (lengths_B - 1).clamp(min=0)]
-        else:
-            pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(1) / lengths_B.clamp(min=1)[:, None]
-        return (pooled_BD * (lengths_B > 0)[:, None]).float().cpu().numpy()
 
 
 class SentenceTransformerEncoder:
@@ -314,7 +213,8 @@ class TruncatedEncoder:
         return unit(self.inner.encode(texts, side, progress)[:, : self.dim])
 
 
-def _micro_tokens(device: torch.device) -> int:
+def micro_tokens(device: torch.device) -> int:
+    """Tokens in one forward pass."""
     return CPU_MICRO_TOKENS if device.type == "cpu" else MICRO_TOKENS
 
 

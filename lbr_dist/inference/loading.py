@@ -258,7 +258,7 @@ def _check_surprisal_model(checkpoint: Path, path: str) -> None:
 
 
 def _hf_encoder(spec: str, device: str) -> Encoder:
-    from lbr_dist.inference.encoder import PaddedEncoder
+    from lbr_dist.inference.hf_encoder import PaddedEncoder
 
     path, pooling, max_tokens = _hf_options(spec)
     return PaddedEncoder(path, pooling, max_tokens, device)
