@@ -87,12 +87,11 @@ def read_as(
 def _left(row: Mapping[str, Any], used: set[Any]) -> Iterator[Any]:
     """The fields that are not used, and of an object of which only parts are, its other parts."""
     for name, value in row.items():
+        if name in used:
+            continue
         parts = [str(part) for part in used if str(part).startswith(f"{name}.")] if isinstance(value, Mapping) else []
-        if name in used or not parts:
-            yield from () if name in used else (name,)
-        else:
-            others = (f"{name}.{part}" for part in value)
-            yield from (other for other in others if not any(f"{part}.".startswith(f"{other}.") for part in parts))
+        others = (f"{name}.{part}" for part in value) if parts else (name,)
+        yield from (other for other in others if not any(f"{part}.".startswith(f"{other}.") for part in parts))
 
 
 def _label_of_each(row: Mapping[str, Any], names: list[str], finder: Finder) -> str:
