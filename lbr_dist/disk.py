@@ -31,6 +31,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Errors of a disk that takes no more, whatever is written."""
 DENIED = (errno.EACCES, errno.EPERM)
 """Errors of a file or folder that this user may not use."""
+BROKEN = (errno.EIO, errno.ESTALE)
+"""Errors of storage that fails, and may come back."""
 
 
 def file_xxh128(path: Path) -> str:

@@ -45,7 +45,7 @@ app.add_typer(ray.app, name="ray")
 
 
 def main() -> None:
-    """Entry point: a mistake of the user is one line on stderr and exit code 2."""
+    """Entry point: a mistake of the user is one line on stderr and exit code 2; so is storage that fails, with 1."""
     quiet()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
@@ -57,6 +57,14 @@ def main() -> None:
             raise
     except (UserError, PermissionError) as error:
         sys.exit(told(error))
+    except OSError as error:
+        from lbr_dist.disk import BROKEN
+
+        if error.errno not in BROKEN:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}: see to it that the storage works, and run again", file=sys.stderr)
+        sys.exit(1)
 
 
 def _flush(more: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from lbr_dist.data.shard_writer import SPLITS
 from lbr_dist.data.shards import open_set, verify
 from lbr_dist.disk import is_mount, sync, take_lock
 from lbr_dist.errors import UserError, printable
+
+log = logging.getLogger("lbr")
 
 RESUME = "resume"
 """Folder of the workspace that outlives a killed run."""
@@ -183,12 +186,18 @@ def publish(folder: Path, out: Path) -> None:
             out.rename(old)
         folder.rename(out)
     except OSError as error:
+        if old.exists() and not out.exists():
+            with contextlib.suppress(OSError):  # the next `workspace` does it then
+                old.rename(out)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise TakenError(
             f"--out {out}: something else was written there meanwhile: move it away and run again; what is done is kept"
         ) from None
-    sync(out.parent)
+    try:
+        sync(out.parent)
+    except OSError as error:
+        log.warning("%s is complete, but its name may not be on disk yet (%s)", out, error.strerror)
     _remove(old)
 
 
@@ -214,7 +223,7 @@ def _others(folder: Path) -> list[str]:
 
 
 def _restore(out: Path) -> None:
-    """Finish what a run that was killed between the two renames of an overwrite left."""
+    """Finish what a run that ended between the two renames of an overwrite left."""
     old = _old(out)
     if old.exists():
         if out.exists():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lbr_dist.disk import DENIED, FULL
+from lbr_dist.disk import BROKEN, DENIED, FULL
 from lbr_dist.environment import Environment, lost_contact, out_of_memory
 from lbr_dist.errors import UserError
 
@@ -79,17 +79,20 @@ def _brief(error: Exception) -> str:
 
 @contextmanager
 def storage_named(run_dir: Path) -> Iterator[None]:
-    """A full disk, and what belongs to another user, are met by each further start as well."""
+    """A full disk, and what belongs to another user, are met by each further start; failing storage may come back."""
     try:
         yield
     except OSError as error:
+        kind: type[Exception] = UserError
         if error.errno in FULL:
             remedy = "more can be written there"
         elif error.errno in DENIED:
             remedy = "this user may read and write there"
+        elif error.errno in BROKEN:
+            kind, remedy = FaultError, "the storage works"
         else:
             raise
-        raise UserError(
+        raise kind(
             f"{error.filename or f'{run_dir}, the temporary folder or /dev/shm'}: {error.strerror}: see to it that "
             f"{remedy}, and run again; the run goes on from its newest checkpoint"
         ) from error

@@ -73,17 +73,21 @@ def test_help_answers_within_a_second() -> None:
     assert min(times) < 1.0
 
 
-def test_a_file_of_another_user_is_one_line(
-    tmp_path: Path, lbr: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [(errno.EACCES, 2, "this user may use it"), (errno.EIO, 1, "the storage works, and run again")],
+)
+def test_a_file_of_another_user_or_of_failing_storage_is_one_line(
+    tmp_path: Path, lbr: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, number: int, code: int, remedy: str
 ) -> None:
     def closed(folder: Path) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        raise OSError(number, os.strerror(number), str(folder))
 
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(Path, "iterdir", closed)  # root, as whom tests may run, may read everything
     done = lbr("checkpoint", "list", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/checkpoints: Permission denied: see to it that this user may use it\n"
+    assert done.returncode == code
+    assert done.stderr == f"error: {tmp_path}/checkpoints: {os.strerror(number)}: see to it that {remedy}\n"
 
 
 def test_a_checkpoint_in_the_folder_of_another_step_is_told(tmp_path: Path, lbr: Callable[..., Done]) -> None:

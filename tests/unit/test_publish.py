@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -220,6 +221,39 @@ def test_a_second_start_between_the_two_renames_of_an_overwrite(
         publish.publish(work / "set", out)
     assert (out / "manifest.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("at", ["rename", "sync"])
+def test_a_fault_within_an_overwrite_leaves_a_set_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    """At the second of the two renames the old set comes back; at the sync after them the new one is there."""
+
+    def rename(path: Path, target: Path) -> Path:
+        if target == out and path.name == "set":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_rename(path, target)
+
+    def sync(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_sync(path)
+
+    out, real_rename, real_sync = tmp_path / "out", Path.rename, publish.sync
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+    if at == "rename":
+        monkeypatch.setattr(Path, "rename", rename)
+    else:
+        monkeypatch.setattr(publish, "sync", sync)
+    fails = pytest.raises(UserError, match="disk is full") if at == "rename" else contextlib.nullcontext()
+    with fails, publish.workspace(out) as work:
+        (work / "set").mkdir()
+        (work / "set/manifest.json").write_text("new")
+        publish.publish(work / "set", out)
+    assert (out / "manifest.json").read_text() == ("old" if at == "rename" else "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert ("may not be on disk yet" in caplog.text) == (at == "sync")
 
 
 def test_a_workspace_that_its_holder_removed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import UserError
 from lbr_dist.launch import ray_stage
 from lbr_dist.recipes import parse_recipe
-from lbr_dist.training.faults import storage_named
+from lbr_dist.training.faults import FaultError, storage_named
 from lbr_dist.training.run_folder import check_folder, check_same, claim
 
 
@@ -107,8 +107,13 @@ def test_what_every_start_meets_again_is_a_mistake_and_not_a_fault(number: int, 
     said = f"^run/lock: .*: see to it that {remedy}, and run again"
     with pytest.raises(UserError, match=said), storage_named(Path("run")):
         raise OSError(number, os.strerror(number), "run/lock")
-    with pytest.raises(OSError, match="run/lock"), storage_named(Path("run")):
+    with (
+        pytest.raises(FaultError, match="run/lock: .+ that the storage works"),
+        storage_named(Path("run")),
+    ):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "run/lock")
+    with pytest.raises(FileNotFoundError, match="run/lock"), storage_named(Path("run")):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "run/lock")
     with (
         pytest.raises(UserError, match=f"^run, the temporary folder or /dev/shm: .*: see to it that {remedy}"),
         storage_named(Path("run")),
