@@ -145,7 +145,7 @@ def _short_memory(size: int, width: int, rows: int, device: str, two_way: bool) 
         two_way=two_way,
         tile=4096,
         keys=None,
-        ranks=Ranks.of(None),
+        ranks=Ranks.of(),
         differentiable=True,
     )
     level = common.memory_level(device)

@@ -38,9 +38,9 @@ def iterate_rows(file: Path, holding: bytes = b"", unreadable: list[int] | None 
                 unreadable.append(number)
 
 
-def read_rows(file: Path, unreadable: list[int] | None = None) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[dict[str, Any]]:
     """`iterate_rows` as a list."""
-    return list(iterate_rows(file, unreadable=unreadable))
+    return list(iterate_rows(file))
 
 
 def no_rows(file: Path) -> str:

@@ -17,7 +17,7 @@ app = typer.Typer(help="List, verify and consolidate checkpoints.", no_args_is_h
 def list_checkpoints(run: Annotated[Path, typer.Argument(callback=place, help="Run folder.")]) -> None:
     """The checkpoints of a run, newest first."""
     from lbr_dist.training.checkpoint.format import checkpoints_folder
-    from lbr_dist.training.checkpoint.format import list_checkpoints as found
+    from lbr_dist.training.checkpoint.listing import list_checkpoints as found
 
     if not checkpoints_folder(run).is_dir():
         raise UserError(f"{run}: no run folder (it has no checkpoints/)")
@@ -31,8 +31,8 @@ def verify(
 ) -> None:
     """Read every byte and compare it with the checksums; exit code 1 if anything is wrong."""
     from lbr_dist.training.checkpoint.format import MANIFEST, checkpoints_folder, is_checkpoint, misnamed, read_manifest
-    from lbr_dist.training.checkpoint.format import list_checkpoints as found
     from lbr_dist.training.checkpoint.format import verify as problems_of
+    from lbr_dist.training.checkpoint.listing import list_checkpoints as found
 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a run or one of its checkpoints")

@@ -62,7 +62,7 @@ _current: ContextVar[Executor] = ContextVar("executor", default=Here())  # noqa:
 
 
 def current() -> Executor:
-    """The executor of commands that are given none."""
+    """Where commands run their work."""
     return _current.get()
 
 

@@ -55,7 +55,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int | None, show: bool) -> Iterator[Callable[[int], None]]:
+def bar(description: str, total: int | None, show: bool = True) -> Iterator[Callable[[int], None]]:
     """A bar by itself, which goes when it is done; yields as `Progress.phase` does."""
     with Progress(show, transient=True) as progress, progress.phase(description, total) as advance:
         yield advance

@@ -87,19 +87,7 @@ def evaluate(
     device = usable_device(device)
     usable_folder(out, f"--out {out}")
     checkpoints: dict[str, str] = {}
-    results: dict[str, Any] = {
-        "format": FORMAT,
-        "data": {
-            "name": held_out.name,
-            "fingerprint": held_out.fingerprint,
-            "queries": len(held_out.queries),
-            "answers": held_out.answers,
-            "passages": len(held_out.passages),
-        },
-        "models": [],
-    }
-    if all(len(rows) + (i in held_out.itself) == len(held_out.passages) for i, rows in enumerate(held_out.positives)):
-        results["notes"] = [NO_WRONG_PASSAGE]
+    results = _without_models(held_out)
     for spec in models:
         try:
             results["models"].append(
@@ -109,15 +97,25 @@ def evaluate(
             if results["models"]:
                 _keep_unfinished(results, out / UNFINISHED, spec)
             raise
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with in_turn(out):  # an evaluation on other data may end now too
-            for name in ("eval.json", UNFINISHED):
-                _set_aside(name, out, results["data"])
-            write_results(results, out)
-            (out / UNFINISHED).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; the results {_elsewhere(results, 'eval.json')}") from error
+    _keep(results, out)
+    return results
+
+
+def _without_models(data: HeldOut) -> dict[str, Any]:
+    """Results that have no model yet."""
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "data": {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "queries": len(data.queries),
+            "answers": data.answers,
+            "passages": len(data.passages),
+        },
+        "models": [],
+    }
+    if all(len(rows) + (i in data.itself) == len(data.passages) for i, rows in enumerate(data.positives)):
+        results["notes"] = [NO_WRONG_PASSAGE]
     return results
 
 
@@ -168,6 +166,23 @@ def _set_aside(name: str, out: Path, data: Mapping[str, Any]) -> None:
 def _write_json(results: dict[str, Any], file: Path) -> None:
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def _keep(results: dict[str, Any], out: Path) -> None:
+    """Put the results where they belong, and what lies there of other data aside.
+
+    Raises:
+        UserError: they cannot be written there; it says where they are.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with in_turn(out):  # an evaluation on other data may end now too
+            for name in ("eval.json", UNFINISHED):
+                _set_aside(name, out, results["data"])
+            write_results(results, out)
+            (out / UNFINISHED).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; the results {_elsewhere(results, 'eval.json')}") from error
 
 
 def _keep_unfinished(results: dict[str, Any], file: Path, failed: str) -> None:

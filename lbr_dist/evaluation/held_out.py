@@ -54,12 +54,13 @@ class HeldOut:
     itself: dict[int, int] = field(default_factory=dict)
 
 
-def load_held_out(data: str | Path, *, distractors: int = 0, seed: int = 0) -> HeldOut:
+def load_held_out(data: str | Path, *, distractors: int = 0) -> HeldOut:
     """Read the evaluation split of a prepared set, or a benchmark.
 
     Args:
         data: the prepared set; or a folder in the layout of BEIR, `FOLDER` or `FOLDER@SPLIT`.
-        distractors: passages to add from the gl and cl splits, drawn with `seed`; fewer where there are fewer.
+        distractors: passages to add from the gl and cl splits, drawn at random, always the same; fewer where there
+            are fewer.
 
     Raises:
         UserError: not a prepared set, no evaluation split, or no questions in it; or what `data.beir` says.
@@ -84,7 +85,7 @@ def load_held_out(data: str | Path, *, distractors: int = 0, seed: int = 0) -> H
         raise UserError(f"prepared set {data}: its eval split has no questions, only texts: nothing to retrieve with")
     held_out.answers = len(held_out.passages)
     if distractors:
-        held_out.passages += _distractors(opened, set(passage_of), distractors, seed)
+        held_out.passages += _distractors(opened, set(passage_of), distractors)
     return held_out
 
 
@@ -130,14 +131,14 @@ def _add(held_out: HeldOut, record: dict[str, Any], query_of: dict[str, int], pa
             held_out.positives[query].append(passage)
 
 
-def _distractors(opened: PreparedSet, taken: set[str], count: int, seed: int) -> list[str]:
-    """Answers (or texts) of the training splits, drawn from both with `seed`, unlike each other and unlike `taken`:
-    by the coarse form, as all that keeps the sides apart."""
+def _distractors(opened: PreparedSet, taken: set[str], count: int) -> list[str]:
+    """Answers (or texts) of the training splits, drawn from both, unlike each other and unlike `taken`: by the coarse
+    form, as all that keeps the sides apart."""
     readers = [ShardReader(opened, split) for split in ("gl", "cl") if opened.splits[split].records]
     hashes = np.concatenate([np.zeros(0, np.int64), *(reader.index.answer_hash for reader in readers)])
     seen = {normalised_hash(text) for text in taken}
     drawn: list[int] = []
-    for row in np.random.default_rng(seed).permutation(len(hashes)):
+    for row in np.random.default_rng(0).permutation(len(hashes)):
         if len(drawn) == count:
             break
         if int(hashes[row]) not in seen:

@@ -21,9 +21,9 @@ from lbr_dist.data.sources.parts import Source, expand
 from lbr_dist.disk import home
 from lbr_dist.errors import UserError, one_line
 from lbr_dist.evaluation.held_out import HeldOut, load_benchmark
-from lbr_dist.inference.blocks import BLOCK_TEXTS, grouped
 from lbr_dist.inference.bm25 import BM25
 from lbr_dist.inference.encoder import Encoder, Side, check_finite
+from lbr_dist.inference.text_blocks import BLOCK_TEXTS, grouped
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask

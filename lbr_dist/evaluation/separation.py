@@ -74,11 +74,6 @@ def auc(sr: float) -> float:
     return 0.5 * (1.0 + math.erf(sr / 2.0))
 
 
-def potential_gain(sr_domain: float, sr_reference: float) -> float:
-    """Room that a domain leaves to generative learning: 1 - SR_domain / SR_reference, of one frozen model."""
-    return 1.0 - sr_domain / sr_reference
-
-
 def uniformity(points_ND: np.ndarray) -> float:
     """log mean exp(-2 |x - y|^2) over pairs of different rows of normalised embeddings (Wang & Isola 2020, eq. 2)."""
     if len(points_ND) > UNIFORMITY_POINTS:

@@ -20,8 +20,8 @@ def model_card(
     *,
     tokens: int,
     dtype: str,
-    agreement: float | None,
-    spaced: float | None = None,
+    agreement: float,
+    spaced: float | None,
     evaluation: dict[str, Any] | None,
     checkpoint: str,
 ) -> str:
@@ -32,7 +32,7 @@ def model_card(
         recipe: of the run.
         tokens: bottleneck tokens behind every text.
         dtype: of the weights on disk.
-        agreement: lowest cosine to the run's own vectors that the export check saw; None: not checked.
+        agreement: lowest cosine to the run's own vectors that the export check saw.
         spaced: that of texts that begin with white space, where an instruction makes them differ.
         evaluation: what `lbr eval` found, as in its `eval.json`.
         checkpoint: name of the checkpoint.
@@ -144,12 +144,8 @@ def spaced_texts(cosine: float) -> str:
     return f"texts that begin with white space get {other}: strip them"
 
 
-def _export_note(dtype: str, agreement: float | None, spaced: float | None) -> str:
-    checked = (
-        "It was not compared with the run when it was written."
-        if agreement is None
-        else f"Its vectors were compared with the run's own when it was written: lowest cosine {agreement:.6f}."
-    )
+def _export_note(dtype: str, agreement: float, spaced: float | None) -> str:
+    checked = f"Its vectors were compared with the run's own when it was written: lowest cosine {agreement:.6f}."
     if spaced is not None:
         checked += f" Behind an instruction, {spaced_texts(spaced)}."
     return f"## Export\n\nWeights in {dtype}. {checked}"

@@ -54,7 +54,6 @@ def export(
     tokens: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     scores: str | Path | None = None,
-    check: bool = True,
 ) -> Path:
     """Write a run or checkpoint as a sentence-transformers model.
 
@@ -65,15 +64,14 @@ def export(
         dtype: of the weights on disk.
         scores: an `eval.json` for the model card; default: the run's own, if there is one that measured this
             checkpoint.
-        check: compare with the run through sentence-transformers before the folder appears.
 
     Returns:
         `out`.
 
     Raises:
         UserError: `out` holds something or cannot be made, `scores` is no evaluation, the run has no checkpoint, its
-            number of bottleneck tokens varies and `tokens` does not say how many, or the check finds a text whose
-            tokens or vector differ.
+            number of bottleneck tokens varies and `tokens` does not say how many, or a text has other tokens or
+            another vector in sentence-transformers.
     """
     out = Path(out)
     evaluations = {} if scores is None else _named_evaluation(Path(scores))
@@ -83,7 +81,7 @@ def export(
     with new_folder(out, f"export to {out}") as folder, _full_disk_by_number():
         with_checkpoint(
             run,
-            lambda found: _write(run, found, folder, out, tokens, dtype, evaluations, scores is not None, check),
+            lambda found: _write(run, found, folder, out, tokens, dtype, evaluations, scores is not None),
         )
     return out
 
@@ -146,7 +144,6 @@ def _write(
     dtype: Literal["float32", "bfloat16"],
     evaluations: dict[Path, dict[str, Any]],
     named: bool,
-    check: bool,
 ) -> None:
     from lbr_dist.export.card import model_card, spaced_texts
     from lbr_dist.export.folder import write_sentence_transformers
@@ -162,7 +159,7 @@ def _write(
             loaded.checkpoint.name,
         )
     count = fixed_tokens(recipe, tokens)
-    reference = _reference(loaded, count) if check else None
+    reference_ND = _reference(loaded, count)
     backbone = _write_model(loaded, folder, count, dtype)
     write_sentence_transformers(
         folder,
@@ -174,11 +171,8 @@ def _write(
     )
     save_recipe(recipe, folder / EXPORT_RECIPE)
     del loaded.model, backbone
-    agreement: float | None = None
-    spaced: float | None = None
-    if reference is not None:
-        _check_tokenizer(folder, loaded.tokenization)
-        agreement, spaced = _check(folder, reference, COSINE[dtype], recipe)
+    _check_tokenizer(folder, loaded.tokenization)
+    agreement, spaced = _check(folder, reference_ND, COSINE[dtype], recipe)
     if spaced is not None:
         log.warning("%s: behind an instruction, %s", out, spaced_texts(spaced))
     card = model_card(

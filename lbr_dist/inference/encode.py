@@ -1,7 +1,7 @@
 """`lbr encode`: a file of texts to a Parquet file of vectors, in bounded memory, and resumable.
 
-The input is embedded in blocks (see blocks.py), each of which becomes a part in a folder beside the output. At the end
-the parts become one file, which appears by a rename: an output that exists is complete.
+The input is embedded in blocks (see text_blocks.py), each of which becomes a part in a folder beside the output. At
+the end the parts become one file, which appears by a rename: an output that exists is complete.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 import xxhash
 
-from lbr_dist.data.execute import Executor, current
+from lbr_dist.data.execute import current
 from lbr_dist.data.progress import bar
 from lbr_dist.disk import locked, replacing, room, sync
 from lbr_dist.errors import UserError
-from lbr_dist.inference.blocks import BLOCK_CHARACTERS, BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
 from lbr_dist.inference.rows import read_texts
+from lbr_dist.inference.text_blocks import BLOCK_CHARACTERS, BLOCK_TEXTS, EncodeBlock, TextBlock, part_file, text_blocks
 
 if TYPE_CHECKING:
     from lbr_dist.inference.encoder import Side
@@ -53,8 +53,6 @@ def encode_file(
     field: str | None = None,
     device: str | None = None,
     block: int = BLOCK_TEXTS,
-    progress: bool = True,
-    executor: Executor | None = None,
 ) -> EncodeReport:
     """Embed every row of a file.
 
@@ -68,8 +66,6 @@ def encode_file(
             text, that `lbr prepare` reads in the row.
         device: default: CUDA where there is one.
         block: texts in a part.
-        progress: a bar on a terminal.
-        executor: where blocks are embedded; default: the current one.
 
     Raises:
         UserError: no such file or field, a damaged file, a row without a text (its line is named), an input that is
@@ -95,10 +91,10 @@ def encode_file(
         "block": [block, BLOCK_CHARACTERS],
     }
     resumed = total = count = cut = 0
-    with _open_parts(out, job) as parts, bar(f"encoding {source.name}", None, progress) as advance:
+    with _open_parts(out, job) as parts, bar(f"encoding {source.name}", None) as advance:
         read = partial(_blocks, side=side, field=field, parts=parts, most=block)
         work = EncodeBlock(model, side, parts, device)
-        for done in (executor or current()).stream([source.absolute()], read, work, model=True):
+        for done in current().stream([source.absolute()], read, work, model=True):
             resumed += done.texts * done.resumed
             total, count, cut = total + done.texts, count + 1, cut + done.cut
             advance(done.texts)

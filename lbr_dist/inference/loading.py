@@ -147,7 +147,7 @@ def pinned(spec: str) -> str:
     path, dim = split_dim(spec)
     if not is_run(path):
         return spec
-    from lbr_dist.training.checkpoint.format import resolve
+    from lbr_dist.training.checkpoint.listing import resolve
 
     checkpoint = str(resolve(path))
     return checkpoint if dim is None else f"{checkpoint}?dim={dim}"
@@ -166,7 +166,7 @@ def check_spec(spec: str) -> None:
     if path.startswith("hf:"):
         path = _hf_options(path)[0]
     elif is_run(path):
-        from lbr_dist.training.checkpoint.format import resolve
+        from lbr_dist.training.checkpoint.listing import resolve
 
         resolve(path, kinds=())
         return

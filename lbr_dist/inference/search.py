@@ -21,8 +21,8 @@ from lbr_dist.data.shards import open_set
 from lbr_dist.data.sources.row_values import REASONS, RowError, text
 from lbr_dist.disk import cache_folder
 from lbr_dist.errors import UserError
-from lbr_dist.inference.blocks import BLOCK_TEXTS, grouped
 from lbr_dist.inference.rows import read_texts
+from lbr_dist.inference.text_blocks import BLOCK_TEXTS, grouped
 from lbr_dist.inference.vector_file import read_vectors, write_vectors
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from lbr_dist.launch.ray_worker import CONTROLLER, RESUME, STARTED, is_ours
-from lbr_dist.training.checkpoint.format import progress
+from lbr_dist.training.checkpoint.listing import progress
 from lbr_dist.training.signals import request_stop, stop_requested
 
 WAIT_S = 300.0

@@ -25,7 +25,7 @@ from lbr_dist.config import Recipe
 from lbr_dist.errors import EXIT_RUN_AGAIN, UserError, one_line
 from lbr_dist.launch.ray_cluster import Bundle, Node, check_room, cluster, living_nodes
 from lbr_dist.launch.ray_worker import CONTROLLER, claimed, is_ours, work
-from lbr_dist.training.checkpoint.format import newest, progress
+from lbr_dist.training.checkpoint.listing import newest, progress
 from lbr_dist.training.signals import REPEATED_S, FirstSignal, stop_signals
 
 MAX_FAILURES = 3

@@ -37,7 +37,7 @@ from lbr_dist.launch.slurm_words import FINISHED, HISTORY, word
 from lbr_dist.logs import is_torn, read_rows
 from lbr_dist.recipes import load_recipe, override
 from lbr_dist.training.chain import load_next
-from lbr_dist.training.checkpoint.format import progress
+from lbr_dist.training.checkpoint.listing import progress
 
 MAX_RESTARTS = 3
 """Restarts without a new checkpoint after which a job is not started again."""

@@ -26,7 +26,7 @@ from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shards import PreparedSet, open_set
 from lbr_dist.disk import file_xxh128
 from lbr_dist.errors import UserError, printable
-from lbr_dist.inference.blocks import BLOCK_TEXTS
+from lbr_dist.inference.text_blocks import BLOCK_TEXTS
 from lbr_dist.mining.candidates import SIDE, Candidates, survey
 from lbr_dist.mining.choose import Chosen, Rule, choose, commit, is_committed
 from lbr_dist.mining.given import GivenNegatives
@@ -97,7 +97,6 @@ def mine(
     device: str | None = None,
     overwrite: bool = False,
     block: int = BLOCK_TEXTS,
-    executor: Executor | None = None,
 ) -> MineReport:
     """Mine hard negatives for the cl side of a prepared set.
 
@@ -112,7 +111,6 @@ def mine(
         device: default: CUDA where there is one.
         overwrite: replace a set made from other input.
         block: texts embedded and committed at a time.
-        executor: where texts are embedded; default: the current one.
 
     Raises:
         UserError: bad settings, no such model or set, nothing to mine in it, or an `out` that holds something else or
@@ -136,7 +134,7 @@ def mine(
         check_output(model, Path(out))
         model = pinned(model)  # questions and answers are embedded by one checkpoint of a run in training
     identity = file_xxh128(Path(model)) if given else model if model == "bm25" else model_fingerprint(model)
-    if device is not None and isinstance(executor or current(), Here):
+    if device is not None and isinstance(current(), Here):
         usable_device(device)  # before the workspace, which an error would empty of what an earlier run committed
     settings = {**asdict(rule), "index": index, "block": block}
     origin = {"mined": {"version": VERSION, "model": identity, "settings": settings}, "set": opened.fingerprint}
@@ -145,7 +143,7 @@ def mine(
         return MineReport(Path(out), done, unchanged=True)
     with workspace(place, dear=True) as work, Progress() as progress:
         folder = resumable(work.absolute(), {**origin, "queries": QUERIES})
-        job = _Job(model, opened, rule, folder, progress, executor or current())
+        job = _Job(model, opened, rule, folder, progress, current())
         job.mine("given" if given else index, device, block)
         target = work / "set"
         target.mkdir()

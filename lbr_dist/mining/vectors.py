@@ -16,7 +16,7 @@ from lbr_dist.data.progress import Progress
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shards import PreparedSet
 from lbr_dist.errors import UserError
-from lbr_dist.inference.blocks import EncodeBlock, TextBlock, part_file, part_vectors, text_blocks
+from lbr_dist.inference.text_blocks import EncodeBlock, TextBlock, part_file, part_vectors, text_blocks
 from lbr_dist.inference.vector_file import read_vectors, write_vectors
 from lbr_dist.mining.candidates import SIDE
 

@@ -20,7 +20,6 @@ from lbr_dist.errors import UserError
 from lbr_dist.model import attention
 from lbr_dist.model.backbone import DTYPES, causal_lm, equip, load_backbone, load_config
 from lbr_dist.model.layout import PackedBatch
-from lbr_dist.model.tokenizer import Tokenization
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,16 +63,10 @@ class LbrModel(nn.Module):
             for_zero3: see `load_backbone`. Z itself is whole until DeepSpeed takes the model over.
 
         Raises:
-            UserError: see `load_backbone`; or the tokenizer has ids that the model has no embedding for.
+            UserError: see `load_backbone`.
         """
         backbone = load_backbone(recipe.model, for_zero3=for_zero3, longest=longest_sequence(recipe), seed=recipe.seed)
         embedding = causal_lm(backbone).get_input_embeddings()
-        vocabulary = Tokenization.load(recipe.model.path).vocabulary
-        if vocabulary > embedding.num_embeddings:
-            raise UserError(
-                f"model {recipe.model.path}: its tokenizer has {vocabulary} tokens, but the model has embeddings for "
-                f"{embedding.num_embeddings}; use the tokenizer that belongs to the model"
-            )
         count = recipe.bottleneck.count
         z_KD = initial_vectors(embedding.weight, count, recipe.seed) if count else None
         return cls(backbone, z_KD, recipe.model.attention, initial_temperature(recipe))

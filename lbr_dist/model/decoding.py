@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 
+TOGETHER = 32
+"""Samples that are decoded at a time."""
+
+
 @torch.no_grad()
 def generate_answers(
     model: LbrModel,
@@ -29,7 +33,6 @@ def generate_answers(
     eos_id: int | None,
     max_new_tokens: int,
     hide_x: bool = True,
-    batch_size: int = 32,
 ) -> list[list[int]]:
     """The most likely next token, again and again, until end-of-sequence or `max_new_tokens`.
 
@@ -39,7 +42,6 @@ def generate_answers(
         eos_id: token that ends an answer (not part of it); None: answers have `max_new_tokens` tokens.
         max_new_tokens: most tokens of an answer.
         hide_x: generate through the bottleneck; False lets Y see X (the baseline without bottleneck).
-        batch_size: samples decoded at a time.
 
     Returns:
         Answers as token ids, in the order of the samples.
@@ -52,8 +54,8 @@ def generate_answers(
     model.eval()
     order = sorted(range(len(samples)), key=lambda i: len(samples[i].x))
     answers: list[list[int]] = [[] for _ in samples]
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
+    for start in range(0, len(order), TOGETHER):
+        members = order[start : start + TOGETHER]
         prompts = [replace(samples[i], y=()) for i in members]
         for i, answer in zip(members, _decode(model, prompts, eos_id, max_new_tokens, hide_x), strict=True):
             answers[i] = answer

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -24,7 +23,6 @@ def contrastive_loss(
     embeddings: Sequence[Tensor],
     batches: Sequence[LocalBatch],
     settings: Contrastive,
-    group: dist.ProcessGroup | None = None,
     temperature: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """InfoNCE of the global batch from this rank's texts; see `info_nce` for what it returns and raises.
@@ -34,7 +32,6 @@ def contrastive_loss(
             column being the model's `temperature` parameter (task `embed_with_temperature`).
         batches: the micro-batches, on the embeddings' device; dummy ones take part with a gradient of zero.
         settings: the recipe's section.
-        group: the ranks that share the batch.
         temperature: of this step; default: the recipe's.
 
     Returns:
@@ -69,7 +66,6 @@ def contrastive_loss(
         dims=settings.matryoshka.pairs if settings.matryoshka else None,
         tile=settings.tile,
         names=[ids[row] for row in query_Q.tolist()],
-        group=group,
         **keys,
     )
     if temperature is not None or settings.learn_temperature is not None:

@@ -20,18 +20,17 @@ from torch.autograd.function import FunctionCtx
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that share a batch: this process alone, or a process group."""
+    """The ranks that share a batch: all, or this process alone."""
 
-    group: dist.ProcessGroup | None
     rank: int
     world: int
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None = None) -> Ranks:
-        """The given group, else the default group where there is one, else this process alone."""
-        if group is None and not (dist.is_available() and dist.is_initialized()):
-            return cls(None, 0, 1)
-        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+    def of(cls) -> Ranks:
+        """The default group where there is one, else this process alone."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(0, 1)
+        return cls(dist.get_rank(), dist.get_world_size())
 
     def table(self, row: list[int], device: torch.device) -> list[list[int]]:
         """Every rank's row of integers, in rank order (one collective)."""
@@ -39,13 +38,13 @@ class Ranks:
             return [row]
         mine = torch.tensor(row, dtype=torch.int64, device=device)
         table = mine.new_empty(self.world * len(row))
-        dist.all_gather_into_tensor(table, mine, group=self.group)
+        dist.all_gather_into_tensor(table, mine)
         return [[int(value) for value in part] for part in table.view(self.world, -1).tolist()]
 
     def reduce(self, values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         """All-reduce `values` in place and return them."""
         if self.world > 1:
-            dist.all_reduce(values, op=op, group=self.group)
+            dist.all_reduce(values, op=op)
         return values
 
 
@@ -71,7 +70,7 @@ class _Gather(torch.autograd.Function):
         ctx.counts, ctx.ranks = counts, ranks  # type: ignore[attr-defined]
         longest = max(counts)
         padded = rows.new_empty((ranks.world * longest, *rows.shape[1:]))
-        dist.all_gather_into_tensor(padded, _pad(rows, longest), group=ranks.group)
+        dist.all_gather_into_tensor(padded, _pad(rows, longest))
         if min(counts) == longest:
             return padded
         parts = padded.view(ranks.world, longest, *rows.shape[1:])
@@ -89,7 +88,7 @@ class _Gather(torch.autograd.Function):
             parts = [grad[end - count : end] for end, count in zip(ends, counts, strict=True)]
             padded = torch.cat([_pad(part, longest) for part in parts])
         mine = grad.new_empty((longest, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(mine, padded, group=ranks.group)
+        dist.reduce_scatter_tensor(mine, padded)
         return mine[: counts[ranks.rank]], None, None
 
 

@@ -8,7 +8,7 @@ negatives), with cosine scores s and temperature tau:
 N(i) leaves out passages that are known, or suspected, to answer query i too. The value returned is the mean of L_i over
 the global batch, the same on every rank; its gradient carries the factor `world`, so that after DeepSpeed has
 *averaged* the ranks' parameter gradients the result is that of one process on the whole batch. docs/contrastive.md
-derives it. The arithmetic is in strips.py, the kinds of negatives in blocks.py, the communication in gather.py.
+derives it. The arithmetic is in strips.py, the kinds of negatives in negatives.py, the communication in gather.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lbr_dist.objectives.blocks import NO_KEY, Keys
 from lbr_dist.objectives.gather import Ranks, gather_rows
+from lbr_dist.objectives.negatives import NO_KEY, Keys
 from lbr_dist.objectives.strips import RULES, SUMS, TERMS, StripLoss, Strips
 
 __all__ = ["NO_KEY", "DegenerateEmbeddingError", "info_nce"]
@@ -60,7 +60,6 @@ def info_nce(
     passage_passage: bool = False,
     dims: Sequence[tuple[int, float]] | None = None,
     tile: int = 4096,
-    group: dist.ProcessGroup | None = None,
     names: Sequence[str] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Contrastive loss of the global batch, and its statistics.
@@ -86,7 +85,6 @@ def info_nce(
         dims: (dimensions, weight) pairs: the weighted mean of the losses of the embeddings cut to their first
             dimensions and normalised again (Kusupati et al. 2022); None: the whole embeddings.
         tile: scores held at a time: tile * tile, in float32. Up to that size the score matrix is computed whole.
-        group: the ranks that share the batch; None: the default group, or this process alone.
         names: one name per query, used in errors.
 
     Which of the optional rules are in force, and whether gradients are wanted, must be the same on all ranks; then all
@@ -111,7 +109,7 @@ def info_nce(
     _check_arguments(query_QD, positive_QD, tau, tile, dims)
     if known_QK is not None and answer_Q is None:
         raise ValueError("info_nce: known_QK needs answer_Q beside it")
-    ranks = Ranks.of(group)
+    ranks = Ranks.of()
     dtype = torch.float64 if query_QD.dtype == torch.float64 else torch.float32
     own = [positive_QD] if negatives_ND is None else [positive_QD, negatives_ND]
     query, passage = query_QD.to(dtype), torch.cat(own).to(dtype) if len(own) > 1 else positive_QD.to(dtype)
@@ -231,7 +229,7 @@ def _raise_degenerate(mine: list[str], ranks: Ranks, rows: int) -> None:
     parts: list[list[str]] = [mine]
     if ranks.world > 1:
         parts = [[] for _ in range(ranks.world)]
-        dist.all_gather_object(parts, mine, group=ranks.group)
+        dist.all_gather_object(parts, mine)
     found = [name for part in parts for name in part]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     raise DegenerateEmbeddingError(

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn.functional import normalize, softplus
 
-from lbr_dist.objectives.blocks import Block, Keys, Term, make_blocks, through_norm
 from lbr_dist.objectives.gather import Ranks
+from lbr_dist.objectives.negatives import Block, Keys, Term, make_blocks, through_norm
 
 MIN_ROWS = 16
 _LOWEST = -1e30  # a finite stand-in for minus infinity: exp(-inf - _LOWEST) is 0 where exp(-inf + inf) is not a number

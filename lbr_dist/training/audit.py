@@ -171,7 +171,7 @@ def audit(run_dir: str | Path) -> Audit:
 
 def _reached(run_dir: Path, last: _Attempt) -> int:
     """Steps that the run has made for certain: those before its last start, and those that this start has saved."""
-    from lbr_dist.training.checkpoint.format import list_checkpoints
+    from lbr_dist.training.checkpoint.listing import list_checkpoints
 
     saved = [m.step for _, m in list_checkpoints(run_dir) if m is not None and m.attempt == last.saves]
     return max([last.start, *saved])

@@ -51,7 +51,8 @@ def _with_model(folder: Path) -> Path | None:
 
     A damaged one is passed over, or refused, when all of it is read.
     """
-    from lbr_dist.training.checkpoint.format import MANIFEST, is_sound, list_checkpoints
+    from lbr_dist.training.checkpoint.format import MANIFEST, is_sound
+    from lbr_dist.training.checkpoint.listing import list_checkpoints
 
     known = [folder] if (folder / MANIFEST).is_file() else [path for path, _ in list_checkpoints(folder)]
     return next((path for path in known if is_sound(path, "model")), None)
@@ -190,7 +191,8 @@ def outdated(recipe: Recipe, checkpoint: Path) -> str:
         recipe: of the run.
         checkpoint: one of its own.
     """
-    from lbr_dist.training.checkpoint.format import read_manifest, resolve
+    from lbr_dist.training.checkpoint.format import read_manifest
+    from lbr_dist.training.checkpoint.listing import resolve
 
     began_with, start = read_manifest(checkpoint).state.get("began_with"), recipe.model.start_from
     if began_with is None or start is None:

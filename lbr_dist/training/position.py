@@ -15,14 +15,8 @@ from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder, run_recipe
 from lbr_dist.training.audit import last_attempt
 from lbr_dist.training.checkpoint.checkpointer import Checkpointer
-from lbr_dist.training.checkpoint.format import (
-    checkpoints_folder,
-    find_resumable,
-    list_checkpoints,
-    newest,
-    read_manifest,
-    verify,
-)
+from lbr_dist.training.checkpoint.format import checkpoints_folder, read_manifest, verify
+from lbr_dist.training.checkpoint.listing import find_resumable, list_checkpoints, newest
 from lbr_dist.training.checkpoint.random_state import random_state
 from lbr_dist.training.checkpoint.rotation import bring_back
 from lbr_dist.training.collective import on_rank_zero

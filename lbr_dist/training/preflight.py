@@ -127,7 +127,8 @@ def complete(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
 
     False also where that cannot be told from here: the run itself names what is wrong.
     """
-    from lbr_dist.training.checkpoint.format import list_checkpoints, verify
+    from lbr_dist.training.checkpoint.format import verify
+    from lbr_dist.training.checkpoint.listing import list_checkpoints
 
     path, newest = next(iter(list_checkpoints(recipe.output)), (Path(), None))
     if newest is None or verify(path, deep=False):
@@ -142,7 +143,7 @@ def complete(recipe: Recipe, allow_change: Sequence[str] = ()) -> bool:
 
 def resumes(recipe: Recipe, resume: str) -> bool:
     """Whether the weights come from a checkpoint of this run: what it started from may be gone."""
-    from lbr_dist.training.checkpoint.format import list_checkpoints
+    from lbr_dist.training.checkpoint.listing import list_checkpoints
 
     return resume not in ("auto", "never") or (resume == "auto" and bool(list_checkpoints(recipe.output)))
 

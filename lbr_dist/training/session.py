@@ -113,31 +113,14 @@ def start(
     if not on_rank_zero(lock.take):
         return None
     on_rank_zero(on_claim)
-    _check_agreement(job)
-    on_rank_zero(lambda: check_ahead(job, resumes=resumes(recipe, resume)))
-    on_all_ranks(lambda: deep_check(job))
-    checkpoint = on_rank_zero(lambda: choose(job, resume))
-    run_folder.check_shared(Path(recipe.output), environment.rank)
+    checkpoint = _checked(job, resume)
     log.info(
         "DeepSpeed %s, stage %d%s", job.regime.name, job.regime.stage, f" ({job.regime.note})" * bool(job.regime.note)
     )
     files = _extra_files(recipe)  # as they are now, whatever becomes of the model's folder during the run
     engine = make_engine(recipe, job.regime)
     _describe(engine, job)
-    state: dict[str, Any] = {"step": 0, "samples": 0, "skipped": 0, "wandb_id": None}
-    if checkpoint is None and recipe.model.start_from is not None:
-        state["began_with"] = origin(_start_from(engine, recipe))
-    checkpointer = Checkpointer(Path(recipe.output), engine, recipe.checkpoint, extra_files=files)
-    own = None
-    if checkpoint is not None:
-        state, own = checkpointer.load(checkpoint)
-    seed_rank(recipe.seed, environment.rank, state["step"])
-    if own is not None:
-        restore_random_state(own)
-    if checkpoint is not None and state["step"] < job.total_steps:  # else what was run stays on record
-        if resume != "auto":
-            go_back(job, checkpoint, checkpointer, state)
-        on_rank_zero(lambda: run_folder.claim(recipe))
+    checkpointer, state = _placed(job, engine, files, resume, checkpoint)
     attempt = on_rank_zero(lambda: last_attempt(Path(recipe.output)) + 1)
     tracker = None
 
@@ -195,6 +178,39 @@ def _check_agreement(job: Job) -> None:
     dist.all_gather_object(found, same_everywhere(job))
     if problem := disagreement(found):
         raise UserError(problem)
+
+
+def _checked(job: Job, resume: str) -> Path | None:
+    """What the ranks check together before a model is loaded; the checkpoint to go on from. Collective."""
+    recipe = job.recipe
+    _check_agreement(job)
+    on_rank_zero(lambda: check_ahead(job, resumes=resumes(recipe, resume)))
+    on_all_ranks(lambda: deep_check(job))
+    checkpoint = on_rank_zero(lambda: choose(job, resume))
+    run_folder.check_shared(Path(recipe.output), job.environment.rank)
+    return checkpoint
+
+
+def _placed(
+    job: Job, engine: DeepSpeedEngine, files: dict[str, bytes], resume: str, checkpoint: Path | None
+) -> tuple[Checkpointer, dict[str, Any]]:
+    """Weights, moments and random state where the run goes on, and the state of its loop there. Collective."""
+    recipe = job.recipe
+    state: dict[str, Any] = {"step": 0, "samples": 0, "skipped": 0, "wandb_id": None}
+    if checkpoint is None and recipe.model.start_from is not None:
+        state["began_with"] = origin(_start_from(engine, recipe))
+    checkpointer = Checkpointer(Path(recipe.output), engine, recipe.checkpoint, extra_files=files)
+    own = None
+    if checkpoint is not None:
+        state, own = checkpointer.load(checkpoint)
+    seed_rank(recipe.seed, job.environment.rank, state["step"])
+    if own is not None:
+        restore_random_state(own)
+    if checkpoint is not None and state["step"] < job.total_steps:  # else what was run stays on record
+        if resume != "auto":
+            go_back(job, checkpoint, checkpointer, state)
+        on_rank_zero(lambda: run_folder.claim(recipe))
+    return checkpointer, state
 
 
 def _start_from(engine: DeepSpeedEngine, recipe: Recipe) -> Path:

@@ -13,7 +13,8 @@ import torch
 from checkpoint_worker import perform_all
 from ranks import run_ranks
 
-from lbr_dist.training.checkpoint.format import find_resumable, read_manifest, resolve, verify
+from lbr_dist.training.checkpoint.format import read_manifest, verify
+from lbr_dist.training.checkpoint.listing import find_resumable, resolve
 from lbr_dist.training.checkpoint.weights import consolidate, iterate_weights
 
 pytestmark = pytest.mark.timeout(900)

@@ -18,7 +18,8 @@ from ranks import run_ranks
 from lbr_dist.errors import UserError
 from lbr_dist.training import run_folder
 from lbr_dist.training.checkpoint.chosen import same_on_all
-from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, find_resumable, verify
+from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, verify
+from lbr_dist.training.checkpoint.listing import find_resumable
 from lbr_dist.training.checkpoint.weights import iterate_weights
 from lbr_dist.training.checkpoint.writer import SLOWEST_WRITE, CheckpointWriter, Snapshot, StorageError, TensorFile
 from lbr_dist.training.collective import GlooTeam

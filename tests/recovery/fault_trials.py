@@ -29,7 +29,7 @@ from training_runs import make_set, recipe, train_all
 
 from lbr_dist.logs import read_rows
 from lbr_dist.training.audit import audit
-from lbr_dist.training.checkpoint.format import list_checkpoints
+from lbr_dist.training.checkpoint.listing import list_checkpoints
 from lbr_dist.training.checkpoint.weights import iterate_weights
 
 EXACT, CLEAR = "exact resume", "clear error"

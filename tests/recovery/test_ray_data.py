@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lbr_dist.data.execute import executing
 from lbr_dist.data.preparation import first_pass
 from lbr_dist.data.preparation import prepare as prepare_module
 from lbr_dist.data.preparation.prepare import prepare
@@ -87,20 +88,22 @@ def test_encode(place: Path, tmp_path: Path, executor: Any) -> None:
     model = f"hf:{place}/model?pooling=mean"
     source = tmp_path / "texts.jsonl"
     source.write_text("".join((place / "a.jsonl").read_text().splitlines(keepends=True)[8:]))
-    options: dict[str, Any] = {"block": 16, "device": "cpu", "progress": False}
+    options: dict[str, Any] = {"block": 16, "device": "cpu"}
     here = encode_file(model, source, tmp_path / "here.parquet", **options)
-    there = encode_file(model, source, tmp_path / "there.parquet", executor=executor, **options)
+    with executing(executor):
+        there = encode_file(model, source, tmp_path / "there.parquet", **options)
     assert (here.texts, here.width) == (there.texts, there.width) == (92, 32)
     assert (tmp_path / "here.parquet").read_bytes() == (tmp_path / "there.parquet").read_bytes()
-    with pytest.raises(UserError, match=r"a.jsonl: line 8: .*a field is missing"):
-        encode_file(model, place / "a.jsonl", tmp_path / "bad.parquet", executor=executor, **options)
+    with executing(executor), pytest.raises(UserError, match=r"a.jsonl: line 8: .*a field is missing"):
+        encode_file(model, place / "a.jsonl", tmp_path / "bad.parquet", **options)
 
 
 def test_mine(place: Path, tmp_path: Path, executor: Any) -> None:
     model = f"hf:{place}/model?pooling=mean"
     options: dict[str, Any] = {"count": 2, "share": 2.0, "block": 16, "device": "cpu"}
     mine(model, place / "set", tmp_path / "here/out", **options)
-    report = mine(model, place / "set", tmp_path / "there/out", executor=executor, **options)
+    with executing(executor):
+        report = mine(model, place / "set", tmp_path / "there/out", **options)
     assert report.data["mined"]["counts"]["negatives"] > 100
     assert checksums(tmp_path / "there/out") == checksums(tmp_path / "here/out")
 
@@ -108,13 +111,14 @@ def test_mine(place: Path, tmp_path: Path, executor: Any) -> None:
 def test_prepare(place: Path, tmp_path: Path, executor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards, manifest and report are those of the single-machine command; so are its errors."""
     make_set(place, tmp_path / "here", max_bad_share=0.1)
-    report = make_set(place, tmp_path / "there", max_bad_share=0.1, executor=executor)
+    with executing(executor):
+        report = make_set(place, tmp_path / "there", max_bad_share=0.1)
     assert report["rows"]["bad"]["by_reason"]["missing_field"]["first"].startswith(f"{place}/a.jsonl line 8:")
     assert report["dropped"]["negative_that_is_evaluation"] > 0
     assert report["dropped"]["text_contains_evaluation"] > 0
     assert checksums(tmp_path / "there") == checksums(tmp_path / "here")
-    with pytest.raises(UserError, match="1 of 472 rows are bad"):
-        make_set(place, tmp_path / "bad", max_bad_share=0, executor=executor)
+    with executing(executor), pytest.raises(UserError, match="1 of 472 rows are bad"):
+        make_set(place, tmp_path / "bad", max_bad_share=0)
 
 
 SLOW = """
@@ -122,6 +126,7 @@ import sys, time
 sys.path[:0] = {folders!r}
 from pathlib import Path
 import test_ray_data
+from lbr_dist.data.execute import executing
 from lbr_dist.data.preparation import first_pass, second_pass
 from lbr_dist.launch.ray_cluster import cluster
 from lbr_dist.launch.ray_data import RayData
@@ -139,8 +144,8 @@ class SlowRay(RayData):
         yield from super().stream(sources, read, Slowly(work), model=model)
 
 test_ray_data.small_blocks()
-with cluster():
-    test_ray_data.make_set(Path(sys.argv[1]), Path(sys.argv[2]), max_bad_share=0.1, executor=SlowRay())
+with cluster(), executing(SlowRay()):
+    test_ray_data.make_set(Path(sys.argv[1]), Path(sys.argv[2]), max_bad_share=0.1)
 """
 
 
@@ -175,7 +180,8 @@ def test_a_killed_driver_goes_on(place: Path, tmp_path: Path, executor: Any, mon
         real(folder, target)
 
     monkeypatch.setattr(prepare_module, "publish", publish)
-    make_set(place, out, max_bad_share=0.1, executor=executor)
+    with executing(executor):
+        make_set(place, out, max_bad_share=0.1)
     assert len(committed) >= 3
     assert {name: kept[name] for name in committed} == committed  # not made again
     assert checksums(out) == checksums(tmp_path / "here/out")
@@ -189,7 +195,7 @@ def test_the_driver_takes_the_flags_of_the_command(place: Path, tmp_path: Path, 
     done = subprocess.run([*command, "1"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert f"written: {tmp_path}/there.parquet: 232 embeddings of 32 numbers" in done.stdout
-    encode_file(command[2], place / "corpus.txt", tmp_path / "here.parquet", device="cpu", progress=False)
+    encode_file(command[2], place / "corpus.txt", tmp_path / "here.parquet", device="cpu")
     assert (tmp_path / "here.parquet").read_bytes() == (tmp_path / "there.parquet").read_bytes()
     done = subprocess.run([*command, "9"], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2

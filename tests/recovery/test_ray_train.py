@@ -24,7 +24,7 @@ from lbr_dist.errors import EXIT_RUN_AGAIN
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import parse_recipe, save_recipe
 from lbr_dist.training.audit import audit
-from lbr_dist.training.checkpoint.format import list_checkpoints
+from lbr_dist.training.checkpoint.listing import list_checkpoints
 from lbr_dist.training.checkpoint.weights import iterate_weights
 
 pytestmark = pytest.mark.timeout(900)

@@ -190,15 +190,6 @@ def test_quantized_weights(folder, method):
     refused(folder, rf"its weights are quantized \({method}\), which cannot be trained; use the model that")
 
 
-def test_a_tokenizer_whose_ids_go_beyond_the_model(folder):
-    """In a vocabulary with gaps, which has no more entries than the model has rows."""
-    saved = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = saved["model"]["vocab"]
-    saved["model"]["vocab"] = {name: i + 20 * (i > 300) for name, i in vocabulary.items()}
-    (folder / "tokenizer.json").write_text(json.dumps(saved))
-    refused(folder, f"{len(vocabulary) + 20} tokens, but the model has embeddings for 416")
-
-
 def test_a_base_that_says_it_is_bidirectional_is_trained_causally(folder):
     """As the export of a bidirectional run does."""
     batch = pack(random_samples(random.Random(3), 4, vectors=2), bottleneck_vectors=2, hide_x=True)
@@ -212,15 +203,6 @@ def test_a_base_that_says_it_is_bidirectional_is_trained_causally(folder):
     edit(folder, is_causal=False)
     for mine, before in zip(outcome(), plain, strict=True):
         assert torch.equal(torch.as_tensor(mine), torch.as_tensor(before))
-
-
-def test_a_tokenizer_with_more_tokens_than_the_model(folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"<extra_{i}>" for i in range(20)])
-    tokenizer.save_pretrained(folder)
-    refused(folder, "420 tokens, but the model has embeddings for 416")
 
 
 def test_lora_on_layers_that_do_not_exist(folder):

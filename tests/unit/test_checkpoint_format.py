@@ -29,14 +29,12 @@ from lbr_dist.training.checkpoint.format import (
     MANIFEST,
     OptimizerEntry,
     Parameter,
-    find_resumable,
     gaps,
-    list_checkpoints,
     misnamed,
     read_manifest,
-    resolve,
     verify,
 )
+from lbr_dist.training.checkpoint.listing import find_resumable, list_checkpoints, resolve
 from lbr_dist.training.checkpoint.rotation import remove_stale
 from lbr_dist.training.checkpoint.weights import (
     SliceReader,
@@ -276,7 +274,7 @@ def test_a_checkpoint_that_the_run_removes_while_it_is_read(tmp_path, monkeypatc
         return verify(path, **options)
 
     save(writer(tmp_path), 6, 7)
-    monkeypatch.setattr("lbr_dist.training.checkpoint.format.verify", rotate)
+    monkeypatch.setattr("lbr_dist.training.checkpoint.listing.verify", rotate)
     assert resolve(tmp_path).name == "step-000008"
 
 

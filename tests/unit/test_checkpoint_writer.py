@@ -19,7 +19,8 @@ from lbr_dist.training import run_folder
 from lbr_dist.training.checkpoint import checkpointer as checkpoint
 from lbr_dist.training.checkpoint import writer as checkpoint_writer
 from lbr_dist.training.checkpoint.files import write_bytes
-from lbr_dist.training.checkpoint.format import FileEntry, OptimizerEntry, Parameter, list_checkpoints
+from lbr_dist.training.checkpoint.format import FileEntry, OptimizerEntry, Parameter
+from lbr_dist.training.checkpoint.listing import list_checkpoints
 from lbr_dist.training.checkpoint.writer import CheckpointWriter, Snapshot, StorageError, TensorFile
 
 

@@ -18,9 +18,10 @@ def teacher_forced(model, prompt, answer, *, hide_x):
 
 @pytest.mark.parametrize("hide_x", [True, False])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_answers_are_the_argmax_of_the_training_forward(tiny_lbr, family, hide_x):
+def test_answers_are_the_argmax_of_the_training_forward(tiny_lbr, family, hide_x, monkeypatch):
+    monkeypatch.setattr("lbr_dist.model.decoding.TOGETHER", 3)
     model = tiny_lbr(family, tokens=2)
-    answers = generate_answers(model, PROMPTS, eos_id=None, max_new_tokens=8, hide_x=hide_x, batch_size=3)
+    answers = generate_answers(model, PROMPTS, eos_id=None, max_new_tokens=8, hide_x=hide_x)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert len(answer) == 8
         assert answer == teacher_forced(model, prompt, answer, hide_x=hide_x)

@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from runs import make_run
 
+from lbr_dist.data.execute import executing
 from lbr_dist.errors import UserError
-from lbr_dist.inference import blocks as module
+from lbr_dist.inference import text_blocks as module
 from lbr_dist.inference.encode import encode_file
 from lbr_dist.inference.loading import load_encoder
 from lbr_dist.inference.rows import read_texts
@@ -65,7 +66,7 @@ def test_every_kind_of_file(tmp_path, run, kind):
         source.write_bytes(zstandard.compress(plain.read_bytes()))
     else:
         write_jsonl(source, rows)
-    report = encode_file(run, source, tmp_path / "out.parquet", block=16, progress=False, device="cpu")
+    report = encode_file(run, source, tmp_path / "out.parquet", block=16, device="cpu")
     ids, vectors = read(tmp_path / "out.parquet")
     assert ids == [str(i) if kind == "txt" else f"r{i}" for i in range(50)]
     assert vectors == pytest.approx(load_encoder(run, "cpu").encode(some), abs=1e-5)
@@ -81,7 +82,7 @@ def test_side_and_field(tmp_path, run):
         ("b", {"side": "query"}, encoder.encode(["pain"], "query")),
         ("c", {"field": "note"}, encoder.encode(["water"], "passage")),
     ):
-        encode_file(run, source, tmp_path / name, progress=False, device="cpu", **options)
+        encode_file(run, source, tmp_path / name, device="cpu", **options)
         assert read(tmp_path / name)[1] == pytest.approx(expected, abs=1e-6)
 
 
@@ -113,23 +114,23 @@ def test_a_failed_run_goes_on_where_it_stopped(tmp_path, run, monkeypatch):
 
     monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: Failing(2))
     with pytest.raises(MemoryError):
-        encode_file(run, source, out, block=8, progress=False)
+        encode_file(run, source, out, block=8)
     assert not out.exists()
     monkeypatch.setattr("lbr_dist.inference.loading.load_encoder", lambda *_: Failing(None))
     with pytest.raises(UserError, match="unfinished run with another side; remove that folder"):
-        encode_file(run, source, out, block=8, side="query", progress=False)
-    report = encode_file(run, source, out, block=8, progress=False)
+        encode_file(run, source, out, block=8, side="query")
+    report = encode_file(run, source, out, block=8)
     assert encoded == [8] * 5
     assert (report.resumed, report.cut) == (16, 15)  # those of the earlier attempt are in the output too
     assert read(out)[1] == pytest.approx(load_encoder(run, "cpu").encode(some), abs=1e-5)
     with pytest.raises(UserError, match="exists already"):
-        encode_file(run, source, out, progress=False)
+        encode_file(run, source, out)
 
 
 @pytest.mark.parametrize("name", ["00000001.parquet", "00000002.parquet"])
 def test_a_damaged_part_is_made_again(tmp_path, run, monkeypatch, name):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(40)])
-    options = {"block": 8, "progress": False, "device": "cpu"}
+    options = {"block": 8, "device": "cpu"}
     encode_file(run, source, tmp_path / "whole.parquet", **options)
     with monkeypatch.context() as patch:
         failing_write(patch, errno.ENOSPC, at=4)
@@ -170,17 +171,17 @@ def test_a_full_disk_loses_no_finished_part(tmp_path, run, monkeypatch, number):
     with monkeypatch.context() as patch:
         failing_write(patch, number, at=3)
         with pytest.raises(UserError, match=f"out.parquet: {os.strerror(number)}; .* kept in .*out.parquet.parts"):
-            encode_file(run, source, out, block=8, progress=False, device="cpu")
+            encode_file(run, source, out, block=8, device="cpu")
     assert sorted(file.name for file in (tmp_path / "out.parquet.parts").iterdir()) == [
         "00000001.parquet", "00000002.parquet", "job.json", "lock",
     ]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr("lbr_dist.inference.encode.sync", raising(OSError(number, "full")))  # where the parts are joined
         with pytest.raises(UserError, match=os.strerror(number)):
-            encode_file(run, source, out, block=8, progress=False, device="cpu")
+            encode_file(run, source, out, block=8, device="cpu")
     assert not out.exists()
     assert not (tmp_path / "out.parquet.parts" / "joined.tmp").exists()
-    assert encode_file(run, source, out, block=8, progress=False, device="cpu").resumed == 40
+    assert encode_file(run, source, out, block=8, device="cpu").resumed == 40
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.parquet"]
 
 
@@ -193,7 +194,7 @@ def test_parts_of_an_unknown_job_are_not_told_as_those_of_another(tmp_path, run,
     if content is not None:
         (parts / "job.json").write_text(content)
     with pytest.raises(UserError, match=f"job.json is missing or cannot be read, .*: remove {parts} to start out.parq"):
-        encode_file(run, source, tmp_path / "out.parquet", progress=False)
+        encode_file(run, source, tmp_path / "out.parquet")
     assert (parts / "00000001.parquet").exists()
 
 
@@ -210,10 +211,11 @@ def test_a_second_command_for_one_output_is_refused(tmp_path, run):
                     with pytest.raises(
                         UserError, match=f"out.parquet.parts: process {os.getpid()} on .* is writing it"
                     ):
-                        encode_file(run, source, out, block=8, progress=False, device="cpu")
+                        encode_file(run, source, out, block=8, device="cpu")
                     yield work(block)
 
-    assert encode_file(run, source, out, block=8, progress=False, device="cpu", executor=Second()).texts == 40
+    with executing(Second()):
+        assert encode_file(run, source, out, block=8, device="cpu").texts == 40
     assert len(read(out)[0]) == 40
 
 
@@ -236,17 +238,18 @@ def test_a_run_in_training_is_embedded_by_one_checkpoint(tmp_path, tiny_model_di
     run = make_run(tmp_path / "run", tiny_model_dir("llama"))
     expected = load_encoder(str(run), "cpu").encode(texts(20))
     later = Meanwhile(lambda: make_run(run, tiny_model_dir("llama"), step=20, seed=1))
-    options = {"block": 8, "progress": False, "device": "cpu"}
-    encode_file(str(run), source, tmp_path / "out.parquet", executor=later, **options)
+    options = {"block": 8, "device": "cpu"}
+    with executing(later):
+        encode_file(str(run), source, tmp_path / "out.parquet", **options)
     assert read(tmp_path / "out.parquet")[1] == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_input_that_changes_is_noticed(tmp_path, run):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts(20)])
-    options = {"block": 8, "progress": False, "device": "cpu"}
+    options = {"block": 8, "device": "cpu"}
     change = Meanwhile(lambda: source.write_text(source.read_text() + '{"text": "more"}\n'))
-    with pytest.raises(UserError, match="was changed while it was read"):
-        encode_file(run, source, tmp_path / "out.parquet", executor=change, **options)
+    with executing(change), pytest.raises(UserError, match="was changed while it was read"):
+        encode_file(run, source, tmp_path / "out.parquet", **options)
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
     assert encode_file(run, source, tmp_path / "out.parquet", **options).texts == 21
 
@@ -258,19 +261,19 @@ def test_an_output_in_the_models_folder_is_refused(tmp_path, run, tiny_model_dir
     before = sorted(model.rglob("*"))
     for spec in (f"hf:{model}?pooling=mean", f"hf:{model}?pooling=mean&dim=8"):
         with pytest.raises(UserError, match=r"out.parquet: lies in the folder of model hf:.*choose a place outside it"):
-            encode_file(spec, source, model / "deep/out.parquet", progress=False)
+            encode_file(spec, source, model / "deep/out.parquet")
     assert sorted(model.rglob("*")) == before
-    encode_file(spec, source, tmp_path / "out.parquet", progress=False, device="cpu")
-    encode_file(run, source, Path(run) / "out.parquet", progress=False, device="cpu")  # its checkpoints identify a run
+    encode_file(spec, source, tmp_path / "out.parquet", device="cpu")
+    encode_file(run, source, Path(run) / "out.parquet", device="cpu")  # its checkpoints identify a run
 
 
 def test_a_mistyped_model_leaves_nothing_in_the_way(tmp_path, run):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
     out = tmp_path / "out.parquet"
     with pytest.raises(UserError, match="nowhere"):
-        encode_file(str(tmp_path / "nowhere"), source, out, progress=False, device="cpu")
+        encode_file(str(tmp_path / "nowhere"), source, out, device="cpu")
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
-    encode_file(run, source, out, progress=False, device="cpu")
+    encode_file(run, source, out, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["file/out.parquet", "n" * 300, "n" * 252])
@@ -278,7 +281,7 @@ def test_an_output_that_cannot_be_made(tmp_path, run, name):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": "fever"}])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be (made|written) .*; name another"):
-        encode_file(run, source, tmp_path / name, progress=False)
+        encode_file(run, source, tmp_path / name)
 
 
 SLOW = """
@@ -300,7 +303,7 @@ class Slow:
         return self.inner.encode(texts, side)
 
 loading.load_encoder = Slow
-encode_file(model, source, out, block=4, device="cpu", progress=False)
+encode_file(model, source, out, block=4, device="cpu")
 """
 
 
@@ -320,7 +323,7 @@ def test_killed_and_resumed(tmp_path, run):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()
-    report = encode_file(run, source, out, block=4, device="cpu", progress=False)
+    report = encode_file(run, source, out, block=4, device="cpu")
     assert 12 <= report.resumed < 80
     ids, vectors = read(out)
     assert ids == [f"r{i}" for i in range(80)]

@@ -54,7 +54,7 @@ def run(tmp_path_factory, tiny_model_dir):
 def exported(run, tmp_path_factory):
     from lbr_dist.export.export import export
 
-    return export(run, tmp_path_factory.mktemp("exports") / "export", check=False)
+    return export(run, tmp_path_factory.mktemp("exports") / "export")
 
 
 def one_by_one(loaded, text, side):
@@ -314,7 +314,7 @@ def test_so_is_one_of_sentence_transformers(tmp_path, tiny_model_dir):
 
     from lbr_dist.export.export import export
 
-    folder = export(make_run(tmp_path / "run", tiny_model_dir("llama")), tmp_path / "export", check=False)
+    folder = export(make_run(tmp_path / "run", tiny_model_dir("llama")), tmp_path / "export")
     load = PreTrainedModel.from_pretrained.__func__
     load_encoder(str(folder), "cpu")
     file = folder / "model.safetensors"
@@ -386,7 +386,7 @@ def test_an_export_s_text_without_a_token_is_zero_whatever_its_batch(tmp_path, t
     settings = {"bottleneck": {"enabled": False}, "contrastive": {"pooling": "mean", "query_instruction": "Q:\n"}}
     run = make_run(tmp_path / "run", tiny_model_dir("llama"), **settings)
     given = [*texts(count), ""]
-    model = load_encoder(str(export(run, tmp_path / "export", check=False)), "cpu")
+    model = load_encoder(str(export(run, tmp_path / "export")), "cpu")
     for side in ("query", "passage"):
         vectors = model.encode(given, side)
         assert (vectors[-1] != 0).any() == (side == "query")
@@ -475,7 +475,7 @@ def test_models_of_others_are_loaded_and_run_without_a_word(run, tmp_path, capsy
 
     from lbr_dist.export.export import export
 
-    folder = export(run, tmp_path / "export", check=False)
+    folder = export(run, tmp_path / "export")
     said, handler = [], logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     theirs.add_handler(handler)

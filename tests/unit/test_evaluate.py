@@ -48,7 +48,7 @@ def data(tmp_path_factory, tiny_model_dir):
 def test_everything_in_one_table(tmp_path, tiny_model_dir, data, caplog):
     base = tiny_model_dir("llama")
     run = make_run(tmp_path / "run", base)
-    exported = export(run, tmp_path / "exported", check=False)
+    exported = export(run, tmp_path / "exported")
     specs = ["bm25", str(run), str(exported), f"hf:{base}?pooling=mean"]
     results = evaluate(
         specs, data, tmp_path / "out", distractors=30, generate=3, hardest=5, device="cpu", progress=False
@@ -78,9 +78,7 @@ def test_everything_in_one_table(tmp_path, tiny_model_dir, data, caplog):
         encoder.encode(held_out.queries, "query"), encoder.encode(held_out.passages), held_out.positives, hardest=5
     )
     assert ours["separation"] == pytest.approx(expected, rel=1e-3)
-    card = (
-        export(run, tmp_path / "again", check=False, scores=tmp_path / "out" / "eval.json") / "README.md"
-    ).read_text()
+    card = (export(run, tmp_path / "again", scores=tmp_path / "out" / "eval.json") / "README.md").read_text()
     assert "| BM25 |" in card
 
 

@@ -268,7 +268,7 @@ def test_generation_ends_where_answers_end(tmp_path, tiny_model_dir, other):
     for name in ("config.json", "generation_config.json"):
         settings = json.loads((base / name).read_text())
         (base / name).write_text(json.dumps({**settings, "eos_token_id": other}))
-    out = export(make_run(tmp_path / "run", base), tmp_path / "exported", check=False)
+    out = export(make_run(tmp_path / "run", base), tmp_path / "exported")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
@@ -379,7 +379,7 @@ def test_bidirectional_attention_with_bottleneck_is_exported(tmp_path, tiny_mode
 def test_attention_is_the_run_s_and_not_the_base_s(tmp_path, tiny_model_dir):
     """A causal run on an export of a bidirectional one, which says so in its configuration."""
     first = make_run(tmp_path / "first", tiny_model_dir("llama"), contrastive={"attention": "bidirectional"})
-    base = export(first, tmp_path / "base", check=False)
+    base = export(first, tmp_path / "base")
     assert json.loads((base / "config.json").read_text())["is_causal"] is False
     run = make_run(tmp_path / "run", base)
     out = export(run, tmp_path / "out")
@@ -410,7 +410,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tmp_path, tiny_mo
     monkeypatch.undo()
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert export(run, empty, check=False) == empty
+    assert export(run, empty) == empty
     assert (empty / "modules.json").is_file()
 
 
@@ -422,7 +422,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, tiny_model_dir, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         with pytest.raises(UserError, match=r"export to .*out: File too large; nothing was left behind; free space"):
-            export(run, tmp_path / "out", check=False)
+            export(run, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
@@ -484,7 +484,7 @@ def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):
     (run / "eval").mkdir()
     (run / "eval" / "eval.json").write_text(json.dumps(results))
     scores = run / "eval" / "eval.json"
-    card = (export(run, tmp_path / "out", check=False, scores=scores) / "README.md").read_text()
+    card = (export(run, tmp_path / "out", scores=scores) / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "sentence-transformers"
     for expected in (
@@ -496,25 +496,25 @@ def test_the_model_card_tells_data_recipe_and_scores(tmp_path, tiny_model_dir):
     ):
         assert expected in body, expected
     with pytest.raises(UserError, match="no such file"):
-        export(run, tmp_path / "other", check=False, scores=tmp_path / "none.json")
+        export(run, tmp_path / "other", scores=tmp_path / "none.json")
 
 
 def test_the_model_card_s_commands_name_the_folder_and_its_base_is_no_path(tmp_path, tiny_model_dir, monkeypatch):
     """A hub refuses a card with a path for `base_model`; a name for the folder is looked for on a hub."""
     monkeypatch.chdir(tmp_path)
     run = make_run(tmp_path / "run", tiny_model_dir("llama"))
-    card = (export(run, "models/domain", check=False) / "README.md").read_text()
+    card = (export(run, "models/domain") / "README.md").read_text()
     assert "base_model" not in card.split("---\n", 2)[1]
     assert "# domain\n" in card
     named = [line for line in card.splitlines() if '("models/domain")' in line]
     assert len(named) == 3
     assert str(tmp_path) not in "".join(named)
-    absolute = (export(run, tmp_path / "other", check=False) / "README.md").read_text()
+    absolute = (export(run, tmp_path / "other") / "README.md").read_text()
     assert 'SentenceTransformer("other")' in absolute
 
     recipe = load_run(run).recipe
     given = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "Qwen/Qwen2.5-1.5B"})})
-    facts = {"tokens": 1, "dtype": "float32", "agreement": None, "evaluation": None, "checkpoint": "step-000010"}
+    facts = {"tokens": 1, "dtype": "float32", "agreement": 1.0, "spaced": None, "evaluation": None, "checkpoint": "c"}
     assert "base_model: Qwen/Qwen2.5-1.5B\n" in model_card(Path("domain"), given, **facts)
 
 
@@ -527,10 +527,10 @@ def test_scores_of_another_checkpoint_stay_off_the_model_card(tmp_path, tiny_mod
     }
     (run / "eval").mkdir()
     (run / "eval" / "eval.json").write_text(json.dumps(results))
-    assert "## Scores" in (export(run, tmp_path / "same", check=False) / "README.md").read_text()
+    assert "## Scores" in (export(run, tmp_path / "same") / "README.md").read_text()
     assert not caplog.records
     make_run(run, base, step=20)
-    assert "## Scores" not in (export(run, tmp_path / "newer", check=False) / "README.md").read_text()
+    assert "## Scores" not in (export(run, tmp_path / "newer") / "README.md").read_text()
     assert "eval/eval.json: not put on the model card: it did not measure step-000020; run `lbr eval`" in caplog.text
 
 
@@ -557,7 +557,7 @@ def test_the_model_card_has_the_scores_of_its_checkpoint(tmp_path, tiny_model_di
         data = {"name": f"data of {folder}", "fingerprint": "f", "queries": 10, "answers": 20, "passages": 25}
         (run / "eval" / folder).mkdir(parents=True, exist_ok=True)
         (run / "eval" / folder / "eval.json").write_text(json.dumps({"data": data, "models": [found]}))
-    card = (export(places[exported], tmp_path / "out", check=False) / "README.md").read_text()
+    card = (export(places[exported], tmp_path / "out") / "README.md").read_text()
     assert (f"\ndata of {shown}: 10 held-out" in card) == (shown is not None) == ("## Scores" in card)
     assert ("run/eval/eval.json: not put on the model card" in caplog.text) == (shown is None)
 

@@ -16,7 +16,8 @@ from lbr_dist import config
 from lbr_dist.training.checkpoint import checkpointer as module
 from lbr_dist.training.checkpoint.checkpointer import Checkpointer
 from lbr_dist.training.checkpoint.engine_state import WEIGHT, Piece
-from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, find_resumable, verify
+from lbr_dist.training.checkpoint.format import OptimizerEntry, Parameter, verify
+from lbr_dist.training.checkpoint.listing import find_resumable
 
 NAME = "frozen-00000-of-00001.safetensors"
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from prepared import Bytes, contents
 
-from lbr_dist.data.execute import Here
+from lbr_dist.data.execute import Here, executing
 from lbr_dist.data.record import Record, normalise
 from lbr_dist.data.shard_reader import ShardReader
 from lbr_dist.data.shard_writer import write_set
@@ -489,8 +489,8 @@ class Interrupted(Here):
 @pytest.mark.parametrize("damage", ["empty", "short", "zeros", "bit", "of another version"])
 def test_a_damaged_block_of_vectors_is_made_again(data: Path, tmp_path: Path, words: Words, damage: str) -> None:
     run(data, tmp_path / "whole/out")
-    with pytest.raises(MemoryError):
-        run(data, tmp_path / "out", executor=Interrupted())
+    with executing(Interrupted()), pytest.raises(MemoryError):
+        run(data, tmp_path / "out")
     part = tmp_path / ".out.preparing/resume/query/00000001.parquet"
     whole = part.read_bytes()
     half = len(whole) // 2

@@ -228,6 +228,24 @@ def test_a_tokenizer_without_an_end_of_sequence_is_told(
     assert "its tokenizer names no end-of-sequence token, so answers end without one" in note
 
 
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_tokenizer_whose_ids_go_beyond_the_model(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], raw: dict[str, Any], gaps: bool
+) -> None:
+    """In a vocabulary with more entries than the model has rows, or with gaps."""
+    model = shutil.copytree(tiny_model_dir(), tmp_path / "model")
+    saved = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = saved["model"]["vocab"]
+    count = len(vocabulary)
+    if gaps:
+        saved["model"]["vocab"] = {name: i + 20 * (i > 300) for name, i in vocabulary.items()}
+    else:
+        vocabulary |= {f"<extra_{i}>": count + i for i in range(20)}
+    (model / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=rf"tokenizer has {count + 20} tokens and the model 416: the folder mixes two"):
+        check(parse_recipe({**raw, "model": {"path": str(model)}}, "test"), ENVIRONMENT)
+
+
 def test_ranks_share_out_the_bytes_that_are_compared(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,8 @@ def run(sources: list[str], out: Path, **settings: Any) -> dict[str, Any]:
 def test_prepare_gives_the_same_bytes(sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(sources, tmp_path / "here", max_bad_share=0.1)
     monkeypatch.setattr(first_pass, "BLOCK_ROWS", 13)
-    report = run(sources, tmp_path / "there", max_bad_share=0.1, executor=Elsewhere())
+    with executing(Elsewhere()):
+        report = run(sources, tmp_path / "there", max_bad_share=0.1)
     assert report["dropped"]["negative_that_is_evaluation"] > 0
     assert report["dropped"]["text_contains_evaluation"] > 0
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
@@ -77,8 +78,8 @@ def test_prepare_gives_the_same_bytes(sources: list[str], tmp_path: Path, monkey
 
 def test_errors_of_readers_and_workers_arrive_as_they_were(sources: list[str], tmp_path: Path) -> None:
     Path(sources[1]).rename(tmp_path / "corpus.txt.gz")
-    with pytest.raises(UserError, match=r"corpus.txt.gz: damaged or not a text file"):
-        run([sources[0], str(tmp_path / "corpus.txt.gz")], tmp_path / "out", executor=Elsewhere())
+    with executing(Elsewhere()), pytest.raises(UserError, match=r"corpus.txt.gz: damaged or not a text file"):
+        run([sources[0], str(tmp_path / "corpus.txt.gz")], tmp_path / "out")
 
     def fail(_: Any) -> None:
         raise UserError("no model")

@@ -307,7 +307,6 @@ def test_distractors_come_from_both_training_sides(prepared):
     drawn = load_held_out("anywhere", distractors=60).passages[3:]
     of_cl = sum(record["answer"] in drawn for record in prepared["cl"])
     assert 10 <= of_cl <= 30
-    assert drawn != load_held_out("anywhere", distractors=60, seed=1).passages[3:]
 
 
 def test_a_set_without_questions_is_refused(prepared):

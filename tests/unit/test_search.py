@@ -73,7 +73,7 @@ def test_a_corpus_is_embedded_in_blocks(tmp_path, run, corpus, monkeypatch):
     options = {"k": 9, "device": "cpu", "progress": False}
     whole = search(run, corpus, ["heart"], cache_dir=tmp_path / "a", **options)[0]
     monkeypatch.setattr(module, "BLOCK_TEXTS", 3)
-    monkeypatch.setattr("lbr_dist.inference.blocks.BLOCK_CHARACTERS", 60)
+    monkeypatch.setattr("lbr_dist.inference.text_blocks.BLOCK_CHARACTERS", 60)
     found = search(run, corpus, ["heart"], cache_dir=tmp_path / "b", **options)[0]
     assert sizes == [7, 1, 3, 2, 1, 1, 1]
     assert [hit.text for hit in found] == [hit.text for hit in whole]

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lbr_dist.evaluation.separation import _scores, auc, potential_gain, separation, uniformity
+from lbr_dist.evaluation.separation import _scores, auc, separation, uniformity
 
 
 def plain(queries, passages, positives, hardest):
@@ -117,7 +117,3 @@ def test_a_query_without_positives_is_refused(pairs):
     queries, passages, positives = pairs
     with pytest.raises(ValueError, match="at least one positive"):
         separation(queries, passages, [*positives[:-1], []])
-
-
-def test_potential_gain():
-    assert potential_gain(1.0, 4.0) == 0.75

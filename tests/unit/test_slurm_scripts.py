@@ -25,7 +25,7 @@ from lbr_dist.launch.slurm_words import left
 from lbr_dist.launch.torchrun import combined
 from lbr_dist.logs import read_rows
 from lbr_dist.recipes import save_recipe
-from lbr_dist.training.checkpoint.format import progress
+from lbr_dist.training.checkpoint.listing import progress
 from lbr_dist.training.run import Outcome
 from lbr_dist.training.run_folder import check_folder
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from lbr_dist.data.sources import readers
+from lbr_dist.data.sources import arrow_rows, readers
 from lbr_dist.data.sources.entity import Entity
 from lbr_dist.data.sources.fields import Converter
 from lbr_dist.data.sources.parts import Part, Source, expand
@@ -763,12 +763,12 @@ def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["parquet", "datasets"])
 def test_few_long_rows_are_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Also where they are among short ones."""
-    monkeypatch.setattr(readers, "BATCH_BYTES", 100_000)
+    monkeypatch.setattr(arrow_rows, "BATCH_BYTES", 100_000)
     kept = [{"text": f"{i}" * (20_000 if i % 50 < 9 else 5)} for i in range(300)]
     read_, decoded = list[int](), list[int]()
-    small, dicts = readers._small, readers._dicts
-    monkeypatch.setattr(readers, "_small", lambda batch: read_.append(batch.nbytes) or small(batch))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(readers, "_dicts", lambda batch: decoded.append(batch.nbytes) or dicts(batch))  # type: ignore[func-returns-value]
+    small, dicts = arrow_rows._small, arrow_rows._dicts
+    monkeypatch.setattr(arrow_rows, "_small", lambda batch: read_.append(batch.nbytes) or small(batch))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(arrow_rows, "_dicts", lambda batch: decoded.append(batch.nbytes) or dicts(batch))  # type: ignore[func-returns-value]
     if kind == "parquet":
         path = tmp_path / "a.parquet"
         pq.write_table(pa.Table.from_pylist(kept), path, row_group_size=9, use_dictionary=False)

@@ -11,6 +11,7 @@ import pytest
 
 from lbr_dist.data.preparation import minhash
 from lbr_dist.data.preparation.collect import NO_ENTITY, Numbers, TextDigest, Texts, TextTable
+from lbr_dist.data.preparation.components import common_texts, components, merge
 from lbr_dist.data.preparation.isolation import Containment, crossings
 from lbr_dist.data.preparation.minhash import MIN_WORDS, SketchBlock, Sketches, sketch, word_hashes
 from lbr_dist.data.preparation.split import (
@@ -21,9 +22,6 @@ from lbr_dist.data.preparation.split import (
     TEXT,
     UNUSED,
     assign,
-    common_texts,
-    components,
-    merge,
     parse_sizes,
 )
 from lbr_dist.data.record import Record, normalise

@@ -126,7 +126,7 @@ def test_a_model_without_a_limit_of_positions_measures_too(tmp_path, limit):
 
 def test_a_model_that_sees_what_it_is_to_predict_is_refused(made, tmp_path, tiny_model_dir):
     run = make_run(tmp_path / "run", tiny_model_dir("llama"), contrastive={"attention": "bidirectional"})
-    out = export(run, tmp_path / "out", check=False)
+    out = export(run, tmp_path / "out")
     with pytest.raises(UserError, match=r"out: its attention is bidirectional .* name the model that it was"):
         measure(str(made[0] / "qa"), str(out))
 

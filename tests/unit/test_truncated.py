@@ -39,10 +39,10 @@ def test_encoder_file_and_export_cut_alike(tmp_path, run):
     assert encoder.name.endswith("[8]")
     source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
     source.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(TEXTS)))
-    assert encode_file(f"{run}?dim=8", source, out, device="cpu", progress=False).width == 8
+    assert encode_file(f"{run}?dim=8", source, out, device="cpu").width == 8
     column = pq.read_table(out)["embedding"].combine_chunks()
     np.testing.assert_allclose(column.flatten().to_numpy().reshape(-1, 8), wanted, atol=1e-6)
-    folder = export(run, tmp_path / "exported", check=False)
+    folder = export(run, tmp_path / "exported")
     model = SentenceTransformer(str(folder), device="cpu", truncate_dim=8)
     vectors = model.encode_document(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     np.testing.assert_allclose(vectors, wanted, atol=1e-5)

@@ -13,8 +13,9 @@ import numpy as np
 import xxhash
 
 from lbr_dist.data.preparation.collect import Texts
+from lbr_dist.data.preparation.components import FLUSH
 from lbr_dist.data.preparation.minhash import MIN_WORDS, Sketches, windows, word_hashes
-from lbr_dist.data.preparation.split import CL, EVAL, EXTERNAL, FLUSH, GL, TEXT, UNUSED
+from lbr_dist.data.preparation.split import CL, EVAL, EXTERNAL, GL, TEXT, UNUSED
 from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.record import batches, normalise
 

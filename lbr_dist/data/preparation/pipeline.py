@@ -14,6 +14,7 @@ import numpy as np
 from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.preparation.checks import check_entity, check_left, check_named_fields, check_outside, counted, named
 from lbr_dist.data.preparation.collect import Numbers, Texts, evaluated_texts
+from lbr_dist.data.preparation.components import common_texts, components, link_of_largest
 from lbr_dist.data.preparation.first_pass import DigestRows, FirstPass, first_pass
 from lbr_dist.data.preparation.isolation import Containment, InContainment, crossings
 from lbr_dist.data.preparation.proof import prove
@@ -28,9 +29,6 @@ from lbr_dist.data.preparation.split import (
     TEXT,
     UNUSED,
     assign,
-    common_texts,
-    components,
-    link_of_largest,
     shortfalls,
 )
 from lbr_dist.data.preparation.spool import SpoolSlice

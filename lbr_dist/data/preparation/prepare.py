@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lbr_dist.data.execute import Executor, current
+from lbr_dist.data.execute import current
+from lbr_dist.data.preparation.components import ALIKE, NEAR
 from lbr_dist.data.preparation.pipeline import Pipeline, Settings
 from lbr_dist.data.preparation.row_blocks import BLOCK_CHARACTERS, BLOCK_ROWS, TOGETHER
-from lbr_dist.data.preparation.split import ALIKE, NEAR, SIDES, parse_sizes, shown_size
+from lbr_dist.data.preparation.split import SIDES, parse_sizes, shown_size
 from lbr_dist.data.progress import Progress
 from lbr_dist.data.publish import check_target, finished, publish, resumable, workspace
 from lbr_dist.data.record import exact
@@ -118,7 +119,6 @@ def prepare(
     shard_records: int = 8192,
     shard_mib: float = 256,
     overwrite: bool = False,
-    executor: Executor | None = None,
 ) -> PrepareReport:
     """Turn source files into a prepared set.
 
@@ -143,7 +143,6 @@ def prepare(
         seed: of the order and of the choice of sides.
         shard_records, shard_mib: bounds of one shard.
         overwrite: replace a set made from other input.
-        executor: where rows are digested and shards written; default: the current one.
 
     Raises:
         UserError: bad sources, settings or rows, a source that is changed while it is read, an `out` that holds
@@ -152,13 +151,7 @@ def prepare(
     from lbr_dist.model.tokenizer import Tokenization
 
     check_fields(fields or {})
-    if not 0.5 <= similarity <= 1:
-        raise UserError(f"--similarity {similarity}: must lie between 0.5 and 1")
-    for flag, bound in (("shard-records", shard_records), ("shard-mib", shard_mib), ("max-chars", max_chars)):
-        if not 0 < bound < math.inf:
-            raise UserError(f"--{flag} {bound}: must be a number of more than 0")
-    if not 0 <= max_bad_share <= 1:
-        raise UserError(f"--max-bad-share {max_bad_share}: must lie between 0 and 1")
+    _check_bounds(similarity, shard_records, shard_mib, max_chars, max_bad_share)
     if not sources:
         raise UserError("no sources: name at least one file, folder, glob or data set")
     if entity is not None:
@@ -178,22 +171,28 @@ def prepare(
         before = _states((*parts, *outside))
         with progress.phase("fingerprinting sources", len(parts) + len(outside)) as advance:
             origin: dict[str, Any] = {"version": VERSION, "tokenizer": tokens.fingerprint, "settings": asdict(settings)}
-            for name_of, group in (("sources", parts), ("decontaminate", outside)):
-                known = []
-                for part in group:
-                    known.append((part.fingerprint(), part))
-                    advance(1)
-                known.sort(key=lambda pair: json.dumps(pair[0], sort_keys=True))  # of equal rows the first file's stays
-                origin[name_of], group[:] = [found for found, _ in known], [part for _, part in known]
+            origin["sources"], origin["decontaminate"] = _sorted(parts, advance), _sorted(outside, advance)
         made = partial(finished, place, origin, overwrite, partial(_difference, new=origin))
         if (done := made()) is not None:
             return PrepareReport(Path(out), done, unchanged=True)
         folder = resumable(work.absolute(), {**origin, "blocks": [BLOCK_ROWS, BLOCK_CHARACTERS, TOGETHER]})
-        pipeline = Pipeline(folder, settings, tokens, origin, progress, executor or current())
+        pipeline = Pipeline(folder, settings, tokens, origin, progress, current())
         report = pipeline.run(parts, outside, passed_over, partial(_check_unchanged, before))
         if made() is None:  # nobody put a set there meanwhile
             publish(folder / "set", place)
     return PrepareReport(Path(out), report, unchanged=False)
+
+
+def _check_bounds(
+    similarity: float, shard_records: int, shard_mib: float, max_chars: int, max_bad_share: float
+) -> None:
+    if not 0.5 <= similarity <= 1:
+        raise UserError(f"--similarity {similarity}: must lie between 0.5 and 1")
+    for flag, bound in (("shard-records", shard_records), ("shard-mib", shard_mib), ("max-chars", max_chars)):
+        if not 0 < bound < math.inf:
+            raise UserError(f"--{flag} {bound}: must be a number of more than 0")
+    if not 0 <= max_bad_share <= 1:
+        raise UserError(f"--max-bad-share {max_bad_share}: must lie between 0 and 1")
 
 
 def _more(count: int) -> str:
@@ -214,6 +213,17 @@ def _parts(
         named = source if isinstance(source, Source) else Source.parse(source, kind, fields)
         parts += expand(named, downloads, passed_over)
     return parts
+
+
+def _sorted(parts: list[Part], advance: Callable[[int], None]) -> list[Any]:
+    """Put parts into the order of their fingerprints, which are returned: of equal rows the first file's stays."""
+    known = []
+    for part in parts:
+        known.append((part.fingerprint(), part))
+        advance(1)
+    known.sort(key=lambda pair: json.dumps(pair[0], sort_keys=True))
+    parts[:] = [part for _, part in known]
+    return [fingerprint for fingerprint, _ in known]
 
 
 def _states(parts: Iterable[Part]) -> dict[Path, tuple[str, tuple[int, int] | None]]:

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from lbr_dist.data.execute import Executor, alone
 from lbr_dist.data.preparation.collect import TextDigest, TextTable, evaluated_texts
+from lbr_dist.data.preparation.components import CommonText
 from lbr_dist.data.preparation.isolation import Containment, crossings
-from lbr_dist.data.preparation.split import EVAL, EXTERNAL, GL, SIDES, TEXT, CommonText
+from lbr_dist.data.preparation.split import EVAL, EXTERNAL, GL, SIDES, TEXT
 from lbr_dist.data.preparation.spool import SpoolSlice
 from lbr_dist.data.record import Record, batches
 from lbr_dist.data.shard_writer import ShardInfo

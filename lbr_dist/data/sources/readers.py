@@ -8,26 +8,19 @@ be read at all stops the run.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterable, Iterator
-from itertools import chain, groupby, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from itertools import chain, islice
+from typing import Any
 
 from lbr_dist.data.sources import beir, compressed
+from lbr_dist.data.sources.arrow_rows import BATCH, arrow_rows, parquet_rows
 from lbr_dist.data.sources.csv_rows import csv_rows
-from lbr_dist.data.sources.field_names import check_distinct, composed
+from lbr_dist.data.sources.field_names import composed
 from lbr_dist.data.sources.json_rows import Numbered, Row, is_line, json_lines, json_object, json_rows
 from lbr_dist.data.sources.parts import Part
 from lbr_dist.data.sources.row_values import CONVERT, RowError, unseen
 from lbr_dist.errors import UserError
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-BATCH = 1000
-"""Rows decoded at once from columnar formats at most,"""
-BATCH_BYTES = 32 << 20
-"""and about so many bytes, unless a single row has more."""
 FOREIGN = {
     b"\xff\xfe\0\0": "is UTF-32: convert it to UTF-8 (iconv -f UTF-32 -t UTF-8)",
     b"\xff\xfe": "is UTF-16: convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)",
@@ -88,9 +81,9 @@ def _rows(part: Part, paragraphs: bool) -> Numbered:
     try:
         _refuse_pointer(part)
         if part.dataset is not None:
-            yield from _columns(part.dataset.with_format("arrow").iter(BATCH))  # nothing hidden, no image decoded
+            yield from arrow_rows(part.dataset.with_format("arrow").iter(BATCH))  # nothing hidden, no image decoded
         elif part.format == "parquet":
-            yield from _parquet(part.path)
+            yield from parquet_rows(part.path)
         elif part.format == "tar":
             yield from _tar(part)
         else:
@@ -183,72 +176,6 @@ def _paragraphs(file: Iterable[bytes]) -> Numbered:
             yield first, _decoded(b"".join(block).rstrip()) if size <= LONGEST else RowError("too_long", TOO_LONG)
             first, size = 0, 0
             block.clear()
-
-
-def _parquet(path: Path) -> Numbered:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def fitting(group: int) -> int:
-        """Rows of a row group that are decoded at once."""
-        found = file.metadata.row_group(group)
-        return min(BATCH, max(1, BATCH_BYTES * found.num_rows // max(1, found.total_byte_size)))
-
-    try:
-        with path.open("rb") as raw, pq.ParquetFile(raw) as file:  # pyarrow opens no name that is not UTF-8
-            check_distinct(file.schema_arrow.names, "its columns name")
-            groups = groupby(range(file.num_row_groups), fitting)
-            yield from _columns(batch for most, alike in groups for batch in file.iter_batches(most, list(alike)))
-    except pa.ArrowException as error:
-        raise ValueError(" ".join(str(error).split())) from error
-
-
-def _columns(batches: Iterator[pa.RecordBatch | pa.Table]) -> Numbered:
-    import pyarrow as pa
-
-    number = 0
-    for batch in batches:
-        for part in _small(batch):
-            for row in _dicts(part.cast(pa.schema(map(_dateless, part.schema)))):
-                number += 1
-                yield number, row
-
-
-def _small(batch: pa.RecordBatch | pa.Table) -> Iterator[pa.RecordBatch | pa.Table]:
-    """The rows in batches of at most `BATCH_BYTES`, unless a single one has more."""
-    if batch.nbytes <= BATCH_BYTES or len(batch) == 1:
-        yield batch
-    else:
-        half = len(batch) // 2
-        yield from _small(batch.slice(0, half))
-        yield from _small(batch.slice(half))
-
-
-def _dateless(field: pa.Field) -> pa.Field:
-    """The field with texts for dates, inside it too: so they need not lie in the years that Python knows."""
-    import pyarrow as pa
-    from pyarrow import types
-
-    kind = field.type
-    if any(is_one(kind) for is_one in (types.is_date, types.is_time, types.is_timestamp, types.is_duration)):
-        kind = pa.string()
-    elif types.is_struct(kind):
-        kind = pa.struct([_dateless(kind.field(number)) for number in range(kind.num_fields)])
-    elif types.is_list(kind):
-        kind = pa.list_(_dateless(kind.value_field))
-    elif types.is_large_list(kind):
-        kind = pa.large_list(_dateless(kind.value_field))
-    return field.with_type(kind)
-
-
-def _dicts(batch: pa.RecordBatch | pa.Table) -> list[Row]:
-    """The rows as dicts; Arrow has not looked into the strings, and one that is not UTF-8 is its row's error alone."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if len(batch) == 1:
-            return [RowError("invalid_utf8", f"byte {error.start} of a string")]
-        return [row for number in range(len(batch)) for row in _dicts(batch.slice(number, 1))]
 
 
 class _Member(tarfile.TarInfo):

@@ -20,6 +20,7 @@ from lbr_dist.training.checkpoint import format as layout
 from lbr_dist.training.checkpoint.chosen import same_on_all
 from lbr_dist.training.checkpoint.engine_state import WEIGHT, EngineState, Piece
 from lbr_dist.training.checkpoint.format import FileEntry, Kind, Manifest, verify
+from lbr_dist.training.checkpoint.listing import resolve
 from lbr_dist.training.checkpoint.weights import (
     SliceReader,
     pack_rank_state,
@@ -227,7 +228,7 @@ def start_from(engine: Any, path_or_run: str | Path) -> tuple[Path, list[str], l
     found: Any = None
     if team.rank == 0:
         try:
-            found = layout.resolve(path_or_run)
+            found = resolve(path_or_run)
         except UserError as error:
             found = str(error)
     found = team.broadcast(found)

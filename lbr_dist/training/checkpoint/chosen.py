@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lbr_dist.errors import UserError
-from lbr_dist.training.checkpoint.format import Kind, Manifest, gone, read_manifest, resolve
+from lbr_dist.training.checkpoint.format import Kind, Manifest, gone, read_manifest
+from lbr_dist.training.checkpoint.listing import resolve
 from lbr_dist.training.run_folder import in_time
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lbr_dist.training.checkpoint.files import TEMPORARY
-from lbr_dist.training.checkpoint.format import DISCARDED, REPLACED, Manifest, list_checkpoints
+from lbr_dist.training.checkpoint.format import DISCARDED, REPLACED, Manifest
+from lbr_dist.training.checkpoint.listing import list_checkpoints
 
 
 def rotate(run_dir: Path, keep_last: int, keep_every: int | None, trusted: Callable[[Manifest], bool]) -> None:

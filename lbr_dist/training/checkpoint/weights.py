@@ -19,7 +19,8 @@ from lbr_dist.disk import new_folder
 from lbr_dist.errors import UserError
 from lbr_dist.training.checkpoint.chosen import with_checkpoint
 from lbr_dist.training.checkpoint.files import replace_bytes, write_bytes
-from lbr_dist.training.checkpoint.format import Kind, Manifest, Parameter, gone, read_manifest, resolve
+from lbr_dist.training.checkpoint.format import Kind, Manifest, Parameter, gone, read_manifest
+from lbr_dist.training.checkpoint.listing import resolve
 from lbr_dist.training.checkpoint.tensor_file import DTYPES, NAMES, TensorFileReader, TensorSpec, write_tensors
 
 OPEN_FILES = 128

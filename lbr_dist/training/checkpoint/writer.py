@@ -28,6 +28,7 @@ from lbr_dist.errors import UserError
 from lbr_dist.training.checkpoint import files
 from lbr_dist.training.checkpoint import format as layout
 from lbr_dist.training.checkpoint.format import FileEntry, Kind, Manifest
+from lbr_dist.training.checkpoint.listing import newest
 from lbr_dist.training.checkpoint.rotation import bring_back, remove_stale, rotate
 from lbr_dist.training.checkpoint.tensor_file import NAMES, TensorSpec, write_tensors
 from lbr_dist.training.collective import Team
@@ -106,8 +107,8 @@ class CheckpointWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_stale(self.folder)
             attempt = os.urandom(4).hex()
-            if newest := layout.newest(run_dir):
-                path, manifest = newest
+            if found := newest(run_dir):
+                path, manifest = found
                 self._sequence = manifest.sequence
                 try:
                     self._name_latest(path.name)  # a writer may have been killed between its rename and this
@@ -231,9 +232,9 @@ class CheckpointWriter:
             if final.exists():
                 final.rename(replaced)
             temporary.rename(final)
+            self._sequence += 1
             sync(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
-            self._sequence += 1
             self._name_latest(final.name)
         except OSError as error:
             with contextlib.suppress(OSError):
