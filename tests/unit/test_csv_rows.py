@@ -55,6 +55,25 @@ def test_a_stray_quote_costs_its_row_alone(line: str, behind: str, monkeypatch: 
     assert lost == 1 or (behind != "plain" and lost <= 3)  # a quote behind may close it, and what follows is misread
 
 
+def test_two_quotes_in_two_rows_of_a_tsv_make_no_row_of_both() -> None:
+    lines = ["q\ta", '1\t"I am here,', "2\tplain", '3\tand there."', "4\tlast"]
+    (number, problem), *others = read("\n".join(lines) + "\n", "\t")
+    assert (number, [(n, row["a"]) for n, row in others]) == (2, [(3, "plain"), (4, 'and there."'), (5, "last")])
+    assert (
+        "is a quote missing or not doubled? (2 cells over several lines, the header has 2; each line has as" in problem
+    )
+    code = 'q\ta\n1\t"def f():\n\treturn 1\n"\n2\t"one\ntwo\tthree\tfour"\n'
+    assert [row["a"] for _, row in read(code, "\t")] == ["def f():\n\treturn 1\n", "one\ntwo\tthree\tfour"]
+    assert [row["a"] for _, row in read('a\n"one\ntwo"\n', "\t")] == ["one\ntwo"]
+
+
+def test_empty_cells_beyond_the_header_are_none() -> None:
+    """As MITRE writes its CWE lists: a comma more at the end of each row, but not of the header."""
+    found = read('q,a\n1,x,\n2,"over\ntwo",,\n3,x,y\n')
+    assert found[:2] == [(2, {"q": "1", "a": "x"}), (3, {"q": "2", "a": "over\ntwo"})]
+    assert found[2] == (5, "the line has 3 cells, more than the header: 2")
+
+
 @pytest.mark.parametrize("count", [999, 1200, 50_000])
 def test_a_cell_of_very_many_lines_is_one_cell(count: int) -> None:
     cell = "".join(f"    put({i}, {i * i})\n" for i in range(count))

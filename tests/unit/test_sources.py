@@ -581,6 +581,9 @@ def test_a_separator_that_excel_names_in_the_first_line(tmp_path: Path, separato
         ("a.jsonl", bz2.compress(b"{}"), r"bzip2: let its name end in \.bz2"),
         ("a.txt", b'{"text": "one"}\n\n{"text": "two"}\nthree\n', r"a\.txt: holds JSON lines: .* end in \.jsonl"),
         ("a.txt.gz", gzip.compress(b'{"text": "one"}', mtime=0), "holds JSON lines"),
+        ("a.csv", b"PK\x03\x04\x14\0\0\0", "zip archive, as Excel's files are too: unpack it"),
+        ("a.jsonl", b"PAR1\x15\x04\x15", r"Parquet: let its name end in \.parquet"),
+        ("a.txt", b"%PDF-1.7\n%\xe2\xe3", "is a PDF: export its text"),
         ("a.csv", lzma.compress(b"{}"), r"xz: let its name end in \.xz"),
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
@@ -758,6 +761,20 @@ def test_dates_that_python_does_not_know(tmp_path: Path) -> None:
     held = {"day": "1970-01-01", "took": "1"}
     assert first == {"question": "q", "about": held, "list": [held], "large": [held]}
     assert second["question"] == "r"
+    pair = pa.FixedSizeListArray.from_arrays(pa.concat_arrays([days, days]), 2)
+    keyed = pa.MapArray.from_arrays([0, 1, 2], ["since", "since"], days)
+    pq.write_table(pa.table([table["question"], pair, keyed], ["question", "pair", "map"]), tmp_path / "c.parquet")
+    first, second = (row for _, row in read(tmp_path / "c.parquet", tmp_path))
+    far = second["map"]["since"]
+    assert first == {"question": "q", "pair": ["1970-01-01", far], "map": {"since": "1970-01-01"}}
+
+
+def test_a_map_of_a_parquet_file_is_an_object(tmp_path: Path) -> None:
+    kind = pa.map_(pa.string(), pa.string())
+    maps = pa.array([[("answer", "a"), ("by", "x")], None, [("answer", "b"), ("answer", "c")]], kind)
+    pq.write_table(pa.table({"question": ["q", "r", "s"], "about": maps}), tmp_path / "a.parquet")
+    found = [row["about"] for _, row in read(tmp_path / "a.parquet", tmp_path)]
+    assert found == [{"answer": "a", "by": "x"}, None, [("answer", "b"), ("answer", "c")]]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "datasets"])

@@ -79,14 +79,23 @@ def _dateless(field: pa.Field) -> pa.Field:
         kind = pa.list_(_dateless(kind.value_field))
     elif types.is_large_list(kind):
         kind = pa.large_list(_dateless(kind.value_field))
+    elif types.is_fixed_size_list(kind):
+        kind = pa.list_(_dateless(kind.value_field), kind.list_size)
+    elif types.is_map(kind):
+        kind = pa.map_(_dateless(kind.key_field), _dateless(kind.item_field))
     return field.with_type(kind)
 
 
 def _dicts(batch: pa.RecordBatch | pa.Table) -> list[Row]:
-    """The rows as dicts; Arrow has not looked into the strings, and one that is not UTF-8 is its row's error alone."""
+    """The rows as dicts, with one for a map, unless it has a key twice: then with a list of its pairs.
+
+    Arrow has not looked into the strings, and one that is not UTF-8 is its row's error alone.
+    """
     try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
+        return batch.to_pylist(maps_as_pydicts="strict")
+    except (UnicodeDecodeError, KeyError) as error:
         if len(batch) == 1:
+            if isinstance(error, KeyError):
+                return batch.to_pylist()
             return [RowError("invalid_utf8", f"byte {error.start} of a string")]
         return [row for number in range(len(batch)) for row in _dicts(batch.slice(number, 1))]

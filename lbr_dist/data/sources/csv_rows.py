@@ -2,9 +2,10 @@
 
 A quote that is opened and not closed makes a reader take all that follows for one cell. Here a row that does not end as
 it must, or is very long, or runs over several lines with another number of cells than the header, is bad, and reading
-goes on with the line after the one on which it began. So lines are read twice where quotes are wrong, mostly up to the
-next quote; what files of many such rows cost is bounded. A line without any text in its cells, as spreadsheets write
-them, is a blank one.
+goes on with the line after the one on which it began. In a TSV file, where many writers quote nothing, so is a row over
+several lines each of which is a row by itself: `"yes` and a later `no"` would make one of two. Lines are read twice
+where quotes are wrong, mostly up to the next quote; what files of many such rows cost is bounded. A line without any
+text in its cells, as spreadsheets write them, is a blank one.
 """
 
 from __future__ import annotations
@@ -109,9 +110,13 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
             continue
         if cells is None:
             return
-        if len(cells) != len(names) and len(lines.taken) > 1:
+        while len(cells) > len(names) and not cells[-1]:
+            cells.pop()
+        unlike = len(cells) != len(names)
+        if len(lines.taken) > 1 and (unlike or _are_rows(lines.taken, delimiter, len(names))):
             lines.back()
-            problem = f"{len(cells)} cells over several lines, the header has {len(names)}"
+            each = "" if unlike else "; each line has as many"
+            problem = f"{len(cells)} cells over several lines, the header has {len(names)}{each}"
             yield first, RowError("wrong_type", f"not a CSV row: is a quote missing or not doubled? ({problem})")
         elif len(cells) > len(names):
             yield first, RowError("wrong_type", f"the line has {len(cells)} cells, more than the header: {len(names)}")
@@ -120,6 +125,15 @@ def csv_rows(file: IO[bytes], delimiter: str) -> Iterator[tuple[int, Mapping[str
         elif any(cells):
             values = [None if cell == NULL else cell for cell in cells] if NULL in cells else cells
             yield first, dict(zip(names, values, strict=False))
+
+
+def _are_rows(lines: list[str], delimiter: str, cells: int) -> bool:
+    """Whether each line is a row by itself where quotes mean nothing; what is indented by tabs, as code, is none."""
+    return (
+        delimiter == "\t"
+        and cells > 1
+        and all(line.count("\t") == cells - 1 and not line.startswith("\t") for line in lines)
+    )
 
 
 def _names(cells: list[str]) -> list[str]:

@@ -29,6 +29,11 @@ FOREIGN = {
     b"\x28\xb5": "is compressed with zstd: let its name end in .zst",
     b"BZh91AY&SY": "is compressed with bzip2: let its name end in .bz2",
     b"\xfd7zXZ": "is compressed with xz: let its name end in .xz",
+    b"PK\x03\x04": "is a zip archive, as Excel's files are too: unpack it, or save its sheet as CSV",
+    b"PAR1\x15": "is Parquet: let its name end in .parquet",
+    b"ARROW1\0\0": "is an Arrow file (Feather): save it as Parquet",
+    b"SQLite format 3\0": "is an SQLite database: export its table as CSV",
+    b"%PDF-": "is a PDF: export its text",
 }
 """First bytes of a text file that is none."""
 WIDE = ((0, 1, "UTF-16BE"), (1, 0, "UTF-16LE"))

@@ -75,6 +75,8 @@ def text(value: Any, role: str, max_chars: int) -> str:
         if value is None:
             raise RowError("empty", f"{role} is null")
         hint = ": write it as one, in quotes" if isinstance(value, int | float | Decimal) else ""
+        if isinstance(value, bytes):
+            hint = ": cast the column to strings"
         if isinstance(value, Mapping):
             hint = f": name a field in it, for example --field {role}=FIELD.PART"
         if role == "question" and isinstance(value, list | tuple):
