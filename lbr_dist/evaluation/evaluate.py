@@ -148,9 +148,14 @@ def write_results(results: dict[str, Any], out: Path) -> None:
 
 def _set_aside(name: str, out: Path, data: Mapping[str, Any]) -> None:
     """Move the evaluation of other data, or of these over another corpus, from `out` to a folder of its own in it."""
+    if not (out / name).exists():
+        return
     try:
-        known = read_evaluation(out / name, "")["data"]
-    except UserError:  # there is none
+        known = read_evaluation(out / name, str(out / name))["data"]
+    except UserError as error:
+        aside = out / f"{name}.before-{time.strftime('%Y%m%d-%H%M%S')}"
+        (out / name).replace(aside)
+        log.warning("%s; it is %s now", error, aside.name)
         return
     if all(known[key] == data[key] for key in ("fingerprint", "passages")):
         return

@@ -180,6 +180,7 @@ def _join(parts: list[Path], temporary: Path, out: Path) -> int:
         temporary.unlink(missing_ok=True)
         raise
     temporary.replace(out)
+    sync(out.parent)  # the parts go next
     return schema.field("embedding").type.list_size
 
 

@@ -163,6 +163,17 @@ def test_results_of_other_data_are_set_aside(tmp_path, data):
     assert "| BM25 |" in report([out, aside], tmp_path / "report")
 
 
+def test_a_file_that_cannot_be_read_is_not_written_over(tmp_path, data, caplog):
+    """Another tool's, or one that this version does not know."""
+    (out := tmp_path / "out").mkdir()
+    (out / "eval.json").write_text('{"mine": 1}')
+    evaluate(["bm25"], data, out, progress=False)
+    [aside] = out.glob("eval.json.before-*")
+    assert aside.read_text() == '{"mine": 1}'
+    assert f"it is {aside.name} now" in caplog.text
+    assert json.loads((out / "eval.json").read_text())["models"]
+
+
 def test_of_evaluations_that_end_together_none_is_lost(tmp_path, monkeypatch):
     """On several sets, into the folder of one run: each finds there what the others wrote."""
     out, real = tmp_path / "out", module.read_evaluation
