@@ -34,7 +34,7 @@ from lbr_dist.errors import UserError, printable
 if TYPE_CHECKING:
     from lbr_dist.model.tokenizer import Tokenization
 
-VERSION = 13
+VERSION = 14
 """Raised when the same input and settings give other output, so that a second run is not taken for a repetition."""
 NOT_GIVEN = "not given"
 
